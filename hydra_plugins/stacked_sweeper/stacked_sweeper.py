@@ -1,0 +1,227 @@
+"""A Hydra sweeper that trains swept losses and seeds together, in one job; everything else makes jobs.
+
+`-m model=mlp,cnn loss=nll,ce 'seed=range(3)'` launches `model=mlp loss=[nll,ce] seed=[0,1,2]` and the same
+for `cnn`, through any launcher. A choice of lists is an ordinary sweep (`seed=[0],[1]` makes two jobs), and
+`hydra/sweeper=basic` makes a job of every combination.
+
+Hydra executes a plugin before the module can be found by its name, so that dataclasses in it cannot have
+postponed annotations: no `from __future__ import annotations`.
+"""
+
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Transformer
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from hydra.utils import get_method
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline import exit_codes
+from pipeline.errors import UsageError
+from pipeline.exit_codes import ExitCode
+
+Job = tuple[str, ...]  # the overrides that make one job
+
+
+@dataclass
+class StackedSweeperConf:
+    """What `hydra.sweeper` may say."""
+
+    _target_: str = "hydra_plugins.stacked_sweeper.stacked_sweeper.StackedSweeper"
+    stack: list[str] = field(default_factory=lambda: ["loss", "seed"])  # the axes whose values share a job
+    replicas_per_job: int | None = None  # split the last axis where a job would hold more combinations
+    max_batch_size: int | None = None  # jobs handed to the launcher at once
+    check: str = "pipeline.config.check"  # sees each job's configuration before any job is launched
+    params: dict[str, str] = field(default_factory=dict)  # a sweep kept in a file; the command line wins
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="stacked", node=StackedSweeperConf)
+
+
+@dataclass
+class Record:
+    """One job in `sweep.json`: `done`, `failed`, or `unknown` where nothing came back (yet)."""
+
+    overrides: Job
+    dir: str | None = None
+    status: str = "unknown"
+    exit_code: int | None = None
+    error: str | None = None
+
+
+class StackedSweeper(Sweeper):
+    """Lists instead of jobs along the stack's axes; a job that fails costs the others nothing."""
+
+    config: DictConfig
+    hydra_context: HydraContext
+    launcher: Launcher
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = StackedSweeperConf(**settings)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context = hydra_context
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> list[Record]:
+        """Check every job, then launch them all, whatever becomes of each; exit codes are noted."""
+        with self.refusals():
+            jobs = [part for job in self.jobs(arguments) for part in self.checked(job)]
+        records = [Record(job) for job in jobs]
+        self.save(records)
+        size = self.settings.max_batch_size or len(jobs)
+        for start in range(0, len(jobs), size):
+            batch = slice(start, start + size)
+            records[batch] = self.launch(jobs[batch], start)
+            self.save(records)
+        for record in records:
+            exit_codes.note(ExitCode.BUG if record.exit_code is None else record.exit_code)
+            if record.status != "done":
+                print(f"{record.status}: {' '.join(record.overrides)}: {record.error}", file=sys.stderr)
+        return records
+
+    def jobs(self, arguments: list[str]) -> list[Job]:
+        """Every combination of the swept values, once; of two settings of one key the last counts."""
+        for name in ("replicas_per_job", "max_batch_size"):
+            if (limit := getattr(self.settings, name)) is not None and limit < 1:
+                raise UsageError(f"hydra.sweeper.{name}={limit}: give an integer >= 1, or null for no limit")
+        lines = [f"{key}={value}" for key, value in self.settings.params.items()] + arguments
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        choices = {}
+        for override in parser.parse_overrides(lines):
+            key = override.get_key_element()
+            choices[self.axis(key) or key] = self.choices(override)
+        return list(dict.fromkeys(itertools.product(*choices.values())))
+
+    def axis(self, key: str) -> str | None:
+        """The axis of the stack that an override's key (`seed`, `++seed`) sets, if any."""
+        return name if (name := key.lstrip("+")) in self.settings.stack else None
+
+    def choices(self, override: Override) -> list[str]:
+        """The overrides that one argument stands for: one a swept value, or one with the list of them all."""
+        key, line = override.get_key_element(), str(override.input_line)
+        if (axis := self.axis(key)) and override.is_add():
+            raise UsageError(f"{line}: {axis} cannot be added to; name every value in {axis}=VALUE,VALUE")
+        if not override.is_sweep_override():
+            return [line]
+        values = swept_values(override)
+        texts = [Transformer.str(value) for value in values]
+        if axis is None or any(isinstance(value, list) for value in values):
+            return [f"{key}={text}" for text in texts]
+        if repeated := [text for text in dict.fromkeys(texts) if texts.count(text) > 1]:
+            raise UsageError(f"{line} repeats {', '.join(repeated)}: name each value once")
+        return [f"{key}=[{','.join(texts)}]"]
+
+    def checked(self, job: Job) -> list[Job]:
+        """The job, once its configuration has passed the check, in as many parts as it needs."""
+        composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
+        if composed.hydra.sweeper != self.config.hydra.sweeper:
+            raise UsageError(f"{' '.join(job)} brings its own hydra.sweeper settings: run it by itself")
+        HydraConfig.instance().set_config(composed)  # `${hydra:...}` means the same here as in the job
+        get_method(self.settings.check)(composed)
+        limit = self.settings.replicas_per_job
+        return [job] if limit is None else self.parts(job, composed, limit)
+
+    def parts(self, job: Job, config: DictConfig, limit: int) -> list[Job]:
+        """The job split along the last axis, so that a part holds at most `limit` replicas (or one value)."""
+        *others, last = (OmegaConf.select(config, axis) for axis in self.settings.stack)
+        if not isinstance(last, ListConfig):
+            return [job]
+        abreast = math.prod(len(values) for values in others if isinstance(values, DictConfig | ListConfig))
+        size = max(1, limit // abreast)
+        name = self.settings.stack[-1]
+        rest = tuple(line for line in job if self.axis(line.partition("=")[0]) != name)
+        texts = [Transformer.str(value) for value in last]
+        starts = range(0, len(texts), size)
+        return [(*rest, f"{name}=[{','.join(texts[start : start + size])}]") for start in starts]
+
+    def launch(self, jobs: list[Job], start: int) -> list[Record]:
+        """One batch; where a job takes the launcher down with it, nothing is known of its neighbours."""
+        try:
+            returns = self.launcher.launch(jobs, initial_job_idx=start)
+        except Exception as error:  # a killed worker, a full disk: launchers raise what they like
+            return [Record(job, error=in_one_line(error)) for job in jobs]
+        return [recorded(job, returned) for job, returned in zip(jobs, returns, strict=True)]
+
+    def save(self, records: list[Record]) -> None:
+        """Write `sweep.json` whole; the first time, before any job is launched."""
+        folder = Path(self.config.hydra.sweep.dir)
+        text = json.dumps({"jobs": [asdict(record) for record in records]}, indent=2)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (draft := folder / f".sweep.{os.getpid()}.json").write_text(text + "\n", encoding="utf-8")
+            draft.replace(folder / "sweep.json")
+        except OSError as error:
+            raise UsageError(f"cannot write in {folder} ({error.strerror}): set hydra.sweep.dir") from error
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Whatever Hydra finds wrong with the request, as one line."""
+        try:
+            yield
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UsageError(self.unknown_option(error) or in_one_line(error)) from error
+
+    def unknown_option(self, error: Exception) -> str | None:
+        """The line for an option that its group does not have; None where something else is wrong."""
+        group, _, name = (getattr(error, "missing_cfg_file", None) or "").rpartition("/")
+        master = self.config.hydra
+        options = self.hydra_context.config_loader.get_group_options(
+            group, config_name=master.job.config_name, overrides=list(master.overrides.hydra)
+        )
+        return f"{group}={name}: no such option; there is {', '.join(options)}" if group else None
+
+
+def swept_values(override: Override) -> list[Any]:
+    """The values of one sweep, in the order in which they were asked for."""
+    if not override.is_discrete_sweep():
+        raise UsageError(f"{override.input_line}: an interval cannot be listed; give choices or a range")
+    try:
+        values = list(override.sweep_iterator())
+    except ValueError as error:  # a range whose step is 0
+        raise UsageError(f"{override.input_line}: {error}") from error
+    if not values:
+        raise UsageError(f"{override.input_line} stands for no value at all")
+    return values
+
+
+def recorded(job: Job, returned: JobReturn) -> Record:
+    """What became of a job that came back, with a result or with an exception."""
+    folder = str(cast(DictConfig, returned.hydra_cfg).hydra.runtime.output_dir)
+    try:
+        result = returned.return_value
+        code = ExitCode(result["exit_code"])
+    except Exception as error:  # whatever the task function let through
+        return Record(job, folder, "failed", ExitCode.BUG, in_one_line(error))
+    if code in (ExitCode.HOLDS, ExitCode.REFUTED):
+        return Record(job, folder, "done", code)
+    return Record(job, folder, "failed", code, result.get("summary", "see what the job printed"))
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an exception says, and for Hydra's also what caused it, without line breaks."""
+    if isinstance(error, OmegaConfBaseException):
+        message = str(error).partition("\n")[0]
+        return f"{error.full_key}: {message}" if error.full_key else message
+    message = " ".join(str(error).split())
+    if not isinstance(error, HydraException):
+        return f"{type(error).__name__}: {message}"
+    return "; ".join(part for part in (message, error.__cause__ and in_one_line(error.__cause__)) if part)

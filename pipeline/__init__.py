@@ -1,0 +1,1 @@
+"""likelihood-lab: do two loss formulations train the same model?"""

@@ -1,0 +1,224 @@
+"""The folder of a trial: what is done, what is missing, and writing that is whole or not at all.
+
+    trial.yaml                      what the folder is for; another configuration is refused
+    cells/<arm>/s<seed>/            config.yaml, history.parquet, state.pt: the source of truth
+    stale/<arm>/s<seed>-<digest>/   cells made by other code, data or environment, kept out of the way
+    verdict.json report.html figures/ checkpoints/    rebuilt from the cells
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pandas as pd
+import torch
+import yaml
+from torch import Tensor
+
+from pipeline.errors import UsageError
+from pipeline.objectives import Replica
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """Everything about a cell but its numbers; `config.yaml`."""
+
+    arm: str
+    seed: int
+    fingerprint: str
+    made_from: dict[str, Any]  # what the fingerprint is the digest of
+    environment: dict[str, Any]
+    engine: str
+    weights_sha256: str
+    started: float
+    ended: float
+    diverged_at: int | None = None
+    cause: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The result of one (arm, seed), read back from its folder."""
+
+    folder: Path
+    record: CellRecord
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        """Columns metric, step, value."""
+        return pd.read_parquet(self.folder / "history.parquet")
+
+    @cached_property
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(self.folder / "state.pt", weights_only=True, map_location="cpu")
+        return state
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The plain module's `state_dict`."""
+        weights: dict[str, Tensor] = self._state["weights"]
+        return weights
+
+    @property
+    def sketches(self) -> tuple[list[int], Tensor]:
+        """Steps, and the weights' sketches at them, [steps, width]."""
+        return self._state["sketch_steps"], self._state["sketches"]
+
+    @cached_property
+    def yardsticks(self) -> dict[str, float]:
+        """The last value of every yardstick."""
+        last = self.history.groupby("metric", sort=False)["value"].last()
+        return {str(metric): float(value) for metric, value in last.items() if metric != "train/objective"}
+
+
+class TrialFolder:
+    """One trial's folder. Use it as a context manager: a second process at once is refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder; it is made where absent."""
+        with refusing_disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            with refusing_disk_errors(self.path):
+                lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise UsageError(f"{self.path} is in use by another process; wait for it or choose another folder") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """State what the folder is for, or refuse where it is for something else."""
+        statement = self.path / "trial.yaml"
+        if statement.exists():
+            found = yaml.safe_load(statement.read_text())
+            differing = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
+            if differing:
+                raise UsageError(
+                    f"{self.path} holds a trial with another {', '.join(differing)}; choose another folder "
+                    "(hydra.run.dir=DIR) or give the configuration that it was made with"
+                )
+            return
+        if (self.path / "cells").exists():
+            raise UsageError(f"{self.path} holds cells but no trial.yaml, so it is not a trial's folder; choose another")
+        write_whole(statement, yaml.safe_dump(dict(identity), sort_keys=False).encode())
+
+    def cell_path(self, replica: Replica) -> Path:
+        return self.path / "cells" / replica.arm / f"s{replica.seed}"
+
+    def read(self, replica: Replica) -> Cell | None:
+        """The cell where it is there whole, else None."""
+        folder = self.cell_path(replica)
+        names = ("config.yaml", "history.parquet", "state.pt")
+        if not all((folder / name).is_file() for name in names):
+            return None
+        return Cell(folder, CellRecord(**yaml.safe_load((folder / "config.yaml").read_text())))
+
+    def cells(self) -> list[Cell]:
+        """All cells, by arm and seed."""
+        folders = sorted(self.path.glob("cells/*/s*"), key=lambda p: (p.parent.name, int(p.name[1:])))
+        found = (self.read(Replica(folder.parent.name, int(folder.name[1:]))) for folder in folders)
+        return [cell for cell in found if cell is not None]
+
+    def sort_out(self, wanted: Mapping[Replica, str]) -> tuple[list[Replica], list[Replica]]:
+        """Which of the wanted cells (with their fingerprints) are missing, and which of those were stale.
+
+        A cell with another fingerprint was made by other code, data or environment: it moves to `stale/`.
+        """
+        missing, stale = [], []
+        for replica, fingerprint in wanted.items():
+            cell = self.read(replica)
+            if cell is not None and cell.record.fingerprint == fingerprint:
+                continue
+            if cell is not None:
+                self._set_aside(replica, cell)
+                stale.append(replica)
+            missing.append(replica)
+        return missing, stale
+
+    def _set_aside(self, replica: Replica, cell: Cell) -> None:
+        aside = self.path / "stale" / replica.arm / f"s{replica.seed}-{cell.record.fingerprint[:12]}"
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        if aside.exists():
+            shutil.rmtree(aside)
+        cell.folder.rename(aside)
+
+    def write(self, record: CellRecord, history: pd.DataFrame, state: Mapping[str, Any]) -> Cell:
+        """Write a cell and rename it into place whole."""
+        replica = Replica(record.arm, record.seed)
+        target = self.cell_path(replica)
+        draft = target.with_name(f".{target.name}-draft")
+        with refusing_disk_errors(self.path):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            (draft / "config.yaml").write_text(yaml.safe_dump(asdict(record), sort_keys=False))
+            history.to_parquet(draft / "history.parquet", index=False)
+            torch.save(dict(state), draft / "state.pt")
+            for file in draft.iterdir():
+                _sync(file)
+            shutil.rmtree(target, ignore_errors=True)  # damaged leftovers only: a whole cell is never written twice
+            draft.rename(target)
+            _sync(target.parent)
+        return Cell(target, record)
+
+    def export_checkpoints(self, cells: Sequence[Cell]) -> None:
+        """`checkpoints/<arm>/s<seed>.pt`: plain state_dicts, rebuilt where they are not those of the cells."""
+        for cell in cells:
+            target = self.path / "checkpoints" / cell.record.arm / f"s{cell.record.seed}.pt"
+            source = cell.folder / "state.pt"
+            if target.exists() and target.stat().st_mtime_ns >= source.stat().st_mtime_ns:
+                continue
+            with refusing_disk_errors(self.path):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                draft = target.with_suffix(".draft")
+                torch.save(cell.weights, draft)
+                draft.replace(target)
+
+
+@contextmanager
+def refusing_disk_errors(path: Path) -> Iterator[None]:
+    """A disk that is full or read-only is not our bug: one line and exit code 2."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write to {path}: {error.strerror or error}; free space or choose another folder") from error
+    except RuntimeError as error:  # torch.save's own way to say that the disk is full
+        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        raise UsageError(f"cannot write to {path}: the disk is full; free space or choose another folder") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part."""
+    draft = path.with_name(f".{path.name}-draft")
+    with refusing_disk_errors(path.parent):
+        draft.write_bytes(content)
+        draft.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON, written whole."""
+    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,294 @@
+"""How the report's pictures are drawn: the only file that knows matplotlib. Data frames in, SVG text out."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.optimize import isotonic_regression
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+INK, PAPER, MUTED = "#1b1f25", "#fffffe", "#808890"
+COLOURS = ("#2f75c8", "#c8641b", "#2c9467", "#c8415a", "#8865bd", "#92702d", "#c65a97", "#2f93a3")
+LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 3)))
+MARKERS = "os^DvP<X>hp*"
+MINUS = "\N{MINUS SIGN}"
+WIDTH = 5.0  # inches: text stays readable where a picture is shown 340 pixels wide
+MOST_POINTS = 150  # of one curve
+LONGEST_NAME = 24  # characters
+
+Centre = Literal["mean", "median"]
+
+
+@dataclass
+class Canvas:
+    """One figure: draw on `axes` inside the context, read `svg` after it."""
+
+    axes: Axes
+    svg: str = ""
+
+
+@contextmanager
+def canvas(name: str, height: float) -> Iterator[Canvas]:
+    """An empty figure, the same whatever the user's matplotlibrc says; equal input gives equal bits."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(), warnings.catch_warnings():
+        # A name without a glyph, or too long for the layout: the picture still serves.
+        warnings.simplefilter("ignore")
+        mpl.rcdefaults()
+        mpl.rcParams.update(_style(name))  # type: ignore[arg-type]
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        drawn = Canvas(figure.add_subplot())
+        yield drawn
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        drawn.svg = _with_own_ids(stream.getvalue(), name)
+
+
+def _style(name: str) -> dict[str, Any]:
+    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    paper = ("figure.facecolor", "savefig.facecolor")
+    plain = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": "none",
+        "text.parse_math": False,
+    }
+    grid = {"axes.grid": True, "grid.color": MUTED, "grid.alpha": 0.25, "grid.linewidth": 0.6}
+    font = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": name}
+    return dict.fromkeys(ink, INK) | dict.fromkeys(paper, PAPER) | plain | grid | font
+
+
+def _with_own_ids(svg: str, name: str) -> str:
+    """The bare svg element, its ids prefixed: several pictures share one page."""
+    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
+
+
+def described(svg: str, alt: str) -> str:
+    """The picture with a text for those who cannot see it."""
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
+
+
+def themed(svg: str) -> str:
+    """The picture in the ink and on the paper of the page around it, be it light, dark or printed."""
+    return svg.replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
+
+
+@dataclass
+class Seen:
+    """What a drawing of curves does not say by itself."""
+
+    hidden: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # the loss that was drawn -> those exactly under it
+    ended: list[str] = field(default_factory=list)  # some seed has no finite value at the last step
+    never: list[str] = field(default_factory=list)  # not one finite value: not drawn
+
+
+def bands(axes: Axes, frame: pd.DataFrame, order: Sequence[str], centre: Centre) -> Seen:
+    """A line in a band for each loss of (loss, seed, step, value); losses that coincide are drawn once."""
+    seen = Seen()
+    for first, *hidden in _bundles(frame, order):
+        wide = frame[frame["loss"] == first].pivot(index="step", columns="seed", values="value")
+        wide = wide.where(np.isfinite(wide))
+        if wide.isna().all(axis=None):
+            seen.never += [first, *hidden]
+            continue
+        _band(axes, wide, centre, order.index(first), _joint_name([first, *hidden]))
+        seen.ended += [first, *hidden] * _mark_ends(axes, wide)
+        if hidden:
+            seen.hidden[first] = hidden
+    return seen
+
+
+def _bundles(frame: pd.DataFrame, order: Sequence[str]) -> list[list[str]]:
+    """Losses whose values are equal at every seed and step, in the order of the report."""
+    bundles: dict[bytes, list[str]] = defaultdict(list)
+    for loss in order:
+        own = frame[frame["loss"] == loss].sort_values(["seed", "step"])
+        if len(own):
+            values = own["value"].fillna(np.nan).to_numpy(float) + 0.0
+            bundles[own[["seed", "step"]].to_numpy().tobytes() + values.tobytes()].append(loss)
+    return list(bundles.values())
+
+
+def _band(axes: Axes, wide: pd.DataFrame, centre: Centre, place: int, label: str) -> None:
+    thin = wide.iloc[np.unique(np.linspace(0, len(wide) - 1, MOST_POINTS).round().astype(int))]
+    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    if wide.shape[1] > 1:
+        axes.fill_between(
+            thin.index, thin.min(axis=1), thin.max(axis=1), color=colour, alpha=0.15, linewidth=0
+        )
+    every = max(1, len(thin) // 6)
+    line: dict[str, Any] = {"linestyle": LINES[place % len(LINES)], "linewidth": 1.4, "markersize": 4}
+    middle = thin.agg(centre, axis=1)
+    axes.plot(
+        thin.index, middle, color=colour, marker=marker, markevery=(place % every, every), label=label, **line
+    )
+
+
+def _mark_ends(axes: Axes, wide: pd.DataFrame) -> bool:
+    """A cross on the last finite value of each seed that has none at the last step; whether any was."""
+    ended = wide.loc[:, wide.iloc[-1].isna()]
+    for _, values in ended.items():
+        last = values.dropna().tail(1)
+        axes.plot(last.index, last, "x", color=INK, markersize=5, markeredgewidth=1.2)
+    return not ended.empty
+
+
+def decades(axis: Axis, subs: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers at `subs` times the powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.minorticks_off()
+
+
+def label_ends(axes: Axes) -> None:
+    """Name every curve at its right end, names kept apart, each tied to its end by a thin line."""
+    curves = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    ends = [np.asarray(line.get_xydata())[np.isfinite(line.get_ydata())][-1] for line in curves]
+    axes.autoscale_view()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = np.array([to_axes.transform(end)[1] for end in ends])
+    style: dict[str, Any] = {
+        "textcoords": "axes fraction",
+        "va": "center",
+        "fontsize": 8.5,
+        "color": INK,
+        "annotation_clip": False,
+    }
+    for line, end, height in zip(curves, ends, _apart(heights, 0.052), strict=True):
+        tie = {
+            "arrowstyle": "-",
+            "color": line.get_color(),
+            "linewidth": 0.7,
+            "relpos": (0, 0.5),
+            "shrinkA": 0,
+        }
+        axes.annotate(_short(str(line.get_label())), end, (1.05, height), arrowprops=tie, **style)
+
+
+def _apart(heights: npt.NDArray[np.float64], least: float) -> npt.NDArray[np.float64]:
+    """The nearest heights (least squares) in the same order, within [0, 1], at least `least` apart."""
+    order = np.argsort(heights, kind="stable")
+    steps = least * np.arange(len(heights))
+    pooled = isotonic_regression(heights[order] - steps).x if len(heights) else heights
+    spread = np.empty_like(heights)
+    spread[order] = np.clip(pooled, 0, max(0.0, 1 - steps.max(initial=0))) + steps
+    return spread
+
+
+def distance_scale(axes: Axes, values: pd.Series[float]) -> float:
+    """Decades for what is positive and, for values of exactly 0, a floor below them, which is returned."""
+    positive = values[(values > 0) & np.isfinite(values)]
+    low = int(np.floor(np.log10(positive.min()))) if len(positive) else -16
+    high = max(low + 1, int(np.ceil(np.log10(positive.max())))) if len(positive) else 0
+    ticks = {10.0**power: f"1e{power}" for power in range(low, high + 1, -(-(high - low) // 6))}
+    gap = max(1.0, (high - low) / 8)
+    floor = 10.0 ** (low - gap)
+    axes.set(xscale="log", yscale="log")
+    decades(axes.xaxis, [1])
+    if (values == 0).any():
+        axes.axhline(floor, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.text(
+            0.01,
+            floor / 10 ** (gap / 4),
+            "0 (bitwise equal)",
+            transform=axes.get_yaxis_transform(),
+            va="top",
+            color=INK,
+        )
+        axes.set_ylim(10.0 ** (low - 2.1 * gap), 10.0**high * 1.5)
+        ticks = {floor: "0", **ticks}
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.yaxis.minorticks_off()
+    return floor
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a forest: differences [S], NaN where a run failed, and an interval, [2] or empty."""
+
+    name: str
+    values: npt.NDArray[np.float64]
+    interval: npt.NDArray[np.float64]
+    note: str
+
+
+def forest(axes: Axes, rows: Sequence[Row], margin: bool) -> None:
+    """Rows from the top down; with a margin, it is the unit, and far outside it the axis is logarithmic."""
+    for height, row in enumerate(rows):
+        _forest_row(axes, height, row)
+    reach = np.concatenate(
+        [[0.0], *(row.values[np.isfinite(row.values)] for row in rows), *(row.interval for row in rows)]
+    )
+    label = "difference"
+    low, high = 1.15 * reach.min(), 1.15 * reach.max()
+    if margin:
+        label = "difference in units of the margin"
+        low, high = min(-1.35, low), max(1.35, high)
+        axes.axvspan(-1, 1, color=MUTED, alpha=0.18, linewidth=0)
+        for edge in (-1, 1):
+            axes.axvline(edge, color=MUTED, linewidth=1, linestyle="--")
+    if margin and max(-low, high) > 5:
+        label += ", logarithmic beyond ±1"
+        low, high = 1.5 * low, 1.5 * high
+        axes.set_xscale("symlog", linthresh=1)
+    axes.set(xlim=(low, high) if low < high else (-1, 1), xlabel=label)
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}".replace("-", MINUS))
+    _row_names(axes, rows)
+
+
+def _forest_row(axes: Axes, height: int, row: Row) -> None:
+    """Dots above the interval; pairs that are exactly equal share one open diamond on 0."""
+    moved = np.isfinite(row.values) & (row.values != 0)
+    heights = height + np.linspace(-0.3, 0.12, len(row.values))
+    axes.plot(
+        row.values[moved], heights[moved], "o", color=COLOURS[0], markersize=3, alpha=0.7, markeredgewidth=0
+    )
+    if len(row.interval) == 2 and row.interval[0] < row.interval[1]:
+        axes.plot(row.interval, [height + 0.28] * 2, "|-", color=INK, linewidth=2, markersize=5)
+    if (row.values == 0).any():
+        axes.plot(
+            0, height, "D", markersize=6.5, markerfacecolor=PAPER, markeredgecolor=INK, markeredgewidth=1.3
+        )
+
+
+def _row_names(axes: Axes, rows: Sequence[Row]) -> None:
+    """Names at the left, notes at the right."""
+    right = axes.secondary_yaxis("right")
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
+    right.set_yticks(range(len(rows)), [row.note for row in rows], fontsize=8)
+    for side in (axes, right):
+        side.tick_params(axis="y", length=0)
+        side.spines[["left", "right"]].set_visible(False)
+    axes.grid(False)
+
+
+def _joint_name(names: Sequence[str]) -> str:
+    """What a line drawn for several losses is called: all of them, or the first and how many more."""
+    joint = " = ".join(names)
+    return joint if len(joint) <= LONGEST_NAME else f"{names[0]} +{len(names) - 1}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"

@@ -1,0 +1,153 @@
+"""A loss from its declaration: which callable runs, what it receives, and what it must not do."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import sysconfig
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import UsageError, first_line
+from pipeline.randomness import RandomStream
+
+LossFn = Callable[..., Any]
+
+INPUTS = ("logits", "log_probs", "probs", "hidden", "weight", "bias", "labels", "target_probs")
+"""What `args` may name.
+
+logits [B, C]; log_probs and probs, their log_softmax and softmax; hidden [B, D], weight [C, D] and bias [C], the
+last linear layer's input and parameters; labels int64 [B]; target_probs [B, C], one-hot where the data are labels.
+"""
+FUSED_INPUTS = frozenset({"hidden", "weight", "bias"})
+
+
+@dataclass(frozen=True)
+class Formulation:
+    """One way to write a loss.
+
+    Attributes:
+        name: the arm's name.
+        args: what the callable receives, in its own order; a subset of `INPUTS`.
+        make: returns a fresh instance of the callable; every replica gets its own.
+    """
+
+    name: str
+    args: tuple[str, ...]
+    make: Callable[[], LossFn]
+
+    def __post_init__(self) -> None:
+        unknown = [arg for arg in self.args if arg not in INPUTS]
+        if unknown or not self.args:
+            problem = f"names unknown inputs {unknown}" if unknown else "is empty"
+            raise UsageError(f"loss.{self.name}.args {problem}; choose from {', '.join(INPUTS)}")
+
+    def instance(self, device: torch.device, dtype: torch.dtype) -> LossFn:
+        """A callable of its own for one replica, its buffers on the device; trainable ones are refused."""
+        fn = self.make()
+        if not callable(fn):
+            raise UsageError(
+                f"loss.{self.name}.fn makes a {type(fn).__name__}, which cannot be called; "
+                "for a function add `_partial_: true`"
+            )
+        if isinstance(fn, nn.Module):
+            if any(p.requires_grad for p in fn.parameters()):
+                raise UsageError(
+                    f"loss.{self.name}.fn has trainable parameters of its own; a formulation is a fixed function: "
+                    "freeze them or move them into the model"
+                )
+            fn = fn.to(device, dtype)
+        return fn
+
+    @property
+    def fused(self) -> bool:
+        """Whether it takes the last layer's input and weights instead of the logits."""
+        return bool(FUSED_INPUTS & set(self.args))
+
+    def objective(self, fn: LossFn, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The declared callable's scalar value on one replica's batch."""
+        value = fn(*(inputs[arg] for arg in self.args))
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UsageError(
+                f"loss {self.name} returned {got} for a batch; the scalar objective is needed "
+                "(most losses take reduction='mean')"
+            )
+        return value
+
+
+def derive(args: Iterable[str], logits: Tensor) -> dict[str, Tensor]:
+    """The logits [..., C] themselves, their log_softmax and softmax, as far as `args` ask for them."""
+    made: dict[str, Callable[[], Tensor]] = {
+        "logits": lambda: logits,
+        "log_probs": lambda: F.log_softmax(logits, -1),
+        "probs": lambda: F.softmax(logits, -1),
+    }
+    return {arg: made[arg]() for arg in args if arg in made}
+
+
+@dataclass(frozen=True)
+class ProbeFinding:
+    """What one call of a loss on made-up data showed."""
+
+    draws_random_numbers: bool
+
+
+def probe(
+    formulation: Formulation, num_classes: int, device: torch.device, dtype: torch.dtype, width: int = 8
+) -> ProbeFinding:
+    """Call a fresh instance once, forward and backward, so that a loss that cannot run fails before training.
+
+    Raises:
+        UsageError: it raises, returns no scalar, or passes no gradient to the logits (or to hidden and weight).
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, width, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(num_classes, width, generator=generator).to(device, dtype).requires_grad_()
+    bias = torch.zeros(num_classes, device=device, dtype=dtype, requires_grad=True)
+    labels = torch.arange(4, device=device) % num_classes
+    logits = F.linear(hidden, weight, bias)
+    inputs = derive(formulation.args, logits) | {
+        "hidden": hidden, "weight": weight, "bias": bias, "labels": labels,
+        "target_probs": F.one_hot(labels, num_classes).to(dtype),
+    }  # fmt: skip
+    fn = formulation.instance(device, dtype)
+    stream = RandomStream(0, device)
+    try:
+        with stream.resumed():
+            value = formulation.objective(fn, inputs)
+    except UsageError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{arg} {list(inputs[arg].shape)}" for arg in formulation.args)
+        raise UsageError(f"loss {formulation.name} failed when called with {shapes}: {first_line(error)}") from error
+    if not value.requires_grad:
+        raise UsageError(f"loss {formulation.name} passes no gradient to its inputs: it is detached from them")
+    return ProbeFinding(draws_random_numbers=stream.moved)
+
+
+def code_digest(target: Any) -> str:
+    """What code stands behind a callable: "name==version" where installed, else a digest of its source file."""
+    target = inspect.unwrap(getattr(target, "func", target))
+    if not (inspect.isclass(target) or inspect.isroutine(target)):
+        target = type(target)
+    module = inspect.getmodule(target)
+    file = getattr(module, "__file__", None)
+    if module is None or file is None:
+        return f"builtin:{getattr(target, '__qualname__', target)}"
+    if Path(file).is_relative_to(sysconfig.get_paths()["purelib"]):
+        return _distribution(module.__name__)
+    return "sha256:" + hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _distribution(module: str) -> str:
+    package = module.partition(".")[0]
+    names: Sequence[str] = importlib.metadata.packages_distributions().get(package, [])
+    return f"{names[0]}=={importlib.metadata.version(names[0])}" if names else f"package:{package}"

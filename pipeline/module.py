@@ -1,0 +1,237 @@
+"""The Lightning module: one step for all replicas of a stack, side by side on paired batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from pipeline.datasets import Dataset
+from pipeline.objectives import Objectives, Replica
+from pipeline.randomness import derive_seed
+from pipeline.stack import Stack
+from pipeline.trajectory import sketch, snapshot_steps
+from pipeline.yardsticks import Yardsticks
+
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and with what every replica is trained."""
+
+    epochs: int
+    batch_size: int
+    make_optimizer: Callable[..., torch.optim.Optimizer]
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    clip_norm: float | None = None
+    autocast: bool = False
+    inner_steps: int = 11
+
+    def steps_per_epoch(self, num_examples: int) -> int:
+        """Batches in an epoch; the last one may be short."""
+        return math.ceil(num_examples / self.batch_size)
+
+    def rate(self, step: int, last: int) -> float:
+        """Factor of the learning rate at a step: linear warm-up, then constant or half a cosine to 0."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return warm * (0.5 * (1 + math.cos(math.pi * step / last)) if self.schedule == "cosine" else 1.0)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where a replica first stopped being a model."""
+
+    step: int
+    cause: str
+
+
+class SideBySide(pl.LightningModule):
+    """Trains all replicas of one stack.
+
+    One index gather serves a step: row r of `indices` [R, B] is replica r's batch, equal for all arms of a seed. A
+    Lightning `training_step` does several optimizer steps and logs nothing; measurements are kept as tensors and
+    read once at the end.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        objectives: Objectives,
+        replicas: Sequence[Replica],
+        data: Dataset,
+        input_shape: tuple[int, int, int],
+        recipe: Recipe,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.stack, self.objectives, self.replicas, self.recipe = stack, objectives, list(replicas), recipe
+        self.data, self.input_shape = data, input_shape
+        self.num_examples = len(data.splits["train"])
+        self.last_step = recipe.epochs * recipe.steps_per_epoch(self.num_examples)
+        self.steps_done = 0
+        self.snapshots = snapshot_steps(self.last_step)
+        self.sketches: list[Tensor] = []  # one [R, width] a snapshot
+        self._seeds = list(dict.fromkeys(replica.seed for replica in replicas))
+        self._slots = torch.tensor([self._seeds.index(replica.seed) for replica in replicas])
+        self._measured: list[tuple[str, int, Tensor]] = []
+        device = next(stack.parameters()).device
+        self._slots = self._slots.to(device)
+        self._first_nonfinite = torch.zeros(len(self.replicas), dtype=torch.int64, device=device)
+        self._objective_sum = torch.zeros(len(self.replicas), dtype=torch.float64, device=device)
+
+    # --- what Lightning calls
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.recipe.make_optimizer(self.stack.parameters())
+
+    def train_dataloader(self) -> list[range]:
+        """An epoch as runs of consecutive step numbers; the data are gathered inside the step."""
+        steps = range(self.recipe.steps_per_epoch(self.num_examples))
+        return [steps[i : i + self.recipe.inner_steps] for i in range(0, len(steps), self.recipe.inner_steps)]
+
+    def on_fit_start(self) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)  # noqa: S101 - there is one
+        self._optimizer = optimizer
+        self._base_rates = [group["lr"] for group in optimizer.param_groups]
+
+    def on_train_epoch_start(self) -> None:
+        train = self.data.splits["train"]
+        orders = [train[self._order(seed)] for seed in self._seeds]
+        self._indices = torch.stack(orders)[self._slots]
+
+    def _order(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "order", self.current_epoch))
+        return torch.randperm(self.num_examples, generator=generator).to(self._slots.device)
+
+    def training_step(self, steps: range, batch_idx: int) -> None:
+        size = self.recipe.batch_size
+        for step in steps:
+            self._step(self._indices[:, step * size : (step + 1) * size])
+
+    def on_train_epoch_end(self) -> None:
+        self._measure("train/objective", self._objective_sum / self.num_examples)
+        self._objective_sum = torch.zeros_like(self._objective_sum)
+        self._evaluate("val")
+
+    def on_train_end(self) -> None:
+        for split in ("train", "test"):
+            self._evaluate(split)
+
+    # --- the step
+
+    def _step(self, indices: Tensor) -> None:
+        """One optimizer step of every replica on its own batch: indices [R, B]."""
+        self._set_rate()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
+            objectives = self._forward(indices)
+        torch.autograd.backward(objectives)
+        if self.recipe.clip_norm is not None:
+            self.stack.clip_gradients(self.recipe.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        self._watch(torch.stack([objective.detach() for objective in objectives]).double(), indices.shape[1])
+
+    def _forward(self, indices: Tensor) -> list[Tensor]:
+        inputs, labels = self._take(indices.movedim(0, self.stack.replica_axis).contiguous())
+        target_probs = self.data.target_probs(indices) if self.objectives.needs_target_probs else None
+        outputs = self.stack(inputs, fused=self.objectives.fused)
+        labels = labels.movedim(self.stack.replica_axis, 0).contiguous()
+        return self.objectives(outputs, labels, target_probs)
+
+    def _take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and labels; grey pictures repeated where the model takes colour."""
+        inputs, labels = self.data.take(indices)
+        return inputs.expand(*indices.shape, *self.input_shape), labels
+
+    def _set_rate(self) -> None:
+        if self.recipe.schedule == "constant" and self.steps_done >= self.recipe.warmup_steps:
+            factor = 1.0
+        else:
+            factor = self.recipe.rate(self.steps_done, self.last_step)
+        for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = rate * factor
+
+    def _watch(self, objectives: Tensor, batch_size: int) -> None:
+        self._objective_sum += objectives * batch_size
+        fresh = ~objectives.isfinite() & (self._first_nonfinite == 0)
+        self._first_nonfinite += fresh * self.steps_done
+        if self.steps_done in self.snapshots:
+            replicas = range(self.stack.num_replicas)
+            self.sketches.append(torch.stack([sketch(self.stack.parameters_of(r)) for r in replicas]))
+
+    # --- measuring
+
+    def _measure(self, metric: str, values: Tensor) -> None:
+        self._measured.append((metric, self.steps_done, values.clone()))
+
+    @torch.no_grad()
+    def _evaluate(self, split: str) -> None:
+        yardsticks = Yardsticks(self.stack.num_replicas, self.device)
+        was_training = self.stack.training
+        self.stack.eval()
+        for indices in self.data.splits[split].split(EVALUATION_BATCH):
+            inputs, labels = self._take(indices)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
+                logits = self.stack(self.stack.shared(inputs)).logits
+            yardsticks.update(logits, labels, self.data.target_probs(indices))
+        self.stack.train(was_training)
+        for metric, values in yardsticks.result().items():
+            self._measure(f"{split}/{metric}", values)
+
+    def latest(self, metric: str) -> dict[str, float]:
+        """The last measured value of a metric, averaged over each arm's replicas."""
+        values = next(values for name, _, values in reversed(self._measured) if name == metric)
+        arms = dict.fromkeys(replica.arm for replica in self.replicas)
+        return {
+            arm: values[[i for i, replica in enumerate(self.replicas) if replica.arm == arm]].mean().item() for arm in arms
+        }
+
+    def history(self, replica: int) -> pd.DataFrame:
+        """All that was measured of one replica: metric, step, value."""
+        rows = [(metric, step, values[replica].item()) for metric, step, values in self._measured]
+        return pd.DataFrame(rows, columns=["metric", "step", "value"]).astype({"step": "int64", "value": "float64"})
+
+    def divergences(self) -> Iterator[Divergence | None]:
+        """For each replica where and how it became non-finite, or None: objective, weights or yardsticks."""
+        final = {metric: values for metric, _, values in self._measured}
+        for replica, step in enumerate(self._first_nonfinite.tolist()):
+            weights = self.stack.weights(replica)
+            if step:
+                yield Divergence(step, "the objective is not finite")
+            elif not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+                yield Divergence(self.last_step, "the weights are not finite")
+            elif not all(bool(values[replica].isfinite()) for values in final.values()):
+                yield Divergence(self.last_step, "the logits are not finite")
+            else:
+                yield None
+
+
+def fit(module: SideBySide, callbacks: Sequence[pl.Callback], accelerator: str) -> None:
+    """Train the stack; an interrupt leaves as KeyboardInterrupt."""
+    trainer = pl.Trainer(
+        accelerator=accelerator, devices=1, max_epochs=module.recipe.epochs, callbacks=list(callbacks),
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    interrupted: list[Any] = []
+
+    class Interrupt(pl.Callback):
+        def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+            interrupted.extend([exception] if isinstance(exception, KeyboardInterrupt) else [])
+
+    trainer.callbacks.append(Interrupt())  # type: ignore[attr-defined]
+    try:
+        trainer.fit(module)
+    except SystemExit:
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise

@@ -1,0 +1,56 @@
+"""A progress bar with throughput and the arms' losses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import pytorch_lightning as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from pipeline.module import SideBySide
+from pipeline.objectives import Replica
+
+if TYPE_CHECKING:
+    from pipeline.setting import Setting
+
+
+class Progress:
+    """One bar over all epochs of all tiles; silent where the configuration or the terminal says so."""
+
+    def __init__(self, console: Console, groups: Sequence[Sequence[Replica]], setting: Setting) -> None:
+        self.bars = Bars(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[news]}"),
+            console=console, disable=not setting.config["trainer"]["progress"] or not console.is_terminal, transient=True,
+        )  # fmt: skip
+        self.task = self.bars.add_task("", total=len(groups) * setting.recipe.epochs, news="")
+
+    def __enter__(self) -> Progress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bars.stop()
+
+    def callback(self) -> pl.Callback:
+        """For one tile's training."""
+        return _EpochNews(self)
+
+
+class _EpochNews(pl.Callback):
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.started, self.steps = time.perf_counter(), 0
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.progress.bars.disable:
+            return
+        assert isinstance(pl_module, SideBySide)  # noqa: S101 - it is what `fit` was given
+        elapsed = time.perf_counter() - self.started
+        rate = pl_module.steps_done * len(pl_module.replicas) / elapsed
+        losses = "  ".join(f"{arm} {value:.4g}" for arm, value in pl_module.latest("val/nll").items())
+        self.progress.bars.update(self.progress.task, advance=1, news=f"{rate:,.0f} run-steps/s  val/nll {losses}")

@@ -1,0 +1,212 @@
+"""A trial made ready from its configuration: objects in place of names, and a fingerprint for every cell."""
+
+from __future__ import annotations
+
+import functools
+import math
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+
+from pipeline import config as conf
+from pipeline.datasets import Dataset
+from pipeline.errors import UsageError, first_line
+from pipeline.formulations import Formulation, code_digest, probe
+from pipeline.models import ModelBuilder
+from pipeline.module import Recipe
+from pipeline.objectives import Replica
+from pipeline.stack import Stack, build_stack, choose_engine, convolves, find_head, tile_size
+
+ENGINE_VERSION = 1  # raised whenever the bits of a cell change
+
+# Optimizers whose update of a weight looks at that weight alone, so that replicas stacked in one tensor stay apart.
+ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16_mixed": torch.float32}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that a trial needs to train any of its cells."""
+
+    config: Mapping[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    data: Dataset
+    builder: ModelBuilder
+    formulations: tuple[Formulation, ...]
+    recipe: Recipe
+    engine: str
+    engine_reason: str
+    tile: int
+    head: str | None
+    environment: Mapping[str, Any]
+
+    def fingerprint_parts(self, arm: str) -> dict[str, Any]:
+        """What decides the bits of an arm's cells, but for the seed."""
+        trainer = self.config["trainer"]
+        return {
+            **conf.identity(self.config),
+            "loss": self.config["loss"][arm],
+            "loss_code": code_digest(conf.locate(f"loss.{arm}.fn", self.config["loss"][arm]["fn"]["_target_"])),
+            "model_code": code_digest(self.builder.make),
+            "data_digest": self.data.digest,
+            "engine": {"name": self.engine, "version": ENGINE_VERSION, "tile": self.tile},
+            "torch": str(torch.__version__),
+            "device": self.environment["device"],
+            "threads": trainer["threads"],
+        }
+
+    def fingerprint(self, replica: Replica) -> str:
+        return conf.digest({**self.fingerprint_parts(replica.arm), "arm": replica.arm, "seed": replica.seed})
+
+    def stack(self, replicas: list[Replica]) -> Stack:
+        """A stack of these replicas with their initial weights: equal bits for all arms of a seed."""
+        modules = [self.builder(replica.seed).to(self.device, self.dtype) for replica in replicas]
+        return build_stack(self.engine, modules, [replica.seed for replica in replicas], self.head).train()
+
+
+def prepare(config: Mapping[str, Any]) -> Setting:
+    """Load, build and probe everything once, so that what cannot work fails before anything is written.
+
+    Raises:
+        UsageError: any part of the configuration cannot be trained.
+    """
+    device = _device(config["trainer"]["accelerator"])
+    dtype = DTYPES[config["precision"]]
+    _set_numerics(config["trainer"]["threads"])
+    data = _dataset(config["dataset"]).to(device, dtype)
+    builder = ModelBuilder(
+        _callable(config["model"]), conf.short_name(config["model"]["_target_"]), data.input_shape, data.num_classes
+    )
+    formulations = tuple(_formulation(name, loss) for name, loss in config["loss"].items())
+    for formulation in formulations:
+        probe(formulation, data.num_classes, device, dtype)
+    batch_size = min(config["batch_size"], len(data.splits["train"]))
+    _check_batches(config["batch_size"], builder, len(data.splits["train"]))
+    engine, reason, tile = _engine(config, builder, batch_size, device, dtype)
+    head = _head(formulations, builder)
+    return Setting(
+        config, device, dtype, data, builder, formulations, _recipe(config), engine, reason, tile, head,
+        _environment(device),
+    )  # fmt: skip
+
+
+def _device(accelerator: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if accelerator == "gpu" and not available:
+        raise UsageError("trainer=gpu, but torch sees no CUDA GPU here; use trainer=auto or trainer=cpu")
+    return torch.device("cuda:0" if available and accelerator != "cpu" else "cpu")
+
+
+def _set_numerics(threads: int) -> None:
+    """The settings that decide bits: threads, no TF32, deterministic kernels."""
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def _callable(declared: Mapping[str, Any]) -> Callable[..., Any]:
+    """The declared target with its keywords bound, not called."""
+    made: Callable[..., Any] = instantiate({**declared, "_partial_": True}, _convert_="all")
+    return made
+
+
+def _dataset(declared: Mapping[str, Any]) -> Dataset:
+    load = _callable({k: v for k, v in declared.items() if k not in conf.DATASET_PROTOCOL})
+    data = load()
+    if not isinstance(data, Dataset):
+        raise UsageError(f"dataset {declared['_target_']} returned {type(data).__name__}; return make_dataset(...)")
+    return data
+
+
+def _formulation(name: str, loss: Mapping[str, Any]) -> Formulation:
+    def make() -> Any:
+        try:
+            return instantiate(loss["fn"], _convert_="all")
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            raise UsageError(f"loss.{name}.fn cannot be made: {first_line(cause)}") from error
+
+    return Formulation(name, tuple(loss["args"]), make)
+
+
+def _check_batches(batch_size: int, builder: ModelBuilder, num_examples: int) -> None:
+    if batch_size > num_examples:
+        raise UsageError(f"batch_size={batch_size} is larger than the {num_examples} training examples; make it smaller")
+    normalises = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in builder(0).modules())
+    if normalises and num_examples % batch_size == 1:
+        raise UsageError(
+            f"batch_size={batch_size} leaves a last batch of one of the {num_examples} training examples, "
+            f"which BatchNorm cannot normalise; try batch_size={batch_size - 1 if num_examples % (batch_size - 1 or 1) != 1 else batch_size + 1}"
+        )
+
+
+def _engine(
+    config: Mapping[str, Any], builder: ModelBuilder, batch_size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[str, str, int]:
+    """Engine, reason and tile; they depend on the configuration alone, never on which cells are missing."""
+    requested, first = config["trainer"]["engine"], builder(0).to(device, dtype)
+    batch_bytes = batch_size * math.prod(builder.input_shape) * dtype.itemsize
+    tile = config["trainer"]["tile"] or tile_size("fold", first, batch_bytes)
+    static_loop = requested == "loop" or (requested == "auto" and convolves(first) and device.type == "cpu")
+    modules = [first] if static_loop else [builder(seed).to(device, dtype) for seed in range(tile)]
+    engine, reason = choose_engine(requested, modules, builder.input_shape, batch_size)
+    if engine == "loop" and requested == "fold":
+        raise UsageError(f"trainer.engine=fold, but {builder.name} {reason}; use trainer.engine=auto")
+    return engine, reason, config["trainer"]["tile"] or tile_size(engine, first, batch_bytes)
+
+
+def _head(formulations: tuple[Formulation, ...], builder: ModelBuilder) -> str | None:
+    fused = [formulation.name for formulation in formulations if formulation.fused]
+    if not fused:
+        return None
+    head = find_head(builder(0), torch.zeros(2, *builder.input_shape))
+    if head is None:
+        raise UsageError(f"loss {fused[0]} takes hidden and weight, but {builder.name} does not end in a linear layer")
+    return head
+
+
+def _recipe(config: Mapping[str, Any]) -> Recipe:
+    name = conf.short_name(config["optimizer"]["_target_"])
+    if config["optimizer"]["_target_"] != f"torch.optim.{name}" or name not in ELEMENTWISE:
+        raise UsageError(
+            f"optimizer {config['optimizer']['_target_']} may mix the replicas of a stack; "
+            f"use one of torch.optim.{{{', '.join(ELEMENTWISE)}}}"
+        )
+    make = _callable(config["optimizer"])
+    try:
+        make([torch.nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"optimizer {name} refuses its settings: {first_line(error)}") from error
+    return Recipe(
+        epochs=config["epochs"],
+        batch_size=config["batch_size"],
+        make_optimizer=make,
+        schedule=config["schedule"],
+        warmup_steps=config["warmup_steps"],
+        clip_norm=config["clip_norm"],
+        autocast=config["precision"] == "bf16_mixed",
+        inner_steps=config["trainer"]["inner_steps"],
+    )
+
+
+@functools.cache
+def _environment(device: torch.device) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})",
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda if cuda else None,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }

@@ -1,0 +1,357 @@
+"""R plain modules as one and back.
+
+A `Stack` runs R modules of one architecture, each on its own batch, in one of two engines:
+
+fold    one copy of the model whose leaf layers are swapped for stacked twins that hold all replicas' tensors,
+        [R, ...], under the plain names; the model's own forward code runs on channels folded as [B, R*C, ...].
+loop    the plain modules themselves, one after the other: bitwise the plain module.
+
+Both take and give the same shapes. Replica i of a stack is `stack.weights(i)`, which loads into the plain module.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.randomness import RandomStream
+from pipeline.twins import Dropout, DropoutStreams, fold_modules
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one forward pass of a stack gives; the last three only where they were asked for.
+
+    Attributes:
+        logits: [R, B, C], contiguous.
+        hidden: [R, B, D], the head's input.
+        weight: R head weights [C, D].
+        bias: R head biases [C], or None where the head has none.
+    """
+
+    logits: Tensor
+    hidden: Tensor | None = None
+    weight: Sequence[Tensor] | None = None
+    bias: Sequence[Tensor] | None = None
+
+
+class Stack(nn.Module):
+    """R replicas of one model as one module; see `fold` and `loop` for how to make one.
+
+    Attributes:
+        engine: "fold" or "loop".
+        replica_axis: which axis of the inputs counts replicas: 1 for fold, 0 for loop.
+    """
+
+    engine: str
+    replica_axis: int
+
+    def __init__(self, num_replicas: int, head: str | None) -> None:
+        super().__init__()
+        self.num_replicas, self.head = num_replicas, head
+
+    def forward(self, inputs: Tensor, fused: bool = False) -> Outputs:
+        """Logits of every replica on its own batch: inputs [B, R, ...] in fold, [R, B, ...] in loop."""
+        raise NotImplementedError
+
+    def weights(self, replica: int) -> dict[str, Tensor]:
+        """A copy of one replica's parameters and buffers, as the plain module's `state_dict`."""
+        raise NotImplementedError
+
+    def parameters_of(self, replica: int) -> dict[str, Tensor]:
+        """One replica's parameters, not copied, under the plain names."""
+        raise NotImplementedError
+
+    def gradient_norms(self) -> Tensor:
+        """Euclidean norm of each replica's whole gradient, [R]."""
+        raise NotImplementedError
+
+    def scale_gradients(self, factors: Tensor) -> None:
+        """Multiply each replica's gradient by its own factor, in place."""
+        raise NotImplementedError
+
+    def shared(self, inputs: Tensor) -> Tensor:
+        """One batch [B, ...] laid out for all replicas, without a copy."""
+        axis = self.replica_axis
+        return inputs.unsqueeze(axis).expand(*inputs.shape[:axis], self.num_replicas, *inputs.shape[axis:])
+
+    def clip_gradients(self, max_norm: float) -> None:
+        """Clip every replica's gradient by its own norm, as `torch.nn.utils.clip_grad_norm_` does for one model."""
+        self.scale_gradients((max_norm / (self.gradient_norms() + 1e-6)).clamp(max=1.0))
+
+
+class Fold(Stack):
+    """The fold engine. `streams` are the dropout masks' generators, one for each distinct seed."""
+
+    engine, replica_axis = "fold", 1
+
+    def __init__(self, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None) -> None:
+        super().__init__(len(modules), head)
+        self.folded = fold_modules(modules)
+        self.streams = DropoutStreams(seeds)
+        for layer in self.folded.modules():
+            if isinstance(layer, Dropout):
+                layer.streams = self.streams
+        self._hidden: Tensor | None = None
+        if head is not None:
+            self.folded.get_submodule(head).register_forward_pre_hook(self._capture)
+
+    def _capture(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._hidden = arguments[0]
+
+    def forward(self, inputs: Tensor, fused: bool = False) -> Outputs:
+        logits = self._by_replica(self.folded(inputs.flatten(1, 2)))
+        hidden, self._hidden = self._hidden, None
+        if not fused:
+            return Outputs(logits)
+        assert hidden is not None and self.head is not None  # noqa: S101 - the builder gave a head
+        layer = self.folded.get_submodule(self.head)
+        bias = None if layer.bias is None else layer.bias.unbind()  # type: ignore[union-attr, operator]
+        return Outputs(logits, self._by_replica(hidden), layer.weight.unbind(), bias)  # type: ignore[union-attr, operator]
+
+    def _by_replica(self, folded: Tensor) -> Tensor:
+        """[B, R*F] as a contiguous [R, B, F]."""
+        return folded.unflatten(1, (self.num_replicas, -1)).transpose(0, 1).contiguous()
+
+    def weights(self, replica: int) -> dict[str, Tensor]:
+        return {name: tensor[replica].clone() for name, tensor in self.folded.state_dict().items()}
+
+    def parameters_of(self, replica: int) -> dict[str, Tensor]:
+        return {name: parameter[replica] for name, parameter in self.folded.named_parameters()}
+
+    def _gradients(self) -> Iterator[Tensor]:
+        return (p.grad.flatten(1) for p in self.folded.parameters() if p.grad is not None)
+
+    def gradient_norms(self) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(g, dim=1) for g in self._gradients()]).norm(dim=0)
+
+    def scale_gradients(self, factors: Tensor) -> None:
+        for gradient in self._gradients():
+            gradient.mul_(factors[:, None])
+
+
+class Loop(Stack):
+    """The loop engine: plain modules, each drawing its dropout masks from a stream of its own."""
+
+    engine, replica_axis = "loop", 0
+
+    def __init__(self, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None) -> None:
+        super().__init__(len(modules), head)
+        self.replicas = nn.ModuleList(modules)
+        device = next(modules[0].parameters()).device
+        self.streams = [RandomStream(seed, device) for seed in seeds]
+        self._hidden: list[Tensor] = []
+        if head is not None:
+            for module in modules:
+                module.get_submodule(head).register_forward_pre_hook(self._capture)
+
+    def _capture(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._hidden.append(arguments[0])
+
+    def _run(self, replica: int, inputs: Tensor) -> Tensor:
+        module = self.replicas[replica]
+        if not self.training:
+            return module(inputs)  # type: ignore[no-any-return]
+        with self.streams[replica].resumed():
+            return module(inputs)  # type: ignore[no-any-return]
+
+    def forward(self, inputs: Tensor, fused: bool = False) -> Outputs:
+        self._hidden.clear()
+        logits = torch.stack([self._run(r, batch) for r, batch in enumerate(inputs.unbind())])
+        if not fused:
+            self._hidden.clear()
+            return Outputs(logits)
+        hidden = torch.stack(self._hidden)
+        heads = [module.get_submodule(self.head or "") for module in self.replicas]
+        weight, bias = [h.weight for h in heads], [h.bias for h in heads]
+        self._hidden.clear()
+        return Outputs(logits, hidden, weight, None if bias[0] is None else bias)  # type: ignore[arg-type]
+
+    def weights(self, replica: int) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.replicas[replica].state_dict().items()}
+
+    def parameters_of(self, replica: int) -> dict[str, Tensor]:
+        return dict(self.replicas[replica].named_parameters())
+
+    def gradient_norms(self) -> Tensor:
+        return torch.stack([
+            nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+            for module in self.replicas
+        ])  # fmt: skip
+
+    def scale_gradients(self, factors: Tensor) -> None:
+        for module, factor in zip(self.replicas, factors.unbind(), strict=True):
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+
+ENGINES: dict[str, type[Fold] | type[Loop]] = {"fold": Fold, "loop": Loop}
+
+
+def find_head(module: nn.Module, example: Tensor) -> str | None:
+    """The name of the linear layer whose output is the model's output, or None where there is none."""
+    outputs: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
+        for name, layer in module.named_modules()
+        if type(layer) is nn.Linear
+    ]
+    was_training = module.training
+    with torch.no_grad():
+        logits = module.eval()(example)
+    module.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    return next((name for name, output in outputs.items() if output is logits), None)
+
+
+def unfit_to_fold(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int) -> str | None:
+    """Why these modules must not be folded, or None: the check that every fold passes before it trains.
+
+    In float64, three perturbed copies on inputs of their own must give the outputs, gradients and buffers that
+    the plain modules give (relative 1e-9), in training at two batch sizes and in evaluation, and must leave the
+    global random state alone. In the working precision a replica must give the same bits in any slot, and alone.
+    """
+    try:
+        return _unfaithful(modules, shape, batch_size) or _slot_dependent(modules, shape, batch_size)
+    except Exception as error:  # a twin that the model's own code cannot work with; the loop can
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+Trace = dict[str, Tensor]
+
+
+def _trace(stack: Stack, inputs: Tensor, output_weights: Tensor) -> list[Trace]:
+    """Outputs, gradients and buffers of every replica after one backward pass of sum(w * logits)."""
+    stack.zero_grad()
+    logits = stack(inputs.movedim(0, stack.replica_axis)).logits
+    if stack.training:
+        (logits * output_weights).sum().backward()
+    traces = []
+    for replica in range(stack.num_replicas):
+        trace = {"output": logits[replica].detach()} | {f"state {k}": v for k, v in stack.weights(replica).items()}
+        traces.append(trace | {f"gradient {k}": g for k, g in _gradients(stack, replica)})
+    return traces
+
+
+def _gradients(stack: Stack, replica: int) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(stack, Fold):
+        named = stack.folded.named_parameters()
+        return ((name, p.grad[replica].clone()) for name, p in named if p.grad is not None)
+    assert isinstance(stack, Loop)  # noqa: S101 - there are two engines
+    named = stack.replicas[replica].named_parameters()
+    return ((name, p.grad.clone()) for name, p in named if p.grad is not None)
+
+
+def _perturbed(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    module = copy.deepcopy(module)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+                tensor.mul_((1 + 0.1 * noise).to(tensor)).add_((0.01 * noise).to(tensor))
+    return module
+
+
+def _unfaithful(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    device = next(modules[0].parameters()).device
+    copies = [_perturbed(modules[i % len(modules)], generator).double() for i in range(3)]
+    num_classes = _num_classes(copies[0], shape, device)
+    for training, size in ((True, batch_size), (True, max(2, batch_size // 2 - 1)), (False, batch_size)):
+        inputs = torch.randn(3, size, *shape, generator=generator, dtype=torch.float64).to(device)
+        weights = torch.randn(3, size, num_classes, generator=generator, dtype=torch.float64).to(device)
+        fold = Fold(copies, range(3)).train(training)
+        loop = Loop([copy.deepcopy(m) for m in copies], range(3)).train(training)
+        before = torch.get_rng_state()
+        folded = _trace(fold, inputs, weights)
+        if not torch.equal(before, torch.get_rng_state()):
+            return "it draws from the global random state"
+        for ours, plain in zip(folded, _trace(loop, inputs, weights), strict=True):
+            for name, exact in plain.items():
+                scale = exact.abs().max() if exact.numel() else torch.tensor(0.0)
+                if name not in ours or ours[name].shape != exact.shape:
+                    return f"{name} has another shape"
+                if not bool(((ours[name] - exact).abs() <= 1e-9 * scale + 1e-12).all()):
+                    return f"{name} differs from the plain module's"
+    return None
+
+
+def _slot_dependent(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int) -> str | None:
+    generator = torch.Generator().manual_seed(1)
+    first = next(modules[0].parameters())
+    copies = [_perturbed(module, generator) for module in modules]
+    num_classes = _num_classes(copies[0], shape, first.device)
+    inputs = torch.randn(len(copies), batch_size, *shape, generator=generator).to(first)
+    weights = torch.randn(len(copies), batch_size, num_classes, generator=generator).to(first)
+
+    def traces(slots: Sequence[int]) -> list[Trace]:
+        fold = Fold([copies[s] for s in slots], slots).train()
+        return _trace(fold, inputs[list(slots)], weights[list(slots)])
+
+    together = traces(range(len(copies)))
+    moved = traces([*range(1, len(copies)), 0])
+    alone = traces([0])[0]
+    for name, bits in together[0].items():
+        if not (_same_bits(bits, moved[-1][name]) and _same_bits(bits, alone[name])):
+            return f"the bits of {name} depend on the slot or on the number of neighbours"
+    return None
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _num_classes(module: nn.Module, shape: Sequence[int], device: torch.device) -> int:
+    module = copy.deepcopy(module).eval()
+    parameter = next(module.parameters())
+    with torch.no_grad():
+        return int(module(torch.zeros(2, *shape, dtype=parameter.dtype, device=device)).shape[1])
+
+
+def convolves(module: nn.Module) -> bool:
+    """Whether the model has convolutions, which decides the engine and the tile."""
+    return any(isinstance(layer, nn.modules.conv._ConvNd) for layer in module.modules())
+
+
+def choose_engine(
+    requested: str, modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int
+) -> tuple[str, str]:
+    """The engine to use and the reason, by a static rule; timing would change bits from machine to machine.
+
+    Convolutions gain nothing from folding on a CPU, so they run in the loop there. Everything else is folded if it
+    passes `unfit_to_fold`.
+    """
+    if requested == "loop":
+        return "loop", "as configured"
+    if requested == "auto" and convolves(modules[0]) and next(modules[0].parameters()).device.type == "cpu":
+        return "loop", "convolutions on a CPU gain nothing from folding"
+    reason = unfit_to_fold(modules, shape, batch_size)
+    return ("loop", f"cannot be folded: {reason}") if reason else ("fold", "passed the check against plain modules")
+
+
+def build_stack(
+    engine: str, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None
+) -> Stack:
+    """The stack of these modules, replica i seeded with `seeds[i]`, in the engine that `choose_engine` named."""
+    return ENGINES[engine](modules, seeds, head)
+
+
+FOLD_TILE = 32
+TENSOR_BYTES = 2**25  # beyond this, allocating a tensor costs more than folding saves
+
+
+def tile_size(engine: str, module: nn.Module, batch_bytes: int) -> int:
+    """How many replicas are trained at once, by a static rule of the model, the engine and the batch alone.
+
+    In the loop nothing is gained by more than a few; folded, the largest tensor should stay below 32 MB.
+    """
+    largest = max(batch_bytes, *(p.numel() * p.element_size() for p in module.parameters()))
+    if engine == "loop":
+        return 4
+    return max(1, min(FOLD_TILE, TENSOR_BYTES // largest))

@@ -1,0 +1,384 @@
+"""What was trained, as runs in MLflow.
+
+MLflow is a view: a cell is complete on disk before anything here hears of it and can be sent again, so a
+lost tracking server costs a page, never evidence. `record` replaces whatever the same sweep already holds
+under the same fingerprints; `present` tells what need not be sent.
+
+MLflow takes seconds to import, so nothing here does before a `Tracker` is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment
+    from mlflow.entities import Run as StoredRun
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from sqlalchemy.orm import Session
+
+_Row = dict[str, Any]
+
+# Set before MLflow is imported, and only where the user has not decided. One retry of ten seconds answers an
+# unreachable server within half a minute; MLflow's own default takes several.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+_LONGEST_VALUE = 6000  # MLflow's limit for a param; what is cut stands in the config.yaml artifact
+_LONGEST_DIGEST = 36  # MLflow's limit for the digest of a dataset; its source keeps the whole
+_CONTEXT = ("mlflow.data.context", "training")  # how MLflow says what a run used a dataset for
+_VIEW = "by-loss"
+
+_DESCRIPTION = """\
+**[Open the runs grouped by loss]({link})**: every chart shows the mean over seeds and its range.
+
+* A run is one (loss, seed); runs of one seed share their initial weights and their batches.
+* Curves that coincide are the finding, not a fault: one line hides the others. Look at `gap/parameters`, the
+  relative distance between a run's weights and those of the reference under the same seed.
+* Compare `val/*` and `test/*`, which are computed alike for every loss. Never compare `train/objective`: it
+  is what each loss minimised, on its own scale.
+* The verdict and the report are artifacts of the run that `tags.kind = 'report'` finds.
+* A tag `nonfinite.*` counts the points that were NaN or infinite, which no chart can show.
+"""
+
+# The grouped view: section -> (metric, chart, scale of both axes). A gap of 0 has no logarithm, hence both.
+_SECTIONS = {
+    "Compare these": [("val/nll", "LINE", "linear"), ("val/accuracy", "LINE", "linear")],
+    "Distance to the reference of the same seed": [
+        ("gap/parameters", "LINE", "linear"),
+        ("gap/parameters", "LINE", "log"),
+    ],
+    "At the last step": [("test/nll", "BAR", "linear"), ("test/accuracy", "BAR", "linear")],
+    "What each loss minimised: never compare": [("train/objective", "LINE", "linear")],
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell, or the report of a trial. A diverged cell did its job: FINISHED, and a tag says the rest."""
+
+    name: str
+    tags: Mapping[str, str]  # `sweep` and `fingerprint` identify the run
+    params: Mapping[str, str]
+    metrics: pd.DataFrame  # columns metric, step, value; may be empty
+    started: float  # seconds since the epoch
+    ended: float
+    status: str = "FINISHED"
+    dataset: tuple[str, str] | None = None  # name, digest
+    artifacts: Mapping[str, Path | str] = field(default_factory=dict)  # path in MLflow -> a file, or text
+
+
+class Tracker:
+    """An MLflow experiment to record runs in. `tracking=none` is the absence of one."""
+
+    def __init__(self, uri: str | None, experiment: str, root: Path) -> None:
+        self.root = root.resolve()
+        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+        self.experiment = experiment
+
+    def open(self) -> None:
+        """Connect, and create what is missing: database, experiment, its description and its grouped view.
+
+        A sweep calls this before its jobs start; concurrent calls for one root wait for each other.
+        """
+        _set_environment()
+        with _plain_errors(self.uri), self._creating():
+            from mlflow import MlflowClient
+
+            self._client = MlflowClient(tracking_uri=self.uri)
+            self._found = self._find_or_create_experiment()
+            self._id = str(self._found.experiment_id)
+            defaults = {
+                "mlflow.note.content": _DESCRIPTION.format(link=self._page(_VIEW)),
+                f"mlflow.sharedViewState.{_VIEW}": _grouped_view("tags.kind != 'report'"),
+            }
+            for key in defaults.keys() - self._found.tags.keys():
+                self._client.set_experiment_tag(self._id, key, defaults[key])
+
+    def present(self, sweep: str) -> set[str]:
+        """The fingerprints of the runs that this sweep already holds, complete."""
+        with _plain_errors(self.uri):
+            runs = self._search(f"tags.sweep = {_quoted(sweep)} and attributes.status = 'FINISHED'")
+            return {run.data.tags["fingerprint"] for run in runs if "fingerprint" in run.data.tags}
+
+    def record(self, runs: Sequence[Run]) -> None:
+        """Write the runs, each in place of any of its sweep with its fingerprint; many at once is cheapest.
+
+        Killed on the way, it leaves a run absent (a database) or RUNNING (a server), never present.
+        """
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        with _plain_errors(self.uri):
+            self._discard(runs)
+            store = self._client._tracking_client.store
+            if isinstance(store, SqlAlchemyStore):
+                _insert(store, self._found, runs)
+            else:
+                for run in runs:
+                    _send(self._client, self._id, run)
+
+    def link(self, sweep: str, ui: str = "http://127.0.0.1:5000") -> str:
+        """Publish the sweep's grouped view and return its address; `ui` is where a database's UI listens."""
+        key = f"{_VIEW}-{hashlib.sha256(sweep.encode()).hexdigest()[:12]}"
+        view = _grouped_view(f"tags.sweep = {_quoted(sweep)} and tags.kind != 'report'")
+        with _plain_errors(self.uri):
+            self._client.set_experiment_tag(self._id, f"mlflow.sharedViewState.{key}", view)
+        base = _without_password(self.uri if self._is_remote else ui)
+        return f"{base.rstrip('/')}/{self._page(key)}"
+
+    @property
+    def _is_remote(self) -> bool:
+        return self.uri.startswith(("http://", "https://"))
+
+    def _creating(self) -> AbstractContextManager[object]:
+        """MLflow creates neither a database nor an experiment safely where two processes begin at once."""
+        if self._is_remote:
+            return nullcontext()
+        self.root.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.root / "mlflow.db.lock")
+
+    def _find_or_create_experiment(self) -> Experiment:
+        found = self._client.get_experiment_by_name(self.experiment)
+        if found is None:
+            # Left alone, MLflow freezes the current working directory into an experiment of a database.
+            home = None if self._is_remote else (self.root / "mlruns" / self.experiment).as_uri()
+            found = self._client.get_experiment(self._client.create_experiment(self.experiment, home))
+        if found.lifecycle_stage != "active":
+            raise UsageError(
+                f"The MLflow experiment {self.experiment!r} is deleted: choose another name, or restore it "
+                f"with `mlflow experiments restore --experiment-id {found.experiment_id}`"
+            )
+        return found
+
+    def _search(self, query: str) -> Iterator[StoredRun]:
+        token = None
+        while True:
+            page = self._client.search_runs([self._id], query, max_results=1000, page_token=token)
+            yield from page
+            if not (token := page.token):
+                return
+
+    def _discard(self, runs: Sequence[Run]) -> None:
+        replaced: dict[str, set[str]] = defaultdict(set)
+        for run in runs:
+            replaced[run.tags["sweep"]].add(run.tags["fingerprint"])
+        for sweep, fingerprints in replaced.items():
+            for old in list(self._search(f"tags.sweep = {_quoted(sweep)}")):
+                if old.data.tags.get("fingerprint") in fingerprints:
+                    self._client.delete_run(old.info.run_id)
+
+    def _page(self, view: str) -> str:
+        mode = "compareRunsMode=CHART&workflowType=machine_learning"
+        return f"#/experiments/{self._id}/runs?viewStateShareKey={view}&{mode}"
+
+
+def git_state(root: Path) -> dict[str, str]:
+    """Commit and cleanliness of the repository around `root`, as tags; empty where there is none."""
+    try:
+        commit, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"git.commit": commit, "git.dirty": "true" if changes else "false"}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    program = shutil.which("git") or "/git/is/missing"
+    command = [program, "--no-optional-locks", "-C", str(root), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)  # noqa: S603
+    return done.stdout.strip()
+
+
+def _set_environment() -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _plain_errors(uri: str) -> Iterator[None]:
+    """A server or database that fails is one line and its remedy."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = str(error).strip().split("\n", 1)[0][:300]
+        remedy = "start it, correct MLFLOW_TRACKING_URI or choose tracking=none; what was trained is kept"
+        raise UsageError(_without_password(f"MLflow at {uri} cannot be used ({reason}): {remedy}")) from error
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^@/\s]*@", "//", text)
+
+
+def _quoted(text: str) -> str:
+    """A string in MLflow's search language, which knows two quotes and no escape."""
+    return f'"{text}"' if "'" in text else f"'{text}'"
+
+
+def _finite(run: Run) -> tuple[list[tuple[str, int, float]], dict[str, str]]:
+    """The points that a chart can show, one a metric and step, and tags that account for the others."""
+    rows = run.metrics.drop_duplicates(["metric", "step"], keep="last")
+    points: list[tuple[str, int, float]] = []
+    lost: dict[str, list[str]] = defaultdict(list)
+    for metric, step, value in rows[["metric", "step", "value"]].itertuples(index=False, name=None):
+        if math.isfinite(value):
+            points.append((metric, int(step), float(value)))
+        else:
+            lost[metric].append(f"{value} at step {step}")
+    return points, {f"nonfinite.{metric}": f"{len(what)}, first {what[0]}" for metric, what in lost.items()}
+
+
+def _cut(values: Mapping[str, str]) -> dict[str, str]:
+    return {key: value[:_LONGEST_VALUE] for key, value in values.items()}
+
+
+def _span(run: Run) -> tuple[int, int]:
+    """Start and end in milliseconds. Points carry the end: when each was taken is not known."""
+    return round(run.started * 1000), round(run.ended * 1000)
+
+
+def _save_artifacts(run: Run, home: str, uri: str) -> None:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    if not run.artifacts:
+        return
+    with tempfile.TemporaryDirectory() as stage:
+        for path, content in run.artifacts.items():
+            target = Path(stage, path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                target.symlink_to(content.resolve(strict=True))
+            else:
+                target.write_text(content, encoding="utf-8")
+        repository: Any = get_artifact_repository(home, uri)
+        repository.log_artifacts(stage)
+
+
+def _send(client: MlflowClient, experiment: str, run: Run) -> None:
+    """One run through MLflow's own calls: RUNNING until the last."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+
+    points, account = _finite(run)
+    start, end = _span(run)
+    info = client.create_run(experiment, start, _cut({**run.tags, **account}), run.name).info
+    metrics = [Metric(metric, value, end, step) for metric, step, value in points]
+    client.log_batch(info.run_id, metrics, [Param(key, value) for key, value in _cut(run.params).items()])
+    if run.dataset is not None:
+        name, digest = run.dataset
+        data = Dataset(name, digest[:_LONGEST_DIGEST], "digest", digest)
+        client.log_inputs(info.run_id, [DatasetInput(data, [InputTag(*_CONTEXT)])])
+    _save_artifacts(run, info.artifact_uri, client.tracking_uri)
+    client.set_terminated(info.run_id, run.status, end)
+
+
+def _insert(store: SqlAlchemyStore, experiment: Experiment, runs: Sequence[Run]) -> None:
+    """The runs in one transaction, as the rows that MLflow's own calls would write far more slowly."""
+    from mlflow.store.tracking.dbmodels import models
+    from sqlalchemy import insert
+
+    rows: dict[str, list[_Row]] = defaultdict(list)
+    datasets: dict[str, tuple[str, str]] = {}
+    for run in runs:
+        run_id = uuid.uuid4().hex
+        home = f"{experiment.artifact_location}/{run_id}/artifacts"
+        _save_artifacts(run, home, store.db_uri)
+        place = {"experiment_id": int(experiment.experiment_id), "artifact_uri": home}
+        for table, row in _rows(run, place):
+            rows[table].append({"run_uuid": run_id, **row})
+        if run.dataset is not None:
+            datasets[run_id] = run.dataset
+    with store.ManagedSessionMaker(read_only=False) as session:
+        for table, batch in rows.items():
+            session.execute(insert(getattr(models, table).__table__), batch)
+        _insert_datasets(session, int(experiment.experiment_id), datasets)
+
+
+def _rows(run: Run, place: _Row) -> Iterator[tuple[str, _Row]]:
+    """(table, row) for everything but the dataset, the run itself first."""
+    points, account = _finite(run)
+    start, end = _span(run)
+    state = {"status": run.status, "lifecycle_stage": "active", "user_id": "unknown"}
+    yield "SqlRun", {"name": run.name, "start_time": start, "end_time": end, **place, **state}
+    for key, value in _cut({**run.tags, **account, "mlflow.runName": run.name}).items():
+        yield "SqlTag", {"key": key, "value": value}
+    for key, value in _cut(run.params).items():
+        yield "SqlParam", {"key": key, "value": value}
+    latest: dict[str, _Row] = {}
+    for metric, step, value in points:
+        row: _Row = {"key": metric, "step": step, "value": value, "timestamp": end, "is_nan": False}
+        yield "SqlMetric", row
+        if metric not in latest or step > latest[metric]["step"]:
+            latest[metric] = row
+    for row in latest.values():
+        yield "SqlLatestMetric", row
+
+
+def _insert_datasets(session: Session, experiment: int, used: Mapping[str, tuple[str, str]]) -> None:
+    """Each dataset once, and the runs that used it. Reads after the first write, which holds off others."""
+    from mlflow.store.tracking.dbmodels.models import SqlDataset, SqlInput, SqlInputTag
+
+    columns = (SqlDataset.name, SqlDataset.digest, SqlDataset.dataset_uuid)
+    here: Any = session.query(*columns).filter(SqlDataset.experiment_id == experiment)
+    known: dict[tuple[str, str], str] = {(name, digest): key for name, digest, key in here}
+    for run_id, (name, digest) in used.items():
+        short = digest[:_LONGEST_DIGEST]
+        if (name, short) not in known:
+            known[name, short] = uuid.uuid4().hex
+            identity = {"name": name, "digest": short, "dataset_uuid": known[name, short]}
+            source = {"dataset_source_type": "digest", "dataset_source": digest}
+            session.add(SqlDataset(experiment_id=experiment, **identity, **source))
+        edge = {"source_type": "DATASET", "source_id": known[name, short], "destination_type": "RUN"}
+        session.add(SqlInput(input_uuid=run_id, destination_id=run_id, **edge))
+        session.add(SqlInputTag(input_uuid=run_id, name=_CONTEXT[0], value=_CONTEXT[1]))
+
+
+def _grouped_view(query: str) -> str:
+    """The state of a page as MLflow's UI shares it, undocumented: runs grouped by loss, charts in order."""
+    sections, charts = [], []
+    for title, wanted in _SECTIONS.items():
+        sections.append({"uuid": title, "name": title, "display": True, "isReordered": True})
+        charts += [_chart(title, *chart) for chart in wanted]
+    grouping = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "loss"}]}
+    state = {
+        "searchFilter": query,
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": True,
+        "groupBy": grouping,
+        "runsHiddenMode": "SHOW_ALL",
+        "isAccordionReordered": True,
+        "compareRunSections": sections,
+        "compareRunCharts": charts,
+    }
+    return json.dumps(state)
+
+
+def _chart(section: str, metric: str, kind: str, scale: str) -> _Row:
+    axes = {"xAxisKey": "step", "xAxisScaleType": scale, "scaleType": scale, "useGlobalXaxisKey": False}
+    curve = {"lineSmoothness": 0, "useGlobalLineSmoothing": False}
+    place = {"uuid": f"{metric} {scale}", "metricSectionId": section, "isGenerated": False, "deleted": False}
+    return {"type": kind, "metricKey": metric, **place, **axes, **curve}

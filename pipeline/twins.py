@@ -1,0 +1,190 @@
+"""Stacked twins of torch's leaf layers: R layers of one shape as one, on replicas folded into channels.
+
+A twin is a subclass of the plain layer that keeps its attributes. Its tensors carry a leading replica axis under
+the plain names; its inputs and outputs are [B, R*C, ...], replica-major, so the model's own code between the
+layers (ReLU, pooling, flatten, residual additions) works unchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CannotFold(Exception):
+    """A model has a layer without a twin, or modules that differ."""
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity whose gradient is contiguous: a bias gradient summed over a strided one depends on the slot."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.contiguous()
+
+
+class Linear(nn.Linear):
+    """weight [R, O, I], bias [R, O]; computes W x^T, so that [R, O, B] is [B, R*O] without a copy."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        replicas, out_features, in_features = self.weight.shape
+        columns = input.reshape(-1, replicas * in_features).t().unflatten(0, (replicas, in_features))
+        if self.bias is None:
+            out = torch.bmm(self.weight, columns)
+        else:
+            out = torch.baddbmm(self.bias.unsqueeze(-1), self.weight, columns)
+        out = _ContiguousGradient.apply(out)  # type: ignore[no-untyped-call]
+        return out.flatten(0, 1).t().view(*input.shape[:-1], replicas * out_features)
+
+
+class _Conv:
+    """Grouped convolution with R times the groups does R convolutions."""
+
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        replicas = self.weight.shape[0]
+        plain_groups, self.groups = self.groups, self.groups * replicas
+        try:
+            bias = None if self.bias is None else self.bias.flatten()
+            return self._conv_forward(input, self.weight.flatten(0, 1), bias)  # type: ignore[attr-defined, no-any-return]
+        finally:
+            self.groups = plain_groups
+
+
+class Conv1d(_Conv, nn.Conv1d):
+    """weight [R, O, I/g, K], bias [R, O]."""
+
+
+class Conv2d(_Conv, nn.Conv2d):
+    """weight [R, O, I/g, K, K], bias [R, O]."""
+
+
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Statistics are per channel, so R*C channels are R layers by themselves."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None and self.num_batches_tracked is not None:
+            momentum = 1.0 / float(self.num_batches_tracked.flatten()[0])
+        tracked = self.running_mean is not None and self.running_var is not None
+        return F.batch_norm(
+            input,
+            self.running_mean.flatten() if tracked else None,  # type: ignore[union-attr]
+            self.running_var.flatten() if tracked else None,  # type: ignore[union-attr]
+            self.weight.flatten() if self.affine else None,
+            self.bias.flatten() if self.affine else None,
+            self.training or not tracked,
+            momentum or 0.0,
+            self.eps,
+        )
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """Tensors [R, C]; the input [B, R*C] or [B, R*C, L]."""
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """Tensors [R, C]; the input [B, R*C, H, W]."""
+
+
+class GroupNorm(nn.GroupNorm):
+    """Tensors [R, C]; R times the groups on R*C channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        replicas = input.shape[1] // self.num_channels
+        weight = self.weight.flatten() if self.affine else None
+        bias = self.bias.flatten() if self.affine else None
+        return F.group_norm(input, self.num_groups * replicas, weight, bias, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Tensors [R, F] on inputs [..., R*F]; normalisation over one axis only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if len(self.normalized_shape) != 1:
+            raise CannotFold("LayerNorm over more than one axis has no twin")
+        out = F.layer_norm(input.unflatten(-1, (-1, *self.normalized_shape)), self.normalized_shape, eps=self.eps)
+        if self.elementwise_affine:
+            out = out * self.weight
+            out = out if self.bias is None else out + self.bias
+        return out.flatten(-2)
+
+
+class DropoutStreams:
+    """One generator for each distinct seed, shared by all layers and by all replicas of that seed."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.seeds = list(dict.fromkeys(seeds))
+        self.slots = [self.seeds.index(seed) for seed in seeds]
+        self.generators: list[torch.Generator] = []
+
+    def keep(self, like: Tensor, probability: float) -> Tensor:
+        """Masks of zeros and ones, [B, R*C, ...]: what plain dropout draws after `manual_seed(seed)`."""
+        if not self.generators:
+            self.generators = [torch.Generator(like.device).manual_seed(seed) for seed in self.seeds]
+        shape = (like.shape[0], like.shape[1] // len(self.slots), *like.shape[2:])
+        masks = [
+            torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(probability, generator=generator)
+            for generator in self.generators
+        ]
+        return torch.stack([masks[slot] for slot in self.slots], 1).flatten(1, 2)
+
+
+class Dropout(nn.Dropout):
+    """Masks come from the seed's own generator, never from the global one."""
+
+    streams: DropoutStreams
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return input
+        if self.p == 1.0:
+            return input * 0.0
+        return input * self.streams.keep(input, 1 - self.p).div_(1 - self.p)
+
+
+TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: Linear,
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.GroupNorm: GroupNorm,
+    nn.LayerNorm: LayerNorm,
+    nn.Dropout: Dropout,
+}
+
+
+def fold_modules(modules: Sequence[nn.Module]) -> nn.Module:
+    """A copy of the first module with twins for leaf layers and every tensor stacked to [R, ...].
+
+    Raises:
+        CannotFold: a layer with tensors of its own has no twin, or the modules' tensors differ in name or shape.
+    """
+    folded = copy.deepcopy(modules[0])
+    for name, layer in folded.named_modules():
+        if type(layer) in TWINS:
+            layer.__class__ = TWINS[type(layer)]
+        elif any(True for _ in layer.parameters(recurse=False)) or any(True for _ in layer.buffers(recurse=False)):
+            raise CannotFold(f"{type(layer).__name__} ({name or 'the model itself'}) has tensors and no twin")
+    states = [dict([*m.named_parameters(), *m.named_buffers()]) for m in modules]
+    for name, tensor in [*folded.named_parameters(), *folded.named_buffers()]:
+        if any(name not in state or state[name].shape != tensor.shape for state in states):
+            raise CannotFold(f"the modules disagree about {name}")
+        tensor.data = torch.stack([state[name].detach() for state in states])
+    return folded

@@ -1,0 +1,236 @@
+"""The two axes into one word, the sentence that explains it, and the JSON contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.cells import Cell
+from pipeline.objectives import Replica
+from pipeline.statistics import OutcomeFinding, Status, YARDSTICKS, compare, correct_for_arms
+
+SCHEMA = 1
+SAME = frozenset({"identical", "rounding", "offset", "equivalent"})
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a trial's cells: fixed before the data and hashed into the verdict."""
+
+    losses: tuple[str, ...]
+    seeds: tuple[int, ...]
+    reference: str
+    about: str
+    expect: Mapping[str, str]
+    margins: Mapping[str, float]
+    primary: tuple[str, ...]
+    alpha: float
+    max_seeds: int
+
+    @property
+    def candidates(self) -> list[str]:
+        return [loss for loss in self.losses if loss != self.reference]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the yardsticks mean for this dataset.
+
+    Attributes:
+        num_classes: C.
+        label_entropy: entropy of the training labels' frequencies in nats; a model that does no better learned nothing.
+        scope: what "identical" is limited to, in words.
+    """
+
+    num_classes: int
+    label_entropy: float
+    scope: str
+
+
+Cells = Mapping[Replica, Cell]
+
+
+def status_of(cell: Cell | None, reference: Cell | None, facts: Facts) -> Status:
+    """ok, diverged or missing. A finite model that learned nothing while its reference did has diverged too."""
+    if cell is None:
+        return "missing"
+    if cell.record.diverged_at is not None:
+        return "diverged"
+    both = (c.yardsticks["test/nll"] if c else math.nan for c in (cell, reference))
+    mine, reference_nll = both
+    return "diverged" if mine >= facts.label_entropy > reference_nll else "ok"
+
+
+def outcomes(cells: Cells, request: Request, facts: Facts) -> dict[str, OutcomeFinding]:
+    """The outcome axis for every candidate, corrected for their number."""
+    found = {name: _outcome(name, cells, request, facts) for name in request.candidates}
+    return correct_for_arms(found)
+
+
+def _outcome(candidate: str, cells: Cells, request: Request, facts: Facts) -> OutcomeFinding:
+    theirs = [cells.get(Replica(request.reference, seed)) for seed in request.seeds]
+    mine = [cells.get(Replica(candidate, seed)) for seed in request.seeds]
+    identical = [
+        a is not None and b is not None and a.record.weights_sha256 == b.record.weights_sha256
+        for a, b in zip(mine, theirs, strict=True)
+    ]
+    return compare(
+        _finals(mine),
+        _finals(theirs),
+        primary=request.primary,
+        margins=request.margins,
+        num_classes=facts.num_classes,
+        candidate_status=[status_of(a, b, facts) for a, b in zip(mine, theirs, strict=True)],
+        reference_status=[status_of(b, None, facts) for b in theirs],
+        bitwise_identical=identical,
+        alpha=request.alpha,
+        max_seeds=request.max_seeds,
+    )
+
+
+def _finals(cells: Sequence[Cell | None]) -> dict[str, list[float]]:
+    return {
+        metric: [math.nan if cell is None else cell.yardsticks[f"test/{metric}"] for cell in cells]
+        for metric in YARDSTICKS
+    }
+
+
+def word(about: str, objective: str, outcome: str) -> str:
+    """One word for both axes; the axis that the request is about, checked against the other."""
+    if objective in ("identical", "rounding", "offset") and outcome == "different":
+        return "conflict"
+    if about == "outcome":
+        return outcome
+    if objective in ("not_run", "error"):
+        return outcome
+    if objective in ("identical", "rounding", "offset"):
+        return "identical" if outcome == "identical" else "rounding"
+    return "different"
+
+
+def confirms(expected: str, verdict: str, objective: str, outcome: str) -> bool:
+    """Whether an expectation holds: `same`, or the word of the verdict or of either axis."""
+    return verdict in SAME if expected == "same" else expected in (verdict, objective, outcome)
+
+
+def comparison(candidate: str, finding: OutcomeFinding, cells: Cells, request: Request, facts: Facts) -> dict[str, Any]:
+    """One entry of `comparisons` in verdict.json."""
+    objective = "not_run"
+    verdict = word(request.about, objective, finding.word)
+    expected = request.expect.get(candidate)
+    return {
+        "loss": candidate,
+        "objective": objective,
+        "scale": None,
+        "offset": None,
+        "domain": None,
+        "side_effects": [],
+        "outcome": finding.word,
+        "seeds_needed": finding.seeds_needed,
+        "verdict": verdict,
+        "sentence": sentence(finding, request, facts),
+        "expected": expected,
+        "confirmed": None if expected is None else confirms(expected, verdict, objective, finding.word),
+        "assay_sensitivity": None,
+        "would_have_caught": would_have_caught(finding, request),
+        "covered": [facts.scope],
+        "not_covered": ["the losses themselves were not audited", "other data, splits, hyperparameters and devices"],
+        "failures": _failures(candidate, cells, request, facts),
+        "metrics": {name: _metric(metric) for name, metric in finding.metrics.items()},
+    }
+
+
+def sentence(finding: OutcomeFinding, request: Request, facts: Facts) -> str:
+    """The outcome in prose, with what limits it."""
+    pairs = f"{finding.num_valid} of {len(request.seeds)} pairs"
+    unaudited = "The losses themselves were not audited."
+    if finding.word == "identical":
+        said = f"Weights and yardsticks are equal bit for bit in all {len(request.seeds)} pairs ({facts.scope})."
+        both = finding.failures.both
+        return " ".join([said, f"Under {both} seeds both arms diverged." if both else "", unaudited]).replace("  ", " ")
+    effects = "; ".join(_effect(name, finding, request) for name in request.primary if name in finding.metrics)
+    said = {
+        "equivalent": f"Equivalent within the margins over {pairs}: {effects}.",
+        "different": f"Another model: {'; '.join(finding.reasons)}.",
+        "not_run": f"Not decided: {'; '.join(finding.reasons)}.",
+    }.get(finding.word)
+    if said is None:
+        provisional = "provisionally equivalent, but " if finding.provisional else ""
+        said = f"Inconclusive over {pairs}: {provisional}{'; '.join(finding.reasons)}.{_advice(finding)}"
+    return f"{said} {unaudited}"
+
+
+def _effect(name: str, finding: OutcomeFinding, request: Request) -> str:
+    metric, margin = finding.metrics[name], request.margins.get(name)
+    reliably = "reliably " if metric.excludes_zero else ""
+    ratio = " (log ratio)" if metric.scale == "log_ratio" else ""
+    return f"{name} {reliably}{metric.mean_difference:+.2g}{ratio}, margin {margin:g}" if margin else name
+
+
+def _advice(finding: OutcomeFinding) -> str:
+    needed = finding.seeds_needed
+    if needed is None:
+        return ""
+    return " No affordable number of seeds would decide it." if needed == "unreachable" else f" About {needed} seeds would decide it."
+
+
+def would_have_caught(finding: OutcomeFinding, request: Request) -> str | None:
+    """The smallest difference that this check would have noticed, in words."""
+    if finding.word == "identical":
+        return "one bit in any weight or yardstick of any pair"
+    if finding.word == "equivalent":
+        limits = ", ".join(f"{name} {request.margins[name]:g}" for name in request.primary)
+        return f"a true mean difference at the margins ({limits}), in {1 - request.alpha:.0%} of such studies"
+    return None
+
+
+def _failures(candidate: str, cells: Cells, request: Request, facts: Facts) -> list[dict[str, Any]]:
+    failures = []
+    for seed in request.seeds:
+        cell, reference = cells.get(Replica(candidate, seed)), cells.get(Replica(request.reference, seed))
+        status = status_of(cell, reference, facts)
+        if status == "missing":
+            failures.append({"seed": seed, "step": None, "cause": "missing"})
+        elif status == "diverged" and cell is not None:
+            cause = cell.record.cause or "it learned nothing, while the reference did"
+            failures.append({"seed": seed, "step": cell.record.diverged_at, "cause": cause})
+    return failures
+
+
+def _metric(finding: Any) -> dict[str, Any]:
+    """A metric's entry; null for what was not computed."""
+    names = ("mean_difference", "ci_tost", "ci_difference", "level", "margin", "p_tost", "n", "pair_correlation")
+    return {name: _strict(getattr(finding, name)) for name in names}
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, tuple | list | np.ndarray):
+        return [_strict(entry) for entry in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def decide(
+    cells: Cells, request: Request, facts: Facts, header: Mapping[str, Any], protocol_hash: str
+) -> dict[str, Any]:
+    """The content of verdict.json; `header` holds what it is about: sweep, dataset, model and so on."""
+    found = outcomes(cells, request, facts)
+    protocol = {
+        "hash": protocol_hash, "alpha": request.alpha, "looks": 1, "look": 1,
+        "margins": dict(request.margins) or None, "primary": list(request.primary),
+    }  # fmt: skip
+    return {
+        "schema": SCHEMA,
+        **header,
+        "about": request.about,
+        "reference": request.reference,
+        "seeds": list(request.seeds),
+        "protocol": protocol,
+        "reference_failures": _failures(request.reference, cells, request, facts),
+        "comparisons": [comparison(name, found[name], cells, request, facts) for name in request.candidates],
+    }

@@ -1,0 +1,55 @@
+"""Metrics computed alike for every arm, from the logits in float64, as sums over examples.
+
+A mean of batch means would weigh the examples of a short last batch more than the others, so the sums travel and
+are divided once, by the number of examples.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUM_BINS = 15
+
+
+class Yardsticks:
+    r"""Per-replica means over all examples seen, from logits [R, B, C] and target probabilities [B, C].
+
+    nll       mean of -sum_j y_j log q_j in nats, in [0, inf); the cross-entropy where labels are soft.
+    accuracy  share of examples whose most probable class is the label, in [0, 1].
+    brier     mean of sum_j (q_j - y_j)^2, in [0, 2].
+    ece       top-label calibration error, sum_b n_b/n |accuracy_b - confidence_b| over 15 equal bins, in [0, 1]
+              (Guo et al. 2017, arXiv:1706.04599). Shown, never judged: it is not a proper score.
+
+    All are NaN for a replica that gave a non-finite logit.
+    """
+
+    def __init__(self, num_replicas: int, device: torch.device) -> None:
+        self.sums = torch.zeros(num_replicas, 3, dtype=torch.float64, device=device)
+        self.bins = torch.zeros(num_replicas, NUM_BINS, 2, dtype=torch.float64, device=device)
+        self.finite = torch.ones(num_replicas, dtype=torch.bool, device=device)
+        self.count = 0
+
+    def update(self, logits: Tensor, labels: Tensor, target_probs: Tensor) -> None:
+        """Add one batch: logits [R, B, C] in any precision, labels [B], target_probs [B, C]."""
+        self.finite &= logits.isfinite().flatten(1).all(1)
+        log_probs = F.log_softmax(logits.double(), -1)
+        probs, targets = log_probs.exp(), target_probs.double()
+        # 0 log 0 = 0: a class that the labels rule out costs nothing, whatever the model says of it.
+        nll = -torch.where(targets > 0, targets * log_probs, 0.0).sum((1, 2))
+        brier = torch.square(probs - targets).sum((1, 2))
+        confidence, top = probs.max(-1)
+        hit = (top == labels).double()
+        self.sums += torch.stack([nll, hit.sum(1), brier], 1)
+        bin_index = (confidence * NUM_BINS).nan_to_num().long().clamp(0, NUM_BINS - 1)
+        in_bin = F.one_hot(bin_index, NUM_BINS).double()
+        self.bins += torch.einsum("rbn,rbk->rnk", in_bin, torch.stack([hit, confidence], -1))
+        self.count += labels.numel()
+
+    def result(self) -> dict[str, Tensor]:
+        """The means, each [R], on the CPU."""
+        nll, accuracy, brier = (self.sums / self.count).unbind(1)
+        ece = (self.bins[..., 0] - self.bins[..., 1]).abs().sum(1) / self.count
+        found = {"nll": nll, "accuracy": accuracy, "brier": brier, "ece": ece}
+        return {name: value.masked_fill(~self.finite, torch.nan).cpu() for name, value in found.items()}
