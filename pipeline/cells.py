@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -175,6 +176,12 @@ class TrialFolder:
             draft.rename(target)
             _sync(target.parent)
         return Cell(target, record)
+
+    def write_history(self, history: pd.DataFrame) -> None:
+        """`history.parquet`: the measurements of all cells in one table."""
+        buffer = io.BytesIO()
+        history.to_parquet(buffer, index=False)
+        write_whole(self.path / "history.parquet", buffer.getvalue())
 
     def export_checkpoints(self, cells: Sequence[Cell]) -> None:
         """`checkpoints/<arm>/s<seed>.pt`: plain state_dicts, rebuilt where they are not those of the cells."""

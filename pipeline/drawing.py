@@ -49,7 +49,7 @@ def canvas(name: str, height: float) -> Iterator[Canvas]:
 
     with mpl.rc_context(), warnings.catch_warnings():
         # A name without a glyph, or too long for the layout: the picture still serves.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", UserWarning)
         mpl.rcdefaults()
         mpl.rcParams.update(_style(name))  # type: ignore[arg-type]
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -63,12 +63,8 @@ def canvas(name: str, height: float) -> Iterator[Canvas]:
 def _style(name: str) -> dict[str, Any]:
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     paper = ("figure.facecolor", "savefig.facecolor")
-    plain = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.facecolor": "none",
-        "text.parse_math": False,
-    }
+    absent = ("axes.spines.top", "axes.spines.right", "text.parse_math")
+    plain = {"axes.facecolor": "none", **dict.fromkeys(absent, False)}
     grid = {"axes.grid": True, "grid.color": MUTED, "grid.alpha": 0.25, "grid.linewidth": 0.6}
     font = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": name}
     return dict.fromkeys(ink, INK) | dict.fromkeys(paper, PAPER) | plain | grid | font
@@ -93,9 +89,7 @@ def themed(svg: str) -> str:
 class Seen:
     """What a drawing of curves does not say by itself."""
 
-    hidden: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # the loss that was drawn -> those exactly under it
+    hidden: dict[str, list[str]] = field(default_factory=dict)  # drawn -> exactly under it
     ended: list[str] = field(default_factory=list)  # some seed has no finite value at the last step
     never: list[str] = field(default_factory=list)  # not one finite value: not drawn
 
@@ -129,17 +123,17 @@ def _bundles(frame: pd.DataFrame, order: Sequence[str]) -> list[list[str]]:
 
 def _band(axes: Axes, wide: pd.DataFrame, centre: Centre, place: int, label: str) -> None:
     thin = wide.iloc[np.unique(np.linspace(0, len(wide) - 1, MOST_POINTS).round().astype(int))]
-    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-    if wide.shape[1] > 1:
-        axes.fill_between(
-            thin.index, thin.min(axis=1), thin.max(axis=1), color=colour, alpha=0.15, linewidth=0
-        )
+    low, middle, high = (thin.agg(how, axis=1) for how in ("min", centre, "max"))
+    line: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "linestyle": LINES[place % len(LINES)]}
     every = max(1, len(thin) // 6)
-    line: dict[str, Any] = {"linestyle": LINES[place % len(LINES)], "linewidth": 1.4, "markersize": 4}
-    middle = thin.agg(centre, axis=1)
-    axes.plot(
-        thin.index, middle, color=colour, marker=marker, markevery=(place % every, every), label=label, **line
-    )
+    dots: dict[str, Any] = {
+        "marker": MARKERS[place % len(MARKERS)],
+        "markersize": 4,
+        "markevery": (place % every, every),
+    }
+    if wide.shape[1] > 1:
+        axes.fill_between(thin.index, low, high, color=line["color"], alpha=0.15, linewidth=0)
+    axes.plot(thin.index, middle, linewidth=1.4, label=label, **line, **dots)
 
 
 def _mark_ends(axes: Axes, wide: pd.DataFrame) -> bool:
@@ -162,27 +156,22 @@ def decades(axis: Axis, subs: Sequence[float]) -> None:
 
 def label_ends(axes: Axes) -> None:
     """Name every curve at its right end, names kept apart, each tied to its end by a thin line."""
-    curves = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    curves = [line for line in axes.lines if not str(line.get_label()).startswith("_child")]
     ends = [np.asarray(line.get_xydata())[np.isfinite(line.get_ydata())][-1] for line in curves]
     axes.autoscale_view()
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = np.array([to_axes.transform(end)[1] for end in ends])
-    style: dict[str, Any] = {
-        "textcoords": "axes fraction",
-        "va": "center",
-        "fontsize": 8.5,
-        "color": INK,
-        "annotation_clip": False,
-    }
+    text: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "fontsize": 8.5}
     for line, end, height in zip(curves, ends, _apart(heights, 0.052), strict=True):
         tie = {
             "arrowstyle": "-",
-            "color": line.get_color(),
             "linewidth": 0.7,
             "relpos": (0, 0.5),
             "shrinkA": 0,
+            "color": line.get_color(),
         }
-        axes.annotate(_short(str(line.get_label())), end, (1.05, height), arrowprops=tie, **style)
+        name = _short(str(line.get_label()))
+        axes.annotate(name, end, (1.05, height), arrowprops=tie, annotation_clip=False, **text)
 
 
 def _apart(heights: npt.NDArray[np.float64], least: float) -> npt.NDArray[np.float64]:
@@ -202,19 +191,13 @@ def distance_scale(axes: Axes, values: pd.Series[float]) -> float:
     high = max(low + 1, int(np.ceil(np.log10(positive.max())))) if len(positive) else 0
     ticks = {10.0**power: f"1e{power}" for power in range(low, high + 1, -(-(high - low) // 6))}
     gap = max(1.0, (high - low) / 8)
-    floor = 10.0 ** (low - gap)
+    floor = float(10.0 ** (low - gap))
     axes.set(xscale="log", yscale="log")
     decades(axes.xaxis, [1])
     if (values == 0).any():
         axes.axhline(floor, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.text(
-            0.01,
-            floor / 10 ** (gap / 4),
-            "0 (bitwise equal)",
-            transform=axes.get_yaxis_transform(),
-            va="top",
-            color=INK,
-        )
+        below = floor / 10 ** (gap / 4)
+        axes.text(0.01, below, "0 (bitwise equal)", transform=axes.get_yaxis_transform(), va="top")
         axes.set_ylim(10.0 ** (low - 2.1 * gap), 10.0**high * 1.5)
         ticks = {floor: "0", **ticks}
     axes.set_yticks(list(ticks), list(ticks.values()))
@@ -236,11 +219,10 @@ def forest(axes: Axes, rows: Sequence[Row], margin: bool) -> None:
     """Rows from the top down; with a margin, it is the unit, and far outside it the axis is logarithmic."""
     for height, row in enumerate(rows):
         _forest_row(axes, height, row)
-    reach = np.concatenate(
-        [[0.0], *(row.values[np.isfinite(row.values)] for row in rows), *(row.interval for row in rows)]
-    )
+    drawn = np.concatenate([[0.0], *(part for row in rows for part in (row.values, row.interval))])
+    drawn = drawn[np.isfinite(drawn)]
+    low, high = 1.15 * drawn.min(), 1.15 * drawn.max()
     label = "difference"
-    low, high = 1.15 * reach.min(), 1.15 * reach.max()
     if margin:
         label = "difference in units of the margin"
         low, high = min(-1.35, low), max(1.35, high)
@@ -261,15 +243,12 @@ def _forest_row(axes: Axes, height: int, row: Row) -> None:
     """Dots above the interval; pairs that are exactly equal share one open diamond on 0."""
     moved = np.isfinite(row.values) & (row.values != 0)
     heights = height + np.linspace(-0.3, 0.12, len(row.values))
-    axes.plot(
-        row.values[moved], heights[moved], "o", color=COLOURS[0], markersize=3, alpha=0.7, markeredgewidth=0
-    )
+    dot: dict[str, Any] = {"color": COLOURS[0], "markersize": 3, "alpha": 0.7, "markeredgewidth": 0}
+    axes.plot(row.values[moved], heights[moved], "o", **dot)
     if len(row.interval) == 2 and row.interval[0] < row.interval[1]:
         axes.plot(row.interval, [height + 0.28] * 2, "|-", color=INK, linewidth=2, markersize=5)
     if (row.values == 0).any():
-        axes.plot(
-            0, height, "D", markersize=6.5, markerfacecolor=PAPER, markeredgecolor=INK, markeredgewidth=1.3
-        )
+        axes.plot(0, height, "D", color=INK, markersize=6.5, markerfacecolor=PAPER, markeredgewidth=1.3)
 
 
 def _row_names(axes: Axes, rows: Sequence[Row]) -> None:

@@ -118,6 +118,8 @@ def _words(seen: Seen) -> list[str]:
 
 def paired_differences(verdict: Verdict, differences: pd.DataFrame) -> list[Picture]:
     """One forest a metric: a dot for each pair, the interval that the test used, and the margin."""
+    if differences.empty:
+        return []
     margins = (verdict.get("protocol") or {}).get("margins") or {}
     return [
         _forest(str(metric), frame, verdict, margins.get(metric))
@@ -137,7 +139,11 @@ def _forest(metric: str, frame: pd.DataFrame, verdict: Verdict, margin: float | 
     with canvas(name, 1.05 + 0.31 * len(rows)) as drawing:
         forest(drawing.axes, rows, margin is not None)
     what = "logarithm of the ratio to the reference" if metric == "nll" else "difference to the reference"
-    band = f"Shaded: the margin, ±{margin:g}." if margin else "Without a margin nothing can be equivalent."
+    band = (
+        f"Shaded: the margin, ±{margin:g}."
+        if margin
+        else "It has no margin: equivalence is not judged by it."
+    )
     spoken = "; ".join(f"{row.name}: {row.note}" for row in rows)
     alt = f"{title}: paired differences to {verdict.get('reference')}, a row for each loss. {spoken}."
     return Picture(name, title, alt, [f"Dot: one seed's {what}. {band}"], described(drawing.svg, alt))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import inspect
+import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def probe(
 
 
 def code_digest(target: Any) -> str:
-    """What code stands behind a callable: "name==version" where installed, else a digest of its source file."""
+    """What code stands behind a callable: "package==version" where installed, else a digest of its source file."""
     target = inspect.unwrap(getattr(target, "func", target))
     if not (inspect.isclass(target) or inspect.isroutine(target)):
         target = type(target)
@@ -142,12 +142,8 @@ def code_digest(target: Any) -> str:
     file = getattr(module, "__file__", None)
     if module is None or file is None:
         return f"builtin:{getattr(target, '__qualname__', target)}"
-    if Path(file).is_relative_to(sysconfig.get_paths()["purelib"]):
-        return _distribution(module.__name__)
+    package = module.__name__.partition(".")[0]
+    version = getattr(sys.modules.get(package), "__version__", None)
+    if version and Path(file).is_relative_to(sysconfig.get_paths()["purelib"]):
+        return f"{package}=={version}"
     return "sha256:" + hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-def _distribution(module: str) -> str:
-    package = module.partition(".")[0]
-    names: Sequence[str] = importlib.metadata.packages_distributions().get(package, [])
-    return f"{names[0]}=={importlib.metadata.version(names[0])}" if names else f"package:{package}"

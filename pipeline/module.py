@@ -80,7 +80,8 @@ class SideBySide(pl.LightningModule):
         self.snapshots = snapshot_steps(self.last_step)
         self.sketches: list[Tensor] = []  # one [R, width] a snapshot
         self._seeds = list(dict.fromkeys(replica.seed for replica in replicas))
-        self._slots = torch.tensor([self._seeds.index(replica.seed) for replica in replicas])
+        slots = [self._seeds.index(replica.seed) for replica in replicas]
+        self._slots = torch.tensor(slots + slots[-1:] * (stack.num_replicas - len(slots)))  # fillers included
         self._measured: list[tuple[str, int, Tensor]] = []
         device = next(stack.parameters()).device
         self._slots = self._slots.to(device)
@@ -143,9 +144,10 @@ class SideBySide(pl.LightningModule):
 
     def _forward(self, indices: Tensor) -> list[Tensor]:
         inputs, labels = self._take(indices.movedim(0, self.stack.replica_axis).contiguous())
-        target_probs = self.data.target_probs(indices) if self.objectives.needs_target_probs else None
-        outputs = self.stack(inputs, fused=self.objectives.fused)
+        outputs = self.stack(inputs, fused=self.objectives.fused).first(len(self.replicas))
         labels = labels.movedim(self.stack.replica_axis, 0).contiguous()
+        mine = indices[: len(self.replicas)]
+        target_probs = self.data.target_probs(mine) if self.objectives.needs_target_probs else None
         return self.objectives(outputs, labels, target_probs)
 
     def _take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +168,7 @@ class SideBySide(pl.LightningModule):
         fresh = ~objectives.isfinite() & (self._first_nonfinite == 0)
         self._first_nonfinite += fresh * self.steps_done
         if self.steps_done in self.snapshots:
-            replicas = range(self.stack.num_replicas)
+            replicas = range(len(self.replicas))
             self.sketches.append(torch.stack([sketch(self.stack.parameters_of(r)) for r in replicas]))
 
     # --- measuring
@@ -176,13 +178,13 @@ class SideBySide(pl.LightningModule):
 
     @torch.no_grad()
     def _evaluate(self, split: str) -> None:
-        yardsticks = Yardsticks(self.stack.num_replicas, self.device)
+        yardsticks = Yardsticks(len(self.replicas), self.device)
         was_training = self.stack.training
         self.stack.eval()
         for indices in self.data.splits[split].split(EVALUATION_BATCH):
             inputs, labels = self._take(indices)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
-                logits = self.stack(self.stack.shared(inputs)).logits
+                logits = self.stack(self.stack.shared(inputs)).first(len(self.replicas)).logits
             yardsticks.update(logits, labels, self.data.target_probs(indices))
         self.stack.train(was_training)
         for metric, values in yardsticks.result().items():

@@ -97,14 +97,16 @@ def failures(verdict: Verdict, history: pd.DataFrame) -> list[tuple[str, list[in
 
 
 def _absent(losses: Sequence[str], seeds: Sequence[int], history: pd.DataFrame) -> dict[Run, Failure]:
-    present = set(zip(history["loss"], history["seed"], strict=True))
+    known = history[["loss", "seed"]].drop_duplicates()
+    present = set(zip(known["loss"], known["seed"], strict=True))
     runs = {(loss, seed) for loss in losses for seed in seeds}
     return dict.fromkeys(runs - present, (None, "no recorded result"))
 
 
 def _not_finite(history: pd.DataFrame) -> dict[Run, Failure]:
     """The first value of each run that is not finite, but for gaps: the other run can break those."""
-    broken = history[~np.isfinite(history["value"]) & ~history["metric"].str.startswith("gap/")]
+    broken = history[~np.isfinite(history["value"])]
+    broken = broken[~broken["metric"].str.startswith("gap/")]
     first = broken.sort_values("step", kind="stable").drop_duplicates(["loss", "seed"])
     runs = zip(first["loss"], first["seed"], strict=True)
     causes = zip(first["step"], first["metric"] + " is not finite", strict=True)
@@ -113,11 +115,10 @@ def _not_finite(history: pd.DataFrame) -> dict[Run, Failure]:
 
 def final_yardsticks(verdict: Verdict, history: pd.DataFrame) -> list[dict[str, str]]:
     """Test metrics at the last step for each loss: mean (lowest to highest) over the seeds that have one."""
+    ends = {name: history[history["metric"] == f"test/{name}"] for name in YARDSTICKS}
     return [
-        {"loss": loss}
-        | {name: _summary(own[own["metric"] == f"test/{name}"]["value"]) for name in YARDSTICKS}
+        {"loss": loss} | {name: _summary(end["value"][end["loss"] == loss]) for name, end in ends.items()}
         for loss in losses_in_order(verdict, history)
-        for own in [history[history["loss"] == loss]]
     ]
 
 

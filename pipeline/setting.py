@@ -20,7 +20,7 @@ from pipeline.formulations import Formulation, code_digest, probe
 from pipeline.models import ModelBuilder
 from pipeline.module import Recipe
 from pipeline.objectives import Replica
-from pipeline.stack import Stack, build_stack, choose_engine, convolves, find_head, tile_size
+from pipeline.stack import Stack, build_stack, choose_engine, convolves, find_head, pads, tile_size
 
 ENGINE_VERSION = 1  # raised whenever the bits of a cell change
 
@@ -30,7 +30,7 @@ ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "A
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16_mixed": torch.float32}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """Everything that a trial needs to train any of its cells."""
 
@@ -47,6 +47,7 @@ class Setting:
     head: str | None
     environment: Mapping[str, Any]
 
+    @functools.cache  # noqa: B019 - one setting a process
     def fingerprint_parts(self, arm: str) -> dict[str, Any]:
         """What decides the bits of an arm's cells, but for the seed."""
         trainer = self.config["trainer"]
@@ -66,9 +67,15 @@ class Setting:
         return conf.digest({**self.fingerprint_parts(replica.arm), "arm": replica.arm, "seed": replica.seed})
 
     def stack(self, replicas: list[Replica]) -> Stack:
-        """A stack of these replicas with their initial weights: equal bits for all arms of a seed."""
-        modules = [self.builder(replica.seed).to(self.device, self.dtype) for replica in replicas]
-        return build_stack(self.engine, modules, [replica.seed for replica in replicas], self.head).train()
+        """A stack of these replicas with their initial weights: equal bits for all arms of a seed.
+
+        Where tiles are padded, copies of the last replica fill the rest.
+        """
+        seeds = [replica.seed for replica in replicas]
+        if self.engine == "fold" and pads(self.device):
+            seeds += [seeds[-1]] * (self.tile - len(seeds))
+        modules = [self.builder(seed).to(self.device, self.dtype) for seed in seeds]
+        return build_stack(self.engine, modules, seeds, self.head).train()
 
 
 def prepare(config: Mapping[str, Any]) -> Setting:
@@ -156,13 +163,13 @@ def _engine(
     """Engine, reason and tile; they depend on the configuration alone, never on which cells are missing."""
     requested, first = config["trainer"]["engine"], builder(0).to(device, dtype)
     batch_bytes = batch_size * math.prod(builder.input_shape) * dtype.itemsize
-    tile = config["trainer"]["tile"] or tile_size("fold", first, batch_bytes)
+    tile = config["trainer"]["tile"] or tile_size("fold", first, batch_bytes, device)
     static_loop = requested == "loop" or (requested == "auto" and convolves(first) and device.type == "cpu")
     modules = [first] if static_loop else [builder(seed).to(device, dtype) for seed in range(tile)]
     engine, reason = choose_engine(requested, modules, builder.input_shape, batch_size)
     if engine == "loop" and requested == "fold":
         raise UsageError(f"trainer.engine=fold, but {builder.name} {reason}; use trainer.engine=auto")
-    return engine, reason, config["trainer"]["tile"] or tile_size(engine, first, batch_bytes)
+    return engine, reason, config["trainer"]["tile"] or tile_size(engine, first, batch_bytes, device)
 
 
 def _head(formulations: tuple[Formulation, ...], builder: ModelBuilder) -> str | None:

@@ -38,6 +38,13 @@ class Outputs:
     weight: Sequence[Tensor] | None = None
     bias: Sequence[Tensor] | None = None
 
+    def first(self, count: int) -> Outputs:
+        """The outputs of the first replicas alone."""
+        if count == len(self.logits):
+            return self
+        parts = (self.logits, self.hidden, self.weight, self.bias)
+        return Outputs(*(None if part is None else part[:count] for part in parts))  # type: ignore[arg-type]
+
 
 class Stack(nn.Module):
     """R replicas of one model as one module; see `fold` and `loop` for how to make one.
@@ -211,11 +218,12 @@ def find_head(module: nn.Module, example: Tensor) -> str | None:
 
 
 def unfit_to_fold(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int) -> str | None:
-    """Why these modules must not be folded, or None: the check that every fold passes before it trains.
+    """Why a full tile of these modules must not be folded, or None: what every fold passes before it trains.
 
     In float64, three perturbed copies on inputs of their own must give the outputs, gradients and buffers that
     the plain modules give (relative 1e-9), in training at two batch sizes and in evaluation, and must leave the
-    global random state alone. In the working precision a replica must give the same bits in any slot, and alone.
+    global random state alone. In the working precision a replica must give the same bits in any slot, and,
+    where tiles are not padded, alone.
     """
     try:
         return _unfaithful(modules, shape, batch_size) or _slot_dependent(modules, shape, batch_size)
@@ -262,6 +270,9 @@ def _unfaithful(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: 
     generator = torch.Generator().manual_seed(0)
     device = next(modules[0].parameters()).device
     copies = [_perturbed(modules[i % len(modules)], generator).double() for i in range(3)]
+    if device.type == "cuda":  # plain dropout draws its masks with another kernel there
+        for layer in (layer for module in copies for layer in module.modules() if isinstance(layer, nn.Dropout)):
+            layer.p = 0.0
     num_classes = _num_classes(copies[0], shape, device)
     for training, size in ((True, batch_size), (True, max(2, batch_size // 2 - 1)), (False, batch_size)):
         inputs = torch.randn(3, size, *shape, generator=generator, dtype=torch.float64).to(device)
@@ -294,11 +305,10 @@ def _slot_dependent(modules: Sequence[nn.Module], shape: Sequence[int], batch_si
         fold = Fold([copies[s] for s in slots], slots).train()
         return _trace(fold, inputs[list(slots)], weights[list(slots)])
 
-    together = traces(range(len(copies)))
-    moved = traces([*range(1, len(copies)), 0])
-    alone = traces([0])[0]
-    for name, bits in together[0].items():
-        if not (_same_bits(bits, moved[-1][name]) and _same_bits(bits, alone[name])):
+    together, moved = traces(range(len(copies)))[0], traces([*range(1, len(copies)), 0])[-1]
+    alone = together if pads(first.device) else traces([0])[0]
+    for name, bits in together.items():
+        if not (_same_bits(bits, moved[name]) and _same_bits(bits, alone[name])):
             return f"the bits of {name} depend on the slot or on the number of neighbours"
     return None
 
@@ -342,16 +352,22 @@ def build_stack(
     return ENGINES[engine](modules, seeds, head)
 
 
-FOLD_TILE = 32
-TENSOR_BYTES = 2**25  # beyond this, allocating a tensor costs more than folding saves
+TENSOR_BYTES = 2**25  # on a CPU, allocating a tensor beyond this costs more than folding saves
 
 
-def tile_size(engine: str, module: nn.Module, batch_bytes: int) -> int:
-    """How many replicas are trained at once, by a static rule of the model, the engine and the batch alone.
-
-    In the loop nothing is gained by more than a few; folded, the largest tensor should stay below 32 MB.
-    """
-    largest = max(batch_bytes, *(p.numel() * p.element_size() for p in module.parameters()))
+def tile_size(engine: str, module: nn.Module, batch_bytes: int, device: torch.device) -> int:
+    """How many replicas are trained at once, by a static rule of the model, the batch and the kind of device."""
     if engine == "loop":
-        return 4
-    return max(1, min(FOLD_TILE, TENSOR_BYTES // largest))
+        return 4  # nothing is gained by more
+    if device.type == "cuda":
+        return max(1, min(16, 2**27 // batch_bytes)) if convolves(module) else 96
+    largest = max(batch_bytes, *(p.numel() * p.element_size() for p in module.parameters()))
+    return max(1, min(32, TENSOR_BYTES // largest))
+
+
+def pads(device: torch.device) -> bool:
+    """Whether folded tiles are filled up to their full size: on a GPU kernels are chosen by the number of replicas.
+
+    At one size a replica's bits depend neither on its slot nor on its neighbours, so the fillers change nothing.
+    """
+    return device.type == "cuda"

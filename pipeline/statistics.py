@@ -139,7 +139,7 @@ def _decided(finding: OutcomeFinding, primary: Sequence[str]) -> OutcomeFinding:
     blocked = _integrity_reasons(finding.failures) + _metric_reasons(finding.metrics, primary)
     if finding.num_valid >= MIN_PAIRS_EQUIVALENT:
         return replace(finding, word="inconclusive" if blocked else "equivalent", reasons=blocked)
-    few = f"both runs finished in {finding.num_valid} pairs, equivalence needs {MIN_PAIRS_EQUIVALENT}"
+    few = f"both runs finished in {finding.num_valid} pairs and equivalence needs {MIN_PAIRS_EQUIVALENT}"
     provisional = not blocked and finding.num_valid >= MIN_PAIRS_PROVISIONAL
     return replace(finding, reasons=(*blocked, few), provisional=provisional)
 
@@ -220,11 +220,11 @@ def _not_equivalent(name: str, metric: MetricFinding) -> str:
         shown = f"{metric.mean_difference:+.3g} in all {metric.n} seeds"
     else:
         shown = "the {:.0%} interval [{:+.3g}, {:+.3g}]".format(1 - 2 * metric.level, *metric.ci_tost)
-    return f"{name}: {shown} does not show a difference below {metric.margin:g}"
+    return f"{name}: {shown}, not inside the margin of {metric.margin:g}"
 
 
 def _effect(name: str, metric: MetricFinding) -> str:
-    limit = "" if metric.margin is None else f", beyond its margin of {metric.margin:g},"
+    limit = "" if metric.margin is None else f" (margin {metric.margin:g})"
     return f"{name} differs by {metric.mean_difference:+.3g}{limit}"
 
 

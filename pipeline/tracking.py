@@ -14,12 +14,12 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import tempfile
+import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,7 @@ _ENVIRONMENT = {
 _LONGEST_VALUE = 6000  # MLflow's limit for a param; what is cut stands in the config.yaml artifact
 _LONGEST_DIGEST = 36  # MLflow's limit for the digest of a dataset; its source keeps the whole
 _CONTEXT = ("mlflow.data.context", "training")  # how MLflow says what a run used a dataset for
+_OUR_FAULT = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for a call that was wrong
 _VIEW = "by-loss"
 
 _DESCRIPTION = """\
@@ -106,7 +107,7 @@ class Tracker:
         A sweep calls this before its jobs start; concurrent calls for one root wait for each other.
         """
         _set_environment()
-        with _plain_errors(self.uri), self._creating():
+        with _plain_errors(self.uri, our_fault=()), self._creating():
             from mlflow import MlflowClient
 
             self._client = MlflowClient(tracking_uri=self.uri)
@@ -130,16 +131,13 @@ class Tracker:
 
         Killed on the way, it leaves a run absent (a database) or RUNNING (a server), never present.
         """
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
         with _plain_errors(self.uri):
+            if database := _database(self._client):
+                _insert(database, self._found, runs)
+                return
             self._discard(runs)
-            store = self._client._tracking_client.store
-            if isinstance(store, SqlAlchemyStore):
-                _insert(store, self._found, runs)
-            else:
-                for run in runs:
-                    _send(self._client, self._id, run)
+            for run in runs:
+                _send(self._client, self._id, run)
 
     def link(self, sweep: str, ui: str = "http://127.0.0.1:5000") -> str:
         """Publish the sweep's grouped view and return its address; `ui` is where a database's UI listens."""
@@ -149,6 +147,11 @@ class Tracker:
             self._client.set_experiment_tag(self._id, f"mlflow.sharedViewState.{key}", view)
         base = _without_password(self.uri if self._is_remote else ui)
         return f"{base.rstrip('/')}/{self._page(key)}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the runs go to a database whose page has yet to be started."""
+        return not self._is_remote
 
     @property
     def _is_remote(self) -> bool:
@@ -183,10 +186,7 @@ class Tracker:
                 return
 
     def _discard(self, runs: Sequence[Run]) -> None:
-        replaced: dict[str, set[str]] = defaultdict(set)
-        for run in runs:
-            replaced[run.tags["sweep"]].add(run.tags["fingerprint"])
-        for sweep, fingerprints in replaced.items():
+        for sweep, fingerprints in _identities(runs).items():
             for old in list(self._search(f"tags.sweep = {_quoted(sweep)}")):
                 if old.data.tags.get("fingerprint") in fingerprints:
                     self._client.delete_run(old.info.run_id)
@@ -206,8 +206,7 @@ def git_state(root: Path) -> dict[str, str]:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    program = shutil.which("git") or "/git/is/missing"
-    command = [program, "--no-optional-locks", "-C", str(root), *arguments]
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)  # noqa: S603
     return done.stdout.strip()
 
@@ -218,15 +217,19 @@ def _set_environment() -> None:
 
 
 @contextmanager
-def _plain_errors(uri: str) -> Iterator[None]:
-    """A server or database that fails is one line and its remedy."""
+def _plain_errors(uri: str, our_fault: Collection[str] = _OUR_FAULT) -> Iterator[None]:
+    """A server or database that fails is one line and its remedy; a call that was wrong stays an error."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        if getattr(error, "error_code", None) in our_fault:
+            raise
         reason = str(error).strip().split("\n", 1)[0][:300]
+        if re.search("failed with (timeout )?exception", reason):
+            reason = "no server answers"
         remedy = "start it, correct MLFLOW_TRACKING_URI or choose tracking=none; what was trained is kept"
         raise UsageError(_without_password(f"MLflow at {uri} cannot be used ({reason}): {remedy}")) from error
 
@@ -253,6 +256,14 @@ def _finite(run: Run) -> tuple[list[tuple[str, int, float]], dict[str, str]]:
     return points, {f"nonfinite.{metric}": f"{len(what)}, first {what[0]}" for metric, what in lost.items()}
 
 
+def _identities(runs: Sequence[Run]) -> dict[str, set[str]]:
+    """Sweep -> the fingerprints of its runs."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        found[run.tags["sweep"]].add(run.tags["fingerprint"])
+    return found
+
+
 def _cut(values: Mapping[str, str]) -> dict[str, str]:
     return {key: value[:_LONGEST_VALUE] for key, value in values.items()}
 
@@ -277,6 +288,14 @@ def _save_artifacts(run: Run, home: str, uri: str) -> None:
                 target.write_text(content, encoding="utf-8")
         repository: Any = get_artifact_repository(home, uri)
         repository.log_artifacts(stage)
+
+
+def _database(client: MlflowClient) -> SqlAlchemyStore | None:
+    """The database, where this process writes to one and not to a server."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    store = client._tracking_client.store
+    return store if isinstance(store, SqlAlchemyStore) else None
 
 
 def _send(client: MlflowClient, experiment: str, run: Run) -> None:
@@ -313,6 +332,7 @@ def _insert(store: SqlAlchemyStore, experiment: Experiment, runs: Sequence[Run])
         if run.dataset is not None:
             datasets[run_id] = run.dataset
     with store.ManagedSessionMaker(read_only=False) as session:
+        _retire(session, int(experiment.experiment_id), runs)
         for table, batch in rows.items():
             session.execute(insert(getattr(models, table).__table__), batch)
         _insert_datasets(session, int(experiment.experiment_id), datasets)
@@ -324,18 +344,32 @@ def _rows(run: Run, place: _Row) -> Iterator[tuple[str, _Row]]:
     start, end = _span(run)
     state = {"status": run.status, "lifecycle_stage": "active", "user_id": "unknown"}
     yield "SqlRun", {"name": run.name, "start_time": start, "end_time": end, **place, **state}
-    for key, value in _cut({**run.tags, **account, "mlflow.runName": run.name}).items():
-        yield "SqlTag", {"key": key, "value": value}
-    for key, value in _cut(run.params).items():
-        yield "SqlParam", {"key": key, "value": value}
+    for key, text in _cut({**run.tags, **account, "mlflow.runName": run.name}).items():
+        yield "SqlTag", {"key": key, "value": text}
+    for key, text in _cut(run.params).items():
+        yield "SqlParam", {"key": key, "value": text}
     latest: dict[str, _Row] = {}
     for metric, step, value in points:
-        row: _Row = {"key": metric, "step": step, "value": value, "timestamp": end, "is_nan": False}
+        row = {"key": metric, "step": step, "value": value, "timestamp": end, "is_nan": False}
         yield "SqlMetric", row
         if metric not in latest or step > latest[metric]["step"]:
             latest[metric] = row
     for row in latest.values():
         yield "SqlLatestMetric", row
+
+
+def _retire(session: Session, experiment: int, runs: Sequence[Run]) -> None:
+    """Delete what the runs replace, the way MLflow does: it can be restored."""
+    from mlflow.store.tracking.dbmodels.models import SqlRun, SqlTag
+
+    gone = {"lifecycle_stage": "deleted", "deleted_time": round(time.time() * 1000)}
+    for sweep, fingerprints in _identities(runs).items():
+        tagged: Any = session.query(SqlTag.run_uuid)
+        here = tagged.filter(SqlTag.key == "sweep", SqlTag.value == sweep)
+        twins = tagged.filter(SqlTag.key == "fingerprint", SqlTag.value.in_(fingerprints))
+        old = [SqlRun.experiment_id == experiment, SqlRun.lifecycle_stage == "active"]
+        old += [SqlRun.run_uuid.in_(here), SqlRun.run_uuid.in_(twins)]
+        session.query(SqlRun).filter(*old).update(gone, synchronize_session=False)
 
 
 def _insert_datasets(session: Session, experiment: int, used: Mapping[str, tuple[str, str]]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ def tiles(missing: Sequence[Replica], arms: Sequence[str], size: int) -> list[li
     """The missing cells in groups of at most `size`, as even as can be; whole seeds together, sorted by arm."""
     by_seed = sorted(missing, key=lambda replica: (replica.seed, arms.index(replica.arm)))
     count = -(-len(by_seed) // size)
+    if not count:
+        return []
     return [
         sorted((by_seed[i] for i in chunk), key=lambda replica: arms.index(replica.arm))
         for chunk in np.array_split(np.arange(len(by_seed)), count)
@@ -48,8 +50,8 @@ def train_tile(
     present = [f for f in setting.formulations if any(replica.arm == f.name for replica in replicas)]
     objectives = Objectives(present, replicas, setting.data.num_classes, setting.device, setting.dtype)
     module = SideBySide(setting.stack(replicas), objectives, replicas, setting.data, setting.builder.input_shape, setting.recipe)
-    with _quiet_lightning():
-        fit(module, callbacks, "gpu" if setting.device.type == "cuda" else "cpu")
+    _quiet_lightning()
+    fit(module, callbacks, "gpu" if setting.device.type == "cuda" else "cpu")
     return [folder.write(*cell) for cell in _results(module, setting, started)]
 
 
@@ -73,16 +75,9 @@ def _results(module: SideBySide, setting: Setting, started: float) -> Iterator[t
         yield record, module.history(slot), {"weights": weights, "sketch_steps": module.snapshots, "sketches": sketches}
 
 
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Lightning's notices about devices and loggers say nothing that the pipeline does not say itself."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # Lightning 2.6 uses a class that torch 2.14 has deprecated; nothing here can change that.
-            warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
-            yield
-    finally:
-        logger.setLevel(level)
+@functools.cache
+def _quiet_lightning() -> None:
+    """Once a process: Lightning's notices say nothing that the pipeline does not say itself."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    # Lightning 2.6 uses a class that torch 2.14 has deprecated; nothing here can change that.
+    warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")

@@ -20,6 +20,11 @@ class CannotFold(Exception):
     """A model has a layer without a twin, or modules that differ."""
 
 
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    """[R, C] as the [R*C] that torch's functions take; a view, so that buffers are updated in place."""
+    return None if tensor is None else tensor.view(-1)
+
+
 class _ContiguousGradient(torch.autograd.Function):
     """Identity whose gradient is contiguous: a bias gradient summed over a strided one depends on the slot."""
 
@@ -57,8 +62,7 @@ class _Conv:
         replicas = self.weight.shape[0]
         plain_groups, self.groups = self.groups, self.groups * replicas
         try:
-            bias = None if self.bias is None else self.bias.flatten()
-            return self._conv_forward(input, self.weight.flatten(0, 1), bias)  # type: ignore[attr-defined, no-any-return]
+            return self._conv_forward(input, self.weight.flatten(0, 1), _flat(self.bias))  # type: ignore[attr-defined, no-any-return]
         finally:
             self.groups = plain_groups
 
@@ -78,20 +82,24 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        momentum = self.momentum
-        if momentum is None and self.num_batches_tracked is not None:
-            momentum = 1.0 / float(self.num_batches_tracked.flatten()[0])
-        tracked = self.running_mean is not None and self.running_var is not None
         return F.batch_norm(
             input,
-            self.running_mean.flatten() if tracked else None,  # type: ignore[union-attr]
-            self.running_var.flatten() if tracked else None,  # type: ignore[union-attr]
-            self.weight.flatten() if self.affine else None,
-            self.bias.flatten() if self.affine else None,
-            self.training or not tracked,
-            momentum or 0.0,
+            _flat(self.running_mean),
+            _flat(self.running_var),
+            _flat(self.weight),
+            _flat(self.bias),
+            self.training or self.running_mean is None,
+            self._momentum(),
             self.eps,
         )
+
+    def _momentum(self) -> float:
+        """How far a batch moves the running statistics; without momentum they are the mean of all batches."""
+        if self.momentum is not None:
+            return self.momentum
+        if not self.training or self.num_batches_tracked is None:
+            return 0.0
+        return 1.0 / float(self.num_batches_tracked.flatten()[0])
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -107,9 +115,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         replicas = input.shape[1] // self.num_channels
-        weight = self.weight.flatten() if self.affine else None
-        bias = self.bias.flatten() if self.affine else None
-        return F.group_norm(input, self.num_groups * replicas, weight, bias, self.eps)
+        return F.group_norm(input, self.num_groups * replicas, _flat(self.weight), _flat(self.bias), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):

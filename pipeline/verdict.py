@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ import numpy as np
 
 from pipeline.cells import Cell
 from pipeline.objectives import Replica
-from pipeline.statistics import OutcomeFinding, Status, YARDSTICKS, compare, correct_for_arms
+from pipeline.pairs import YARDSTICKS, Status
+from pipeline.statistics import OutcomeFinding, compare, correct_for_arms
 
 SCHEMA = 1
 SAME = frozenset({"identical", "rounding", "offset", "equivalent"})
@@ -33,7 +36,15 @@ class Request:
 
     @property
     def candidates(self) -> list[str]:
+        """The losses that are compared with the reference."""
         return [loss for loss in self.losses if loss != self.reference]
+
+    @property
+    def protocol_hash(self) -> str:
+        """SHA-256 over all that must not be chosen after the data were seen."""
+        fixed = {"expect": dict(self.expect), "margins": dict(self.margins), "primary": self.primary, "looks": 1,
+                 "alpha": self.alpha, "max_seeds": self.max_seeds, "about": self.about}  # fmt: skip
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -43,12 +54,14 @@ class Facts:
     Attributes:
         num_classes: C.
         label_entropy: entropy of the training labels' frequencies in nats; a model that does no better learned nothing.
-        scope: what "identical" is limited to, in words.
+        scope: what a verdict is limited to, in words.
+        command: how to get the trial again.
     """
 
     num_classes: int
     label_entropy: float
     scope: str
+    command: str
 
 
 Cells = Mapping[Replica, Cell]
@@ -130,7 +143,7 @@ def comparison(candidate: str, finding: OutcomeFinding, cells: Cells, request: R
         "domain": None,
         "side_effects": [],
         "outcome": finding.word,
-        "seeds_needed": finding.seeds_needed,
+        "seeds_needed": finding.seeds_needed if finding.word == "inconclusive" else None,
         "verdict": verdict,
         "sentence": sentence(finding, request, facts),
         "expected": expected,
@@ -215,13 +228,11 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def decide(
-    cells: Cells, request: Request, facts: Facts, header: Mapping[str, Any], protocol_hash: str
-) -> dict[str, Any]:
+def decide(cells: Cells, request: Request, facts: Facts, header: Mapping[str, Any]) -> dict[str, Any]:
     """The content of verdict.json; `header` holds what it is about: sweep, dataset, model and so on."""
     found = outcomes(cells, request, facts)
     protocol = {
-        "hash": protocol_hash, "alpha": request.alpha, "looks": 1, "look": 1,
+        "hash": request.protocol_hash, "alpha": request.alpha, "looks": 1, "look": 1,
         "margins": dict(request.margins) or None, "primary": list(request.primary),
     }  # fmt: skip
     return {

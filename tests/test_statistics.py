@@ -123,7 +123,7 @@ def test_fewer_than_ten_pairs_are_never_equivalent_and_provisional_from_five(n: 
     found = judge(retrained(reference, 7, noise=0.01), reference)
     assert found.word == "inconclusive"
     assert found.provisional == (n >= 5)
-    assert f"both runs finished in {n} pairs, equivalence needs 10" in found.reasons
+    assert f"both runs finished in {n} pairs and equivalence needs 10" in found.reasons
 
 
 def test_three_seeds_can_be_different() -> None:
@@ -331,6 +331,24 @@ def test_identical_arms_take_no_part_in_the_correction() -> None:
     noisy = judge(retrained(reference, 25), reference)
     arms = {"a": identical, "b": noisy, "c": identical}
     assert correct_for_arms(arms) == arms
+
+
+def test_a_difference_that_needed_no_test_needs_no_correction() -> None:
+    reference = trained(28, 12)
+    constant = judge(reference | {"brier": reference["brier"] + 0.02}, reference)
+    assert constant.word == "different"
+    assert constant.p_different is None
+    assert constant.reasons == ("brier differs by +0.02 (margin 0.01) in all 12 seeds",)
+    noisy = judge(retrained(reference, 28, noise=1.0), reference)
+    assert correct_for_arms({"a": constant, "b": noisy, "c": noisy})["a"] == constant
+
+
+def test_a_provisional_equivalence_has_to_survive_the_correction_too() -> None:
+    reference = trained(29, 6)
+    arms = {str(k): judge(retrained(reference, k, noise=0.6), reference) for k in range(12)}
+    before = [name for name, f in arms.items() if f.provisional]
+    after = [name for name, f in correct_for_arms(arms).items() if f.provisional]
+    assert 0 < len(after) < len(before)
 
 
 def test_a_value_that_is_not_finite_must_be_declared() -> None:

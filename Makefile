@@ -1,0 +1,82 @@
+# likelihood-lab. `make` lists the targets; every variable below can be given on the command line.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PY     := .venv/bin/python
+ARGS   ?=
+DIR    ?=
+PORT   ?= 5000
+
+export MLFLOW_DISABLE_TELEMETRY ?= true
+
+.PHONY: help install equivalence train sweep report ui experiments data bench test lint types wheel check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# --- installation: .venv, with the versions of constraints.txt
+
+.venv/.lab: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; give PYTHON=...")'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,launchers]'
+	@touch $@
+
+.venv/.dev: .venv/.lab
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,launchers,dev]'
+	@touch $@
+
+install: .venv/.lab ## make ./.venv with everything that the pipeline needs
+
+# --- the work
+
+equivalence: .venv/.lab ## the main job: NLL, CE and KL x 10 seeds on digits, verdict and report
+	$(PY) -m pipeline.train experiment=equivalence $(ARGS)
+
+train: .venv/.lab ## one trial: make train ARGS="'loss=[ce,kl_mean]' 'seed=[0,1,2]'"
+	$(PY) -m pipeline.train $(ARGS)
+
+sweep: .venv/.lab ## several trials: make sweep ARGS="model=mlp,cnn loss=nll,ce 'seed=range(3)'"
+	$(PY) -m pipeline.train -m $(ARGS)
+
+report: .venv/.lab ## the verdict again from what was recorded: make report DIR=outputs/...
+	$(PY) -m pipeline.report $(DIR) $(ARGS)
+
+ui: .venv/.lab ## the MLflow page of the recorded runs, on http://127.0.0.1:5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --workers 1 --host 127.0.0.1 --port $(PORT) \
+	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}"
+
+experiments: .venv/.lab ## run every recorded experiment again
+	for file in conf/experiment/*.yaml; do $(PY) -m pipeline.train experiment=$$(basename $$file .yaml) $(ARGS); done
+
+data: ## real Fashion-MNIST from Debian's package; digits come with scikit-learn
+	apt-get install -y dataset-fashion-mnist
+
+bench: .venv/.dev ## cost of the step and of a trial beside conventional loops, in CPU time
+	$(PY) -m benchmarks.run $(ARGS)
+
+# --- quality
+
+test: .venv/.dev ## the tests, without the slow ones
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+lint: .venv/.dev ## ruff: style, imports, security rules, formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: .venv/.dev ## mypy in strict mode
+	$(PY) -m mypy
+
+check: .venv/.dev ## what CI runs: lint, types, all tests, the main job; prints the time of each part
+	@for part in lint types equivalence "test-all"; do \
+	  start=$$SECONDS; $(MAKE) --no-print-directory $$part; echo "== $$part took $$((SECONDS - start)) s"; done
+	@echo "== all parts took $$SECONDS s"
+
+test-all: .venv/.dev
+	$(PY) -m pytest --durations=15 $(ARGS)
+
+clean: ## remove caches; never results
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,60 @@
+"""Entry point: the verdict again, from the cells of a trial's folder.
+
+python -m pipeline.report outputs/digits-mlp-1f2e3d4c [expect=same] [about=outcome] [reference=ce]
+python -m pipeline.report sweep=digits-mlp-1f2e3d4c
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from pipeline.errors import UsageError
+from pipeline.exit_codes import guarded
+
+USAGE = "usage: python -m pipeline.report DIR|sweep=ID [expect=same|{LOSS: WORD}] [about=objective|outcome] [reference=LOSS]"
+
+
+def report(arguments: list[str]) -> int:
+    """Conclude again; what is not given is as the trial was asked."""
+    from pipeline import config as conf
+    from pipeline.cells import TrialFolder
+    from pipeline.request import read_request
+    from pipeline.trial import conclude
+
+    folders = [a for a in arguments if "=" not in a]
+    changes = dict(a.split("=", 1) for a in arguments if "=" in a)
+    if "sweep" in changes:
+        folders.append(str(Path("outputs") / changes.pop("sweep")))
+    if len(folders) != 1 or set(changes) - {"expect", "about", "reference"}:
+        raise UsageError(USAGE)
+    folder = TrialFolder(Path(folders[0]))
+    request, facts = read_request(folder.path)
+    asked = {
+        "loss": dict.fromkeys(request.losses),
+        "reference": changes.get("reference", request.reference),
+        "expect": yaml.safe_load(changes["expect"]) if "expect" in changes else dict(request.expect),
+    }
+    about = changes.get("about", request.about)
+    if about not in conf.About.__members__:
+        raise UsageError(f"about={about}; choose objective or outcome")
+    request = replace(
+        request, about=about, reference=conf.reference_of(asked), expect=conf.expectations_of(asked)
+    )
+    with folder.locked():
+        return conclude(folder, request, facts, None)
+
+
+def main() -> None:
+    """Console script."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(USAGE)
+        sys.exit(0)
+    sys.exit(guarded(lambda: report(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What is asked of a trial's cells, and what its answer is limited to; fixed before the data.
+
+Both are kept in the trial's folder as `request.yaml`, so that a verdict can be had again without configuration or data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pipeline import config as conf
+from pipeline.cells import write_whole
+from pipeline.errors import UsageError
+from pipeline.objectives import Replica
+from pipeline.setting import Setting
+from pipeline.verdict import Facts, Request
+
+
+def request_of(config: Mapping[str, Any]) -> Request:
+    """The request that a configuration makes."""
+    dataset = config["dataset"]
+    margins = dataset.get("margins") or {}
+    return Request(
+        losses=tuple(config["loss"]),
+        seeds=tuple(conf.seeds_of(config)),
+        reference=conf.reference_of(config),
+        about=config["about"],
+        expect=conf.expectations_of(config),
+        margins=margins,
+        primary=tuple(dataset.get("primary") or margins or ("nll", "brier", "accuracy")),
+        alpha=config["alpha"],
+        max_seeds=config["max_seeds"],
+    )
+
+
+def facts_of(setting: Setting, request: Request, command: str) -> Facts:
+    """What the yardsticks of a setting mean."""
+    labels = setting.data.labels[setting.data.splits["train"]]
+    frequencies = torch.bincount(labels).double() / len(labels)
+    steps = setting.recipe.epochs * setting.recipe.steps_per_epoch(len(labels))
+    return Facts(
+        num_classes=setting.data.num_classes,
+        label_entropy=-torch.xlogy(frequencies, frequencies).sum().item(),
+        scope=(
+            f"seeds {_spans(request.seeds)}, {steps} steps of "
+            f"{conf.short_name(setting.config['optimizer']['_target_'])} in {setting.config['precision']}, "
+            f"{setting.data.name}, {setting.builder.name}, on {setting.environment['device']}"
+        ),
+        command=command,
+    )
+
+
+def check_resolution(request: Request, setting: Setting) -> None:
+    """An accuracy margin below two test examples could not be told from rounding."""
+    examples = len(setting.data.splits["test"])
+    margin = request.margins.get("accuracy")
+    if margin is not None and margin < 2 / examples:
+        raise UsageError(
+            f"dataset.margins.accuracy={margin} is below the resolution of the test set; "
+            f"give at least 2/{examples} = {2 / examples:.4f}"
+        )
+
+
+def write_request(path: Path, request: Request, facts: Facts) -> None:
+    """Keep the request in the trial's folder."""
+    content = {"request": _listed(asdict(request)), "facts": asdict(facts)}
+    write_whole(path / "request.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def read_request(path: Path) -> tuple[Request, Facts]:
+    """What the folder was last trained for."""
+    try:
+        found = yaml.safe_load((path / "request.yaml").read_text())
+    except OSError as error:
+        raise UsageError(f"{path} is not a trial's folder (no request.yaml in it); give a trial's folder") from error
+    request = {key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()}
+    return Request(**request), Facts(**found["facts"])
+
+
+def wanted(request: Request) -> list[Replica]:
+    """Every (arm, seed) that the request is about."""
+    return [Replica(loss, seed) for loss in request.losses for seed in request.seeds]
+
+
+def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+def _spans(seeds: Sequence[int]) -> str:
+    """0-9 for a run of seeds, else a list."""
+    ordered = sorted(seeds)
+    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"{ordered[0]}-{ordered[-1]}"
+    return ", ".join(map(str, ordered))

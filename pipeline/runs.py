@@ -1,0 +1,92 @@
+"""Cells and verdicts as MLflow sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from pipeline import config as conf
+from pipeline.cells import Cell, TrialFolder
+from pipeline.objectives import Replica
+from pipeline.pairs import YARDSTICKS
+from pipeline.tracking import Run, git_state
+from pipeline.trajectory import relative_distance
+
+DIGESTS = ("data_digest", "loss_code", "model_code")  # long, and of interest to the fingerprint alone
+
+
+def cell_run(cell: Cell, folder: TrialFolder, reference: str) -> Run:
+    """One flat run for a cell, with its distance to the reference of the same seed."""
+    record, made = cell.record, cell.record.made_from
+    tags = {
+        "loss": record.arm,
+        "seed": str(record.seed),
+        "model": conf.short_name(made["model"]["_target_"]),
+        "dataset": conf.short_name(made["dataset"]["_target_"]),
+        "kind": "train",
+        "status": "ok" if record.diverged_at is None else "diverged",
+        "sweep": folder.path.name,
+        "fingerprint": record.fingerprint,
+        "weights.sha256": record.weights_sha256,
+        "engine": record.engine,
+        "device": made["device"],
+        "torch": made["torch"],
+        **git_state(conf.ROOT),
+    }
+    settings = {key: value for key, value in made.items() if key not in (*DIGESTS, "loss")}
+    distances = gaps(cell, folder.read(Replica(reference, record.seed)))
+    return Run(
+        name=f"{record.arm}/s{record.seed}",
+        tags=tags,
+        params={"loss": record.arm, "seed": str(record.seed)} | _flat({"fn": made["loss"]["fn"], "args": made["loss"]["args"]}, "loss.") | _flat(settings),
+        metrics=pd.concat([cell.history, distances], ignore_index=True) if len(distances) else cell.history,
+        started=record.started,
+        ended=record.ended,
+        dataset=(tags["dataset"], made["data_digest"]),
+        artifacts={"config.yaml": cell.folder / "config.yaml"},
+    )
+
+
+def report_run(folder: TrialFolder, verdict: Mapping[str, Any], cells: Mapping[Replica, Cell]) -> Run:
+    """The one run that carries a trial's verdict, report and history."""
+    records = [cell.record for cell in cells.values()]
+    words = {f"verdict.{entry['loss']}": entry["verdict"] for entry in verdict["comparisons"]}
+    identity = {"kind": "report", "sweep": folder.path.name, "fingerprint": "report"}
+    about = {"model": verdict["model"], "dataset": verdict["dataset"]}
+    return Run(
+        name=f"{folder.path.name}/report",
+        tags=identity | about | words | git_state(conf.ROOT),
+        params={"reference": verdict["reference"], "seeds": str(verdict["seeds"])},
+        metrics=pd.DataFrame(columns=["metric", "step", "value"]),
+        started=min(record.started for record in records),
+        ended=max(record.ended for record in records),
+        artifacts={name: folder.path / name for name in ("verdict.json", "report.html", "history.parquet")},
+    )
+
+
+def gaps(cell: Cell, reference: Cell | None) -> pd.DataFrame:
+    """Distance to the reference of the same seed: of the weights over steps, of the yardsticks at the end.
+
+    `gap/*_log10` holds the logarithm of what is not 0: MLflow shows 1e-9 as 0.00.
+    """
+    rows: list[tuple[str, int, float]] = []
+    if reference is not None:
+        steps, mine = cell.sketches
+        distances = relative_distance(mine, reference.sketches[1]).tolist()
+        rows = [("gap/parameters", step, distance) for step, distance in zip(steps, distances, strict=True)]
+        for metric in YARDSTICKS:
+            gap = abs(cell.yardsticks[f"test/{metric}"] - reference.yardsticks[f"test/{metric}"])
+            rows.append((f"gap/{metric}", steps[-1], gap))
+        rows += [(f"{metric}_log10", step, math.log10(gap)) for metric, step, gap in rows if gap > 0]
+    return pd.DataFrame(rows, columns=["metric", "step", "value"]).astype({"step": "int64", "value": "float64"})
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted keys with text values."""
+    flat: dict[str, str] = {}
+    for key, entry in value.items():
+        flat |= _flat(entry, f"{prefix}{key}.") if isinstance(entry, Mapping) else {f"{prefix}{key}": str(entry)}
+    return flat

@@ -1,0 +1,93 @@
+"""What a trial says in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.exit_codes import ExitCode
+from pipeline.objectives import Replica
+from pipeline.setting import Setting
+from pipeline.verdict import Request
+
+console = Console(highlight=False, soft_wrap=True)
+SHOWN = 6  # of a list that may be long
+
+
+def announce(setting: Setting, request: Request, missing: Sequence[Replica], stale: Sequence[Replica], aside: Path) -> None:
+    """What is about to be trained, on what, and how."""
+    total = len(request.losses) * len(request.seeds)
+    console.print(
+        f"{setting.data.name}, {setting.builder.name} on {setting.environment['device']}: "
+        f"{len(request.losses)} losses x {len(request.seeds)} seeds, {len(missing)} of {total} runs to train; "
+        f"engine {setting.engine} ({setting.engine_reason})"
+    )
+    if stale:
+        names = _listed([f"{replica.arm}/s{replica.seed}" for replica in stale])
+        console.print(
+            f"{len(stale)} runs were made by other code, data or environment; they moved to {aside} "
+            f"and are trained again: {names}"
+        )
+
+
+def show_verdict(verdict: Mapping[str, Any]) -> None:
+    """The table, then each finding once for all the losses that it is true of."""
+    console.print()
+    if verdict["comparisons"]:
+        console.print(_table(verdict))
+    if verdict["reference_failures"]:
+        console.print(f"{verdict['reference']} (the reference) failed: {_failures(verdict['reference_failures'])}")
+    findings: dict[str, list[str]] = {}
+    for entry in verdict["comparisons"]:
+        failed = f" Failed: {_failures(entry['failures'])}." if entry["failures"] else ""
+        findings.setdefault(entry["sentence"] + failed, []).append(entry["loss"])
+    for sentence, losses in findings.items():
+        console.print(f"{', '.join(losses)}: {sentence}")
+
+
+def _table(verdict: Mapping[str, Any]) -> Table:
+    seeds = len(verdict["seeds"])
+    title = f"{verdict['sweep']}: each loss against {verdict['reference']}, {seeds} seed{'s' if seeds > 1 else ''}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in ("loss", "verdict", "objective", "outcome", "expected"):
+        table.add_column(column, no_wrap=True)
+    for entry in verdict["comparisons"]:
+        mark = {None: "", True: " holds", False: " does not hold"}[entry["confirmed"]]
+        expected = f"{entry['expected'] or '-'}{mark}"
+        table.add_row(entry["loss"], entry["verdict"], entry["objective"], entry["outcome"], expected)
+    return table
+
+
+def _failures(failures: Sequence[Mapping[str, Any]]) -> str:
+    """Seeds with the same fate together."""
+    fates: dict[str, list[int]] = {}
+    for failure in failures:
+        at = f" at step {failure['step']}" if failure["step"] else ""
+        fates.setdefault(failure["cause"] + at, []).append(failure["seed"])
+    return "; ".join(f"seeds {_listed(seeds)}: {fate}" for fate, seeds in fates.items())
+
+
+def _listed(words: Sequence[object]) -> str:
+    more = len(words) - SHOWN
+    return ", ".join(map(str, words[:SHOWN])) + (f" and {more} more" if more > 0 else "")
+
+
+def closing(verdict: Mapping[str, Any], folder: Path, link: str | None, local: bool) -> ExitCode:
+    """Where to look, and the exit code with what it rests on."""
+    console.print(f"\nreport: {folder / 'report.html'}")
+    if link is not None:
+        console.print(f"runs grouped by loss: {link}" + (" (start the page with `make ui`)" if local else ""))
+    judged = [entry for entry in verdict["comparisons"] if entry["confirmed"] is not None]
+    failed = [entry for entry in judged if not entry["confirmed"]]
+    for entry in failed:
+        console.print(f"expected {entry['loss']}: {entry['expected']}, found {entry['verdict']}")
+    if not judged:
+        console.print("nothing was asserted (give expect=same, or 'expect={nll: same}', for an exit code)")
+        return ExitCode.HOLDS
+    console.print(f"{len(judged) - len(failed)} of {len(judged)} expectations hold")
+    return ExitCode.REFUTED if failed else ExitCode.HOLDS

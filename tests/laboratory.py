@@ -1,0 +1,152 @@
+"""Toy data, the shipped formulations, whole trainings side by side, and the same training written out by hand."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from pipeline.datasets import Dataset, make_dataset
+from pipeline.formulations import Formulation
+from pipeline.models import ModelBuilder
+from pipeline.module import Recipe, SideBySide, fit
+from pipeline.objectives import Objectives, Replica
+from pipeline.randomness import derive_seed
+from pipeline.stack import Stack, build_stack
+
+LOSSES = Path(__file__).parents[1] / "conf" / "loss"
+CPU = torch.device("cpu")
+
+Weights = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def toy_data(
+    shape: tuple[int, int, int] = (1, 4, 4),
+    *,
+    num_classes: int = 3,
+    train: int = 20,
+    dtype: torch.dtype = torch.float32,
+) -> Dataset:
+    """`train` random pictures to learn from and 8 each to validate and test on, every class in each."""
+    generator = torch.Generator().manual_seed(0)
+    count = train + 16
+    images = torch.rand(count, *shape, generator=generator)
+    splits = {"train": range(train), "val": range(train, train + 8), "test": range(train + 8, count)}
+    labels = torch.arange(count).numpy() % num_classes
+    made = make_dataset("toy", images, labels, {k: list(v) for k, v in splits.items()}, [*"abcdefghij"][:num_classes])
+    return made.to(CPU, dtype)
+
+
+def builder(make: Callable[..., nn.Module], data: Dataset) -> ModelBuilder:
+    return ModelBuilder(make, "toy", data.input_shape, data.num_classes)
+
+
+def shipped(*names: str) -> list[Formulation]:
+    """Formulations as `conf/loss/` declares them, all of them where none is named."""
+    declared = {path.stem: yaml.safe_load(path.read_text())[path.stem] for path in sorted(LOSSES.glob("*.yaml"))}
+    return [formulation(name, declared[name]) for name in names or declared]
+
+
+def formulation(name: str, declared: dict[str, Any]) -> Formulation:
+    return Formulation(name, tuple(declared["args"]), lambda: instantiate(declared["fn"], _convert_="all"))
+
+
+def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe(**({"epochs": 2, "batch_size": 6, "make_optimizer": sgd, "inner_steps": 3} | changes))
+
+
+def stack_of(
+    build: ModelBuilder, seeds: Sequence[int], engine: str, dtype: torch.dtype = torch.float32, head: str | None = None
+) -> Stack:
+    return build_stack(engine, [build(seed).to(dtype) for seed in seeds], seeds, head).train()
+
+
+def untrained(
+    build: ModelBuilder,
+    data: Dataset,
+    arms: Sequence[Formulation],
+    seeds: Sequence[int],
+    how: Recipe,
+    engine: str = "fold",
+    head: str | None = None,
+) -> SideBySide:
+    """A stack of every (arm, seed) and everything that it takes to train it."""
+    replicas = [Replica(arm.name, seed) for arm in arms for seed in seeds]
+    stack = stack_of(build, [replica.seed for replica in replicas], engine, data.dtype, head)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="reduction: 'mean' divides the total loss")  # kl_mean's very point
+        objectives = Objectives(arms, replicas, data.num_classes, CPU, data.dtype)
+    return SideBySide(stack, objectives, replicas, data, build.input_shape, how)
+
+
+def trained(*arguments: Any, **options: Any) -> SideBySide:
+    """`untrained`, then trained."""
+    module = untrained(*arguments, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="reduction: 'mean' divides the total loss")
+        # Lightning 2.6 uses a class that torch 2.14 has deprecated.
+        warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
+        fit(module, (), "cpu")
+    return module
+
+
+def weights_of(module: SideBySide, arm: str, seed: int) -> Weights:
+    return module.stack.weights(module.replicas.index(Replica(arm, seed)))
+
+
+def trained_by_hand(
+    module: nn.Module,
+    data: Dataset,
+    seed: int,
+    how: Recipe,
+    loss: Loss = F.cross_entropy,
+    factor: Callable[[int], float] = lambda step: 1.0,
+) -> nn.Module:
+    """One plain module in an ordinary loop: a permutation an epoch, `backward`, clip, step, schedule."""
+    optimizer = how.make_optimizer(module.train().parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # dropout
+        for epoch in range(how.epochs):
+            order = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+            train = data.splits["train"]
+            for batch in train[torch.randperm(len(train), generator=order)].split(how.batch_size):
+                inputs, labels = data.take(batch)
+                optimizer.zero_grad()
+                loss(module(inputs.expand(-1, *inputs.shape[1:])), labels).backward()
+                if how.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(module.parameters(), how.clip_norm)
+                optimizer.step()
+                schedule.step()
+    return module
+
+
+def same_bits(a: Weights, b: Weights) -> bool:
+    """Every tensor equal bit for bit, NaN included."""
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype
+        and torch.equal(a[name].contiguous().view(-1).view(torch.uint8), b[name].contiguous().view(-1).view(torch.uint8))
+        for name in a
+    )
+
+
+def largest_difference(a: Weights, b: Weights) -> float:
+    """The largest absolute difference, in units of the largest entry of its tensor where that exceeds 1."""
+    assert a.keys() == b.keys()
+    return max(
+        ((a[name] - b[name]).abs().max() / b[name].abs().max().clamp(min=1)).item()
+        for name in a
+        if a[name].is_floating_point()
+    )

@@ -1,0 +1,337 @@
+"""The report: one self-contained page that shows every finding, says every failure, and trusts no text."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline.figures import write_report
+from pipeline.page import headline, page, prose
+
+MARGINS = {"nll": 0.02, "accuracy": 0.01, "brier": 0.005}
+NLL_ALONE = {"nll": 0.02}
+COMMAND = "python -m pipeline.train 'loss=[nll,ce,kl]' 'seed=range(3)'"
+STEPS = (10, 20, 30)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole report: one loss that equals the reference in every bit, one that does not."""
+    folder = tmp_path_factory.mktemp("report")
+    write_report(folder, *findings(["nll", "brier"], margins=MARGINS), COMMAND)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def equals(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Every loss equals the reference in every bit."""
+    return report(tmp_path_factory.mktemp("equals"), *findings(["nll", "kl"]))
+
+
+def test_page_is_self_contained(whole: Page) -> None:
+    loading = {"src", "srcset", "data", "href", "xlink:href", "action", "poster"}
+    loads = [value for _, attributes in whole.tags for name, value in attributes.items() if name in loading]
+    assert loads  # markers are drawn by reference
+    assert all(value.startswith("#") for value in loads)
+    assert "script" not in whole.counts
+    assert not re.search(r"@import|url\((?!#)", whole.text)
+
+
+def test_tags_are_balanced_and_ids_unique_across_pictures(whole: Page) -> None:
+    ids = Counter(attributes["id"] for _, attributes in whole.tags if "id" in attributes)
+    assert whole.counts["svg"] == 6  # three forests, two learning curves, the distances
+    assert whole.open == []
+    assert [name for name, count in ids.items() if count > 1] == []
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', whole.text)) <= ids.keys()
+
+
+def test_every_picture_is_a_file_and_has_a_text_for_those_who_cannot_see_it(
+    whole: Page, folder: Path
+) -> None:
+    pictures = [attributes for tag, attributes in whole.tags if tag == "svg"]
+    files = sorted(path.stem for path in (folder / "figures").iterdir())
+    forests = ["difference-accuracy", "difference-brier", "difference-nll"]
+    assert all(picture["role"] == "img" and len(picture["aria-label"]) > 40 for picture in pictures)
+    assert files == ["curve-accuracy", "curve-nll", *forests, "distance"]
+
+
+def test_the_same_findings_give_the_same_bytes(whole: Page, tmp_path: Path) -> None:
+    assert report(tmp_path, *findings(["nll", "brier"], margins=MARGINS)).text == whole.text
+    assert not re.search(r"\b20\d\d-\d\d-\d\d", whole.text)
+
+
+def test_a_second_report_replaces_the_first_whole(tmp_path: Path) -> None:
+    report(tmp_path, *findings(["nll"]))
+    report(tmp_path, *findings([]))
+    names = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert names == ["curve-nll.svg", "report.html"]
+
+
+def test_text_is_escaped_wherever_a_name_appears(tmp_path: Path) -> None:
+    seen = report(tmp_path, *findings(["<b>&$x_$", "nll"]), command="echo '</pre><script>'")
+    assert "<b>" not in seen.text
+    assert not {"b", "script"} & seen.counts.keys()
+    assert seen.words.count("<b>&$x_$") >= 8  # headline, tables, and the labels in each picture
+    assert "echo '</pre><script>'" in seen.words
+
+
+def test_a_name_that_no_font_can_draw_or_no_axis_can_hold_still_gives_a_page(tmp_path: Path) -> None:
+    verdict, history, _ = findings(["交叉熵", "a_very_long_name_" * 8, "_private"])
+    words = report(tmp_path, verdict, history).words
+    pictures = words.split("Learning curves")[1]
+    assert all(name in pictures for name in ("交叉熵", "a_very_long_name_a_very…", "_private"))
+
+
+def test_equal_curves_are_drawn_once_and_named_together(equals: Page) -> None:
+    assert "One line, equal in every value: ce, nll and kl." in equals.words
+    assert "ce = nll = kl" in equals.words
+
+
+def test_curves_that_differ_in_the_last_bit_are_not_called_equal(tmp_path: Path) -> None:
+    verdict, history, _ = findings(["nll"])
+    history = history[history["metric"] == "val/nll"]
+    history.loc[history.index[-1], "value"] = np.nextafter(history["value"].iloc[-1], 9.0)
+    assert "One line" not in report(tmp_path, verdict, history).words
+
+
+def test_exact_zeros_are_said_and_have_a_labelled_floor(equals: Page, whole: Page) -> None:
+    assert equals.words.count("all 3 exactly 0") >= 2
+    assert "at every recorded step of every seed: kl and nll." in equals.words
+    assert "0 (bitwise equal)" in equals.words
+    assert "0 (bitwise equal)" in whole.words
+
+
+def test_a_positive_distance_has_no_floor(tmp_path: Path) -> None:
+    verdict, history, _ = findings(["brier"])
+    assert "bitwise equal" not in report(tmp_path, verdict, history).words
+
+
+def test_failed_pairs_are_counted_beside_their_row(tmp_path: Path) -> None:
+    verdict, history, differences = findings(["brier"])
+    differences.loc[differences["seed"] > 0, "difference"] = np.nan
+    assert "2 failed, 1 differ" in report(tmp_path, verdict, history, differences).words
+
+
+def test_recorded_failures_are_listed_with_seed_step_and_cause() -> None:
+    verdict, history, _ = findings(["brier"])
+    causes = [{"seed": seed, "step": 17, "cause": "the objective is not finite"} for seed in (1, 2)]
+    verdict["comparisons"][0]["failures"] = causes
+    assert "brier 1, 2 17 the objective is not finite" in words_of(verdict, history)
+
+
+def test_a_run_that_stops_being_finite_ends_in_a_cross(tmp_path: Path) -> None:
+    verdict, history, _ = findings(["brier"])
+    broken = (history["loss"] == "ce") & (history["seed"] == 2) & (history["step"] >= 20)
+    history.loc[broken, "value"] = np.nan
+    assert "A cross ends each seed that stopped being finite: ce." in report(tmp_path, verdict, history).words
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_reported_though_nobody_recorded_it(broken: float) -> None:
+    verdict, history, _ = findings(["brier"])
+    rows = (history["loss"] == "ce") & (history["seed"] == 2) & (history["step"] >= 20)
+    history.loc[rows & (history["metric"] == "val/nll"), "value"] = broken
+    assert "ce 2 20 val/nll is not finite" in words_of(verdict, history)
+
+
+def test_a_loss_that_is_never_finite_is_named_though_it_has_no_line(tmp_path: Path) -> None:
+    verdict, history, differences = findings(["kl_literal"])
+    history.loc[history["loss"] == "kl_literal", "value"] = np.nan
+    differences["difference"] = np.nan
+    seen = report(tmp_path, verdict, history, differences)
+    assert seen.words.count("Not drawn, never finite: kl_literal.") >= 2
+    assert "3 failed" in seen.words
+
+
+def test_a_run_without_any_result_is_reported() -> None:
+    verdict, history, _ = findings(["brier"])
+    history = history[(history["loss"] != "brier") | (history["seed"] != 1)]
+    assert "brier 1 — no recorded result" in words_of(verdict, history)
+
+
+def test_a_single_run_claims_nothing_and_still_shows_what_it_reached(tmp_path: Path) -> None:
+    verdict, history, _ = findings([], seeds=1)
+    words = report(tmp_path, verdict, history).words
+    assert "ce trained alone (mlp on digits, 1 seed): nothing was compared." in words
+    assert "One seed." in words
+    assert "Test set, after the last step" in words
+    assert "Estimand" not in words
+    assert "Failed runs" not in words
+
+
+def test_a_metric_without_a_margin_says_that_equivalence_is_not_judged_by_it(tmp_path: Path) -> None:
+    verdict, history, differences = findings(["brier", "nll"])
+    verdict["protocol"]["margins"] = None
+    words = report(tmp_path, verdict, history, differences).words
+    assert "It has no margin: equivalence is not judged by it." in words
+    assert "units of the margin" not in words
+
+
+def test_nulls_everywhere_give_a_page_that_asserts_nothing() -> None:
+    verdict, history, _ = findings(["brier"])
+    verdict["comparisons"] = [dict.fromkeys(row) | {"loss": row["loss"]} for row in verdict["comparisons"]]
+    verdict |= dict.fromkeys(("environment", "protocol", "optimizer", "precision", "sweep"))
+    words = words_of(verdict, history)
+    assert "brier is not compared with ce" in words
+    assert "None" not in words
+
+
+@pytest.mark.parametrize(("confirmed", "word"), [(True, "holds"), (False, "refuted"), (None, "undecided")])
+def test_an_expectation_is_shown_with_what_became_of_it(confirmed: bool | None, word: str) -> None:
+    verdict, history, _ = findings(["brier"])
+    verdict["comparisons"][0] |= {"expected": "same", "confirmed": confirmed}
+    assert f"same: {word}" in words_of(verdict, history)
+
+
+def test_losses_of_one_verdict_share_a_clause_and_sameness_comes_first() -> None:
+    verdict, history, _ = findings(["brier", "nll", "kl"])
+    assert headline(verdict, history) == (
+        "nll and kl are identical to ce; brier is different from ce (mlp on digits, 3 paired seeds)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "—"),
+        (True, "yes"),
+        (0, "0"),
+        (-0.00012345, "\N{MINUS SIGN}0.0001234"),
+        ([0, 1], "0, 1"),
+        (["a", "b"], "a; b"),
+        ([], "none"),
+        ({"axis": "gap", "limit": 103.0}, "axis: gap; limit: 103"),
+    ],
+)
+def test_json_values_read_as_prose(value: Any, text: str) -> None:
+    assert prose(value) == text
+
+
+def test_fifteen_losses_and_thirty_seeds_stay_under_three_megabytes(tmp_path: Path) -> None:
+    losses = [f"loss_{i}" for i in range(14)]
+    seen = report(tmp_path, *findings(losses, seeds=30, steps=range(10, 2010, 10), margins=MARGINS))
+    assert len(seen.text.encode()) < 3_000_000
+    assert seen.counts["svg"] == 6
+
+
+# ---------------------------------------------------------------- findings made up
+
+Findings = tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]
+
+
+def findings(
+    losses: Sequence[str],
+    seeds: int = 3,
+    steps: Sequence[int] = STEPS,
+    margins: Mapping[str, float] = NLL_ALONE,
+) -> Findings:
+    """`nll` and `kl` equal the reference `ce` in every bit; every other loss is its own."""
+    runs = [run(loss, seed, np.array(steps), margins) for loss in ["ce", *losses] for seed in range(seeds)]
+    rows = [
+        (loss, metric, seed, offset(loss) * margin * (5 + seed))
+        for loss in losses
+        for metric, margin in margins.items()
+        for seed in range(seeds)
+    ]
+    verdict = {
+        **{"schema": 1, "sweep": "digits-mlp", "about": "objective", "reference": "ce", "dataset": "digits"},
+        **{"model": "mlp", "optimizer": "sgd", "precision": "float32", "seeds": list(range(seeds))},
+        "environment": {"torch": "2.14.1", "device": "cpu"},
+        "protocol": {"hash": "0f", "alpha": 0.05, "looks": 1, "look": 1, "margins": dict(margins)},
+        "comparisons": [comparison(loss, margins) for loss in losses],
+    }
+    differences = pd.DataFrame(rows, columns=["loss", "metric", "seed", "difference"])
+    return verdict, pd.concat(runs, ignore_index=True), differences
+
+
+def offset(loss: str) -> float:
+    return 0.0 if loss in {"ce", "nll", "kl"} else 1.0 + sum(map(ord, loss)) % 97 / 97
+
+
+def run(loss: str, seed: int, step: np.ndarray, metrics: Collection[str]) -> pd.DataFrame:
+    nll = 2.0 * np.exp(-3 * step / step[-1]) + 0.01 * seed + 0.3 * offset(loss)
+    values = {"nll": nll, "accuracy": np.exp(-nll), "brier": nll / 3}
+    rows = [(f"val/{name}", t, v) for name in metrics for t, v in zip(step, values[name], strict=True)]
+    rows += [(f"test/{name}", step[-1], values[name][-1]) for name in metrics]
+    rows += [("gap/parameters", t, offset(loss) * 1e-8 * t) for t in (1, 3, 10)]
+    return pd.DataFrame(rows, columns=["metric", "step", "value"]).assign(loss=loss, seed=seed)
+
+
+def comparison(loss: str, margins: Mapping[str, float]) -> dict[str, Any]:
+    far = offset(loss)
+    word = "different" if far else "identical"
+    numbers = {"level": 0.9, "p_tost": None, "n": 3, "pair_correlation": 0.5, "ci_difference": None}
+    nulls = ("scale", "offset", "domain", "side_effects", "seeds_needed", "expected", "confirmed")
+    return {
+        **dict.fromkeys((*nulls, "assay_sensitivity", "would_have_caught")),
+        **{"loss": loss, "objective": "not_run", "outcome": word, "verdict": word, "sentence": f"{word}."},
+        **{"covered": ["the final weights"], "not_covered": ["the losses"], "failures": []},
+        "metrics": {
+            name: numbers
+            | {"mean_difference": 6 * far * margin, "margin": margin}
+            | {"ci_tost": [4 * far * margin, 8 * far * margin] if far else None}
+            for name, margin in margins.items()
+        },
+    }
+
+
+def report(
+    folder: Path,
+    verdict: dict[str, Any],
+    history: pd.DataFrame,
+    differences: pd.DataFrame | None = None,
+    command: str = COMMAND,
+) -> Page:
+    differences = pd.DataFrame() if differences is None else differences
+    return Page(write_report(folder, verdict, history, differences, command).read_text(encoding="utf-8"))
+
+
+def words_of(verdict: dict[str, Any], history: pd.DataFrame) -> str:
+    """What the page says around its pictures."""
+    return Page(page(verdict, history, {}, COMMAND)).words
+
+
+class Page(HTMLParser):
+    """Start tags with attributes, the words that a reader sees with single spaces, and what was left open."""
+
+    VOID = frozenset({"meta", "br", "link"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        assert text.startswith("<!DOCTYPE html>")
+        self.text = text
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.data: list[str] = []
+        self.feed(text)
+        self.close()
+        self.counts = Counter(tag for tag, _ in self.tags)
+        self.words = " ".join(" ".join(self.data).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.data.append(data)
