@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline import datasets
-from pipeline.datasets import Dataset, carve, digits, fashion_mnist, image_folder, make_dataset
+from pipeline import datasets, loaders, pictures
+from pipeline.datasets import Dataset, make_dataset
 from pipeline.errors import UsageError
+from pipeline.loaders import carve, digits, fashion_mnist
+from pipeline.pictures import image_folder
 
 TINY_SPLITS = {"train": range(8), "val": [8, 9], "test": [10, 11]}
 
@@ -263,7 +265,7 @@ def test_an_impossible_data_seed_is_refused() -> None:
     refused(lambda: digits(data_seed=-1), "data_seed=-1")
 
 
-@pytest.mark.parametrize("loader", [digits, fashion_mnist, datasets.mnist, datasets.cifar10, image_folder])
+@pytest.mark.parametrize("loader", [digits, fashion_mnist, loaders.mnist, loaders.cifar10, image_folder])
 def test_a_loader_can_be_checked_against_its_signature(loader: Callable[..., Dataset]) -> None:
     with pytest.raises(ValidationError, match="data_sed"):
         TypeAdapter(loader).validate_python({"data_sed": 1, "root": "x"})
@@ -343,12 +345,12 @@ def test_offline_names_the_package_and_the_download(monkeypatch: pytest.MonkeyPa
     def offline(*args: object, **kwargs: object) -> None:
         raise OSError("Name or service\nnot known")
 
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", Path("/nowhere"))
+    monkeypatch.setattr(loaders, "DEBIAN_FASHION_MNIST", Path("/nowhere"))
     for source in ("FashionMNIST", "MNIST", "CIFAR10"):
         monkeypatch.setattr(f"torchvision.datasets.{source}", offline)
     refused(fashion_mnist, "apt-get install dataset-fashion-mnist", "download", "not known")
-    refused(datasets.mnist, "mnist", "download", "dataset.root")
-    refused(datasets.cifar10, "cifar10", "download", "dataset.root")
+    refused(loaders.mnist, "mnist", "download", "dataset.root")
+    refused(loaders.cifar10, "cifar10", "download", "dataset.root")
     assert list(cache.iterdir()) == []
 
 
@@ -358,18 +360,18 @@ def test_a_download_is_kept_whole_and_fetched_once(monkeypatch: pytest.MonkeyPat
         write_idx(Path(root) / "MNIST" / "raw", "t10k", 20)
 
     monkeypatch.setattr("torchvision.datasets.MNIST", fetch)
-    first = datasets.mnist(val=20)
+    first = loaders.mnist(val=20)
     monkeypatch.delattr("torchvision.datasets.MNIST")
-    assert datasets.mnist(val=20).digest == first.digest
+    assert loaders.mnist(val=20).digest == first.digest
     assert [path.name for path in cache.iterdir()] == ["MNIST"]
 
 
 def test_cifar10_from_a_folder_without_it_is_refused(tmp_path: Path) -> None:
-    refused(lambda: datasets.cifar10(root=str(tmp_path)), "cifar10", str(tmp_path))
+    refused(lambda: loaders.cifar10(root=str(tmp_path)), "cifar10", str(tmp_path))
 
 
 @pytest.mark.skipif(
-    not datasets.DEBIAN_FASHION_MNIST.is_dir(), reason="needs `apt-get install dataset-fashion-mnist`"
+    not loaders.DEBIAN_FASHION_MNIST.is_dir(), reason="needs `apt-get install dataset-fashion-mnist`"
 )
 def test_debians_fashion_mnist_is_the_published_one() -> None:
     data = fashion_mnist()
@@ -415,7 +417,7 @@ def test_train_and_test_folders_keep_their_pictures(tmp_path: Path) -> None:
 def test_every_mode_becomes_the_same_rgb(tmp_path: Path, suffix: str, mode: str) -> None:
     path = tmp_path / f"x.{suffix}"
     Image.new("RGB", (30, 17), (255, 255, 255)).convert(mode).save(path)
-    decoded = datasets.decode(path, 8)
+    decoded = pictures.decode(path, 8)
     assert decoded.shape == (3, 8, 8)
     assert (decoded >= 250).all()
 
@@ -423,14 +425,14 @@ def test_every_mode_becomes_the_same_rgb(tmp_path: Path, suffix: str, mode: str)
 def test_transparency_in_a_palette_is_dropped(tmp_path: Path) -> None:
     palette = Image.new("RGB", (9, 9), (200, 10, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
     palette.save(tmp_path / "x.png", transparency=bytes([0]))
-    assert datasets.decode(tmp_path / "x.png", 4)[:, 0, 0].tolist() == [200, 10, 30]
+    assert pictures.decode(tmp_path / "x.png", 4)[:, 0, 0].tolist() == [200, 10, 30]
 
 
 def test_a_picture_is_resized_by_its_shorter_side_and_cut_to_its_centre(tmp_path: Path) -> None:
     pixels = np.zeros((8, 24, 3), np.uint8)
     pixels[:, 8:16] = 255  # a white square between two black ones
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    decoded = datasets.decode(tmp_path / "x.png", 4)
+    decoded = pictures.decode(tmp_path / "x.png", 4)
     assert (decoded[:, :, 1:3] == 255).all()
     assert (decoded > 200).all()  # at the cut the antialiasing sees a little of what lies beyond
 
@@ -441,7 +443,7 @@ def test_exif_orientation_is_respected(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees: white on the right
     Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
-    decoded = datasets.decode(tmp_path / "x.png", 16)
+    decoded = pictures.decode(tmp_path / "x.png", 16)
     assert (decoded[:, :, 8:] == 255).all()
     assert (decoded[:, :, :8] == 0).all()
 
@@ -450,7 +452,7 @@ def test_a_large_jpeg_keeps_its_content(tmp_path: Path) -> None:
     pixels = np.zeros((640, 640, 3), np.uint8)
     pixels[:, 320:] = (250, 120, 10)
     Image.fromarray(pixels).save(tmp_path / "x.jpg", quality=95)
-    decoded = datasets.decode(tmp_path / "x.jpg", 16).astype(int)
+    decoded = pictures.decode(tmp_path / "x.jpg", 16).astype(int)
     assert (np.abs(decoded[:, 4, 12] - [250, 120, 10]) <= 4).all()
     assert (decoded[:, 4, 3] <= 4).all()
 
@@ -459,9 +461,9 @@ def test_pictures_of_all_sizes_are_decoded_once(tmp_path: Path, monkeypatch: pyt
     root = folder_of(tmp_path / "p", count=70)  # more than are decoded at a time
     first = image_folder(str(root), size=8)
     for row, (kind, number) in {0: ("cat", "0"), 69: ("cat", "9"), 139: ("horse", "9")}.items():
-        expected = datasets.decode(root / kind / f"{number}.png", 8)
+        expected = pictures.decode(root / kind / f"{number}.png", 8)
         assert np.array_equal(first.images[row].numpy(), expected)
-    monkeypatch.setattr(datasets, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(pictures, "decode", lambda *_: pytest.fail("decoded again"))
     second = image_folder(str(root), size=8)
     assert second.digest == first.digest
 
@@ -554,7 +556,7 @@ def test_a_class_that_only_test_has_is_refused_before_decoding(
 ) -> None:
     folder_of(tmp_path / "p" / "train", count=10)
     folder_of(tmp_path / "p" / "test", kinds=("cat", "dog"), count=1)
-    monkeypatch.setattr(datasets, "decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(pictures, "decode", lambda *_: pytest.fail("decoded"))
     refused(lambda: image_folder(str(tmp_path / "p"), size=8), "'dog'", "in test", "not in train")
 
 

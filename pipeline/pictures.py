@@ -1,0 +1,137 @@
+"""A folder of pictures as a dataset: decoded once into a memory map, whatever its size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.datasets import Dataset, checked_labels, make_dataset, require
+from pipeline.errors import UsageError
+from pipeline.loaders import cache_dir, three_way, with_val, writing
+
+PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+Files = Mapping[str, Sequence[Path]]  # class -> its pictures
+
+log = logging.getLogger(__name__)
+
+
+def image_folder(
+    root: str,
+    size: int = 256,
+    data_seed: int = 0,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    cache: str | None = None,
+) -> Dataset:
+    """Pictures in root/train/<class>/ and root/test/<class>/, or in root/<class>/ and split by `data_seed`.
+
+    Each is decoded once, to RGB [3, size, size], into a file under `cache` that is memory-mapped ever after.
+    """
+    name, folder = "image_folder", Path(root).expanduser().resolve()
+    require(folder.is_dir(), name, f"there is no folder {folder}: set dataset.root")
+    require(size > 0, name, f"size={size}: give the side in pixels, 1 or more")
+    parts = _parts(folder)
+    files = [file for part in parts.values() for found in part.values() for file in found]
+    require(bool(files), name, f"{folder} has no class folders with pictures")
+    classes = sorted({kind for part in parts.values() for kind in part})
+    number = {kind: label for label, kind in enumerate(classes)}
+    labels = np.array([number[file.parent.name] for file in files])
+    if "test" in parts:
+        train = sum(map(len, parts["train"].values()))
+        splits = with_val(labels, train, round(val_fraction * train), data_seed)
+    else:
+        val, test = round(val_fraction * len(files)), round(test_fraction * len(files))
+        splits = three_way(labels, val, test, data_seed)
+    checked_labels(name, labels, splits, classes)  # before the long decoding
+    return make_dataset(name, _decoded(files, size, cache_dir(cache)), labels, splits, classes)
+
+
+def _parts(root: Path) -> dict[str, Files]:
+    """The pictures of train/ and test/ where `root` has these two, else of all its folders as "all"."""
+    names = {entry.name for entry in _visible(root, root)}
+    if not {"train", "test"} <= names:
+        return {"all": _classes(root, root)}
+    for extra in sorted(names - {"train", "test"}):
+        raise UsageError(f"{root / extra} is neither train/ nor test/: val is drawn from train, move it away")
+    return {part: _classes(root / part, root) for part in ("train", "test")}
+
+
+def _classes(folder: Path, root: Path) -> Files:
+    found = {}
+    for entry in _visible(folder, root):
+        if not entry.is_dir():
+            raise UsageError(f"{entry} is not a class folder: move it out of {folder}")
+        found[entry.name] = _visible(entry, root)
+        if not found[entry.name]:
+            raise UsageError(f"{entry} is a class folder without pictures: fill or remove it")
+        for file in found[entry.name]:
+            if file.suffix.lower() not in PICTURES or not file.is_file():
+                raise UsageError(f"{file} is not a picture ({', '.join(sorted(PICTURES))}): move it away")
+    return found
+
+
+def _visible(folder: Path, root: Path) -> list[Path]:
+    """What `folder` holds, sorted by name, without hidden entries; a link must not lead out of `root`."""
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    for entry in entries:
+        if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+            raise UsageError(f"{entry} is a link out of {root}: put the file itself there")
+    return entries
+
+
+def _decoded(files: Sequence[Path], size: int, cache: Path) -> NDArray[np.uint8]:
+    """The pictures [N, 3, size, size] as a read-only memory map; decoded unless the cache has them."""
+    import PIL
+
+    stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
+    key = hashlib.sha256(json.dumps([size, PIL.__version__, stats]).encode()).hexdigest()[:32]
+    pixels, shape = cache / f"pictures-{key}.u8", (len(files), 3, size, size)
+    if not pixels.is_file() or pixels.stat().st_size != math.prod(shape):
+        log.info("decoding %d pictures into %s", len(files), pixels)
+        with writing(cache):
+            _decode_all(files, size, pixels)
+    return np.memmap(pixels, np.uint8, "r", shape=shape)
+
+
+def _decode_all(files: Sequence[Path], size: int, pixels: Path) -> None:
+    """Write the pictures one after another, a few in memory at a time; the file appears when it is whole."""
+    threads = min(4, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory(dir=pixels.parent) as scratch, ThreadPoolExecutor(threads) as pool:
+        partial = Path(scratch) / pixels.name
+        with partial.open("wb") as out:
+            for start in range(0, len(files), 64):
+                for picture in pool.map(decode, files[start : start + 64], repeat(size)):
+                    out.write(picture.tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(pixels)
+
+
+def decode(file: Path, size: int) -> NDArray[np.uint8]:
+    """One picture as RGB [3, size, size]: upright by its EXIF, centre square, antialiased, alpha dropped."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as picture:
+            if picture.mode[0] in "IF":
+                raise ValueError(f"more than 8 bits a channel, mode {picture.mode}")
+            picture.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
+            upright = ImageOps.exif_transpose(picture)
+            opaque = (upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB")
+            square = ImageOps.fit(opaque, (size, size), Image.Resampling.BILINEAR)
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UsageError(f"unreadable picture {file} ({error}): replace or remove it") from error
+    return np.asarray(square).transpose(2, 0, 1)
