@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 
 
 class ExitCode(IntEnum):
@@ -25,6 +27,9 @@ class ExitCode(IntEnum):
 GRAVITY = (ExitCode.HOLDS, ExitCode.REFUTED, ExitCode.USAGE, ExitCode.BUG, ExitCode.INTERRUPTED)
 _noted: list[ExitCode] = []
 
+# What the operating system says where a disk is full or may not be written.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 def note(code: int) -> None:
     """Remember the exit code of one job of this process; `run` returns the gravest."""
@@ -36,41 +41,56 @@ def gravest() -> ExitCode:
     return max(_noted, key=GRAVITY.index, default=ExitCode.HOLDS)
 
 
-def guarded(action: Callable[[], int]) -> ExitCode:
-    """Run an action; a wrong request is one line on stderr, any other error a traceback, and both are a code."""
+@dataclass(frozen=True)
+class Outcome:
+    """How an action ended; `error` is what to tell the user in one line, where it ended badly."""
+
+    code: ExitCode
+    error: str | None = None
+
+
+def attempt(action: Callable[[], int]) -> Outcome:
+    """Run an action; what it raises becomes an exit code, with a traceback unless the request is wrong."""
     try:
-        return ExitCode(action())
+        return Outcome(ExitCode(action()))
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.USAGE
-    except Exception:
+        return Outcome(ExitCode.USAGE, str(error))
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            where = error.filename or "the disk"
+            line = f"cannot write to {where}: {error.strerror}; free space or choose another folder"
+            return Outcome(ExitCode.USAGE, line)
         traceback.print_exc()
-        return ExitCode.BUG
+        return Outcome(ExitCode.BUG, f"{type(error).__name__}: {first_line(error)}")
+
+
+def guarded(action: Callable[[], int]) -> ExitCode:
+    """`attempt`, with a wrong request told in one line on stderr."""
+    outcome = attempt(action)
+    if outcome.code is ExitCode.USAGE and outcome.error is not None:
+        print(f"error: {outcome.error}", file=sys.stderr)
+    return outcome.code
 
 
 def run_entry_point(main: Callable[[], object]) -> None:
     """Call a Hydra entry point and leave with the gravest exit code of its jobs.
 
-    Hydra turns every error into exit code 1 unless it is asked for the full error; here a configuration that does
-    not compose is a wrong request.
+    Hydra turns every error into exit code 1 unless it is asked for the full error; here a configuration that
+    does not compose is a wrong request.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.exit(_code_of(main))
-
-
-def _code_of(main: Callable[[], object]) -> ExitCode:
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    def call() -> int:
-        try:
-            main()
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UsageError(" ".join(str(error).split())) from error
-        return gravest()
-
+    _noted.clear()
     try:
-        return guarded(call)
+        code = guarded(lambda: _composed(main))
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+        code = ExitCode.INTERRUPTED
+    sys.exit(code)
+
+
+def _composed(main: Callable[[], object]) -> ExitCode:
+    from pipeline.hydra_errors import as_refusals
+
+    with as_refusals():
+        main()
+    return gravest()

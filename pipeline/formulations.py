@@ -114,7 +114,8 @@ def probe(
     bias = torch.zeros(num_classes, device=device, dtype=dtype, requires_grad=True)
     labels = torch.arange(4, device=device) % num_classes
     logits = F.linear(hidden, weight, bias)
-    inputs = derive(formulation.args, logits) | {
+    in_a_stack = derive(formulation.args, logits.unsqueeze(0))  # in training, too, it gets a slice
+    inputs = {name: tensor.unbind()[0] for name, tensor in in_a_stack.items()} | {
         "hidden": hidden, "weight": weight, "bias": bias, "labels": labels,
         "target_probs": F.one_hot(labels, num_classes).to(dtype),
     }  # fmt: skip
@@ -123,6 +124,8 @@ def probe(
     try:
         with stream.resumed():
             value = formulation.objective(fn, inputs)
+            if value.requires_grad:
+                value.backward()  # type: ignore[no-untyped-call]
     except UsageError:
         raise
     except Exception as error:

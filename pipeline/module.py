@@ -53,6 +53,22 @@ class Divergence:
     cause: str
 
 
+class Chunks:
+    """An epoch as runs of consecutive step numbers; the data are gathered inside the step.
+
+    Neither is a sequence: Lightning takes a list for several loaders, and rebuilds a range that it is to move.
+    """
+
+    def __init__(self, num_steps: int, size: int) -> None:
+        self.starts, self.num_steps, self.size = range(0, num_steps, size), num_steps, size
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[slice]:
+        return (slice(start, min(start + self.size, self.num_steps)) for start in self.starts)
+
+
 class SideBySide(pl.LightningModule):
     """Trains all replicas of one stack.
 
@@ -93,10 +109,8 @@ class SideBySide(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.recipe.make_optimizer(self.stack.parameters())
 
-    def train_dataloader(self) -> list[range]:
-        """An epoch as runs of consecutive step numbers; the data are gathered inside the step."""
-        steps = range(self.recipe.steps_per_epoch(self.num_examples))
-        return [steps[i : i + self.recipe.inner_steps] for i in range(0, len(steps), self.recipe.inner_steps)]
+    def train_dataloader(self) -> Chunks:
+        return Chunks(self.recipe.steps_per_epoch(self.num_examples), self.recipe.inner_steps)
 
     def on_fit_start(self) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -113,9 +127,9 @@ class SideBySide(pl.LightningModule):
         generator = torch.Generator().manual_seed(derive_seed(seed, "order", self.current_epoch))
         return torch.randperm(self.num_examples, generator=generator).to(self._slots.device)
 
-    def training_step(self, steps: range, batch_idx: int) -> None:
+    def training_step(self, steps: slice, batch_idx: int) -> None:
         size = self.recipe.batch_size
-        for step in steps:
+        for step in range(steps.start, steps.stop):
             self._step(self._indices[:, step * size : (step + 1) * size])
 
     def on_train_epoch_end(self) -> None:

@@ -47,7 +47,7 @@ def facts_of(setting: Setting, request: Request, command: str) -> Facts:
         num_classes=setting.data.num_classes,
         label_entropy=-torch.xlogy(frequencies, frequencies).sum().item(),
         scope=(
-            f"seeds {_spans(request.seeds)}, {steps} steps of "
+            f"{_spans(request.seeds)}, {steps} steps of "
             f"{conf.short_name(setting.config['optimizer']['_target_'])} in {setting.config['precision']}, "
             f"{setting.data.name}, {setting.builder.name}, on {setting.environment['device']}"
         ),
@@ -92,8 +92,10 @@ def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spans(seeds: Sequence[int]) -> str:
-    """0-9 for a run of seeds, else a list."""
+    """"seed 7", "seeds 0-9" for a run of them, else a list."""
     ordered = sorted(seeds)
+    if len(ordered) == 1:
+        return f"seed {ordered[0]}"
     if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
-        return f"{ordered[0]}-{ordered[-1]}"
-    return ", ".join(map(str, ordered))
+        return f"seeds {ordered[0]}-{ordered[-1]}"
+    return f"seeds {', '.join(map(str, ordered))}"

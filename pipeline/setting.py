@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra.errors import HydraException
 from hydra.utils import instantiate
+from torch import nn
 
 from pipeline import config as conf
 from pipeline.datasets import Dataset
@@ -21,10 +23,11 @@ from pipeline.models import ModelBuilder
 from pipeline.module import Recipe
 from pipeline.objectives import Replica
 from pipeline.stack import Stack, build_stack, choose_engine, convolves, find_head, pads, tile_size
+from pipeline.targets import locate
 
 ENGINE_VERSION = 1  # raised whenever the bits of a cell change
 
-# Optimizers whose update of a weight looks at that weight alone, so that replicas stacked in one tensor stay apart.
+# Optimizers that update a weight by looking at it alone, so that replicas stacked in one tensor stay apart.
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16_mixed": torch.float32}
@@ -54,7 +57,7 @@ class Setting:
         return {
             **conf.identity(self.config),
             "loss": self.config["loss"][arm],
-            "loss_code": code_digest(conf.locate(f"loss.{arm}.fn", self.config["loss"][arm]["fn"]["_target_"])),
+            "loss_code": code_digest(locate(f"loss.{arm}.fn", self.config["loss"][arm]["fn"]["_target_"])),
             "model_code": code_digest(self.builder.make),
             "data_digest": self.data.digest,
             "engine": {"name": self.engine, "version": ENGINE_VERSION, "tile": self.tile},
@@ -87,19 +90,22 @@ def prepare(config: Mapping[str, Any]) -> Setting:
     device = _device(config["trainer"]["accelerator"])
     dtype = DTYPES[config["precision"]]
     _set_numerics(config["trainer"]["threads"])
+    recipe = _recipe(config)
     data = _dataset(config["dataset"]).to(device, dtype)
     builder = ModelBuilder(
-        _callable(config["model"]), conf.short_name(config["model"]["_target_"]), data.input_shape, data.num_classes
+        _callable(config["model"]),
+        conf.short_name(config["model"]["_target_"]),
+        data.input_shape,
+        data.num_classes,
     )
     formulations = tuple(_formulation(name, loss) for name, loss in config["loss"].items())
     for formulation in formulations:
         probe(formulation, data.num_classes, device, dtype)
-    batch_size = min(config["batch_size"], len(data.splits["train"]))
-    _check_batches(config["batch_size"], builder, len(data.splits["train"]))
-    engine, reason, tile = _engine(config, builder, batch_size, device, dtype)
+    _check_batches(recipe.batch_size, builder, len(data.splits["train"]))
+    engine, reason, tile = _engine(config, builder, recipe.batch_size, device, dtype)
     head = _head(formulations, builder)
     return Setting(
-        config, device, dtype, data, builder, formulations, _recipe(config), engine, reason, tile, head,
+        config, device, dtype, data, builder, formulations, recipe, engine, reason, tile, head,
         _environment(device),
     )  # fmt: skip
 
@@ -123,15 +129,29 @@ def _set_numerics(threads: int) -> None:
 
 def _callable(declared: Mapping[str, Any]) -> Callable[..., Any]:
     """The declared target with its keywords bound, not called."""
-    made: Callable[..., Any] = instantiate({**declared, "_partial_": True}, _convert_="all")
+    try:
+        made: Callable[..., Any] = instantiate({**declared, "_partial_": True}, _convert_="all")
+    except HydraException as error:  # a `_target_` among the keywords
+        raise UsageError(f"{declared['_target_']}: {_cause(error)}") from error
     return made
 
 
+def _cause(error: BaseException) -> str:
+    """What went wrong inside `instantiate`, in the words of whoever raised it."""
+    return first_line(error.__cause__ or error)
+
+
 def _dataset(declared: Mapping[str, Any]) -> Dataset:
+    target = declared["_target_"]
     load = _callable({k: v for k, v in declared.items() if k not in conf.DATASET_PROTOCOL})
-    data = load()
+    try:
+        data = load()
+    except Exception as error:
+        if isinstance(error, UsageError) or target.startswith("pipeline."):
+            raise
+        raise UsageError(f"dataset {target} failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(data, Dataset):
-        raise UsageError(f"dataset {declared['_target_']} returned {type(data).__name__}; return make_dataset(...)")
+        raise UsageError(f"dataset {target} returned {type(data).__name__}; return make_dataset(...)")
     return data
 
 
@@ -140,25 +160,34 @@ def _formulation(name: str, loss: Mapping[str, Any]) -> Formulation:
         try:
             return instantiate(loss["fn"], _convert_="all")
         except Exception as error:
-            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-            raise UsageError(f"loss.{name}.fn cannot be made: {first_line(cause)}") from error
+            raise UsageError(f"loss.{name}.fn cannot be made: {_cause(error)}") from error
 
     return Formulation(name, tuple(loss["args"]), make)
 
 
 def _check_batches(batch_size: int, builder: ModelBuilder, num_examples: int) -> None:
     if batch_size > num_examples:
-        raise UsageError(f"batch_size={batch_size} is larger than the {num_examples} training examples; make it smaller")
-    normalises = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in builder(0).modules())
-    if normalises and num_examples % batch_size == 1:
+        raise UsageError(f"batch_size={batch_size} exceeds the {num_examples} training examples; lower it")
+    normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in builder(0).modules())
+    if normalises and _last_batch(num_examples, batch_size) == 1:
+        fitting = (size for size in range(2, num_examples + 1) if _last_batch(num_examples, size) > 1)
+        nearest = min(fitting, key=lambda size: abs(size - batch_size))
         raise UsageError(
             f"batch_size={batch_size} leaves a last batch of one of the {num_examples} training examples, "
-            f"which BatchNorm cannot normalise; try batch_size={batch_size - 1 if num_examples % (batch_size - 1 or 1) != 1 else batch_size + 1}"
+            f"which BatchNorm cannot normalise; try batch_size={nearest}"
         )
 
 
+def _last_batch(num_examples: int, batch_size: int) -> int:
+    return num_examples % batch_size or batch_size
+
+
 def _engine(
-    config: Mapping[str, Any], builder: ModelBuilder, batch_size: int, device: torch.device, dtype: torch.dtype
+    config: Mapping[str, Any],
+    builder: ModelBuilder,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[str, str, int]:
     """Engine, reason and tile; they depend on the configuration alone, never on which cells are missing."""
     requested, first = config["trainer"]["engine"], builder(0).to(device, dtype)
@@ -178,21 +207,24 @@ def _head(formulations: tuple[Formulation, ...], builder: ModelBuilder) -> str |
         return None
     head = find_head(builder(0), torch.zeros(2, *builder.input_shape))
     if head is None:
-        raise UsageError(f"loss {fused[0]} takes hidden and weight, but {builder.name} does not end in a linear layer")
+        raise UsageError(
+            f"loss {fused[0]} takes hidden and weight, but {builder.name} does not end in a linear layer"
+        )
     return head
 
 
 def _recipe(config: Mapping[str, Any]) -> Recipe:
-    name = conf.short_name(config["optimizer"]["_target_"])
-    if config["optimizer"]["_target_"] != f"torch.optim.{name}" or name not in ELEMENTWISE:
+    target = config["optimizer"]["_target_"]
+    if target not in {f"torch.optim.{name}" for name in ELEMENTWISE}:
         raise UsageError(
-            f"optimizer {config['optimizer']['_target_']} may mix the replicas of a stack; "
+            f"optimizer {target} may mix the replicas of a stack; "
             f"use one of torch.optim.{{{', '.join(ELEMENTWISE)}}}"
         )
     make = _callable(config["optimizer"])
     try:
-        make([torch.nn.Parameter(torch.zeros(1))])
-    except (ValueError, TypeError) as error:
+        make([nn.Parameter(torch.zeros(1))])
+    except Exception as error:
+        name = conf.short_name(target)
         raise UsageError(f"optimizer {name} refuses its settings: {first_line(error)}") from error
     return Recipe(
         epochs=config["epochs"],
@@ -208,9 +240,9 @@ def _recipe(config: Mapping[str, Any]) -> Recipe:
 
 @functools.cache
 def _environment(device: torch.device) -> dict[str, Any]:
-    cuda = device.type == "cuda"
+    cuda, cpu = device.type == "cuda", torch.backends.cpu.get_cpu_capability()
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})",
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({cpu})",
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda if cuda else None,
         "numpy": np.__version__,

@@ -6,35 +6,69 @@ python -m pipeline.train 'loss=[nll,ce,kl]' 'seed=[0,1,2]' dataset=digits model=
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pipeline import config as conf
-from pipeline.exit_codes import ExitCode, guarded, note, run_entry_point
+from pipeline.checks import check
+from pipeline.exit_codes import ExitCode, attempt, guarded, note, run_entry_point
+
+
+class LateFolder(Callback):
+    """Keeps Hydra from making the trial's folder for a request that is then refused.
+
+    Hydra makes `hydra.run.dir` before it calls the task. It is told to stay where it is, and the task finds
+    the folder that was asked for in `hydra.callbacks.late_folder.asked`.
+    """
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        asked = OmegaConf.to_container(config.hydra.run, resolve=False)
+        with open_dict(config.hydra.callbacks.late_folder):
+            config.hydra.callbacks.late_folder.asked = asked["dir"]  # type: ignore[index, call-overload]
+        config.hydra.run.dir = "."
 
 
 @hydra.main(version_base="1.3", config_path=str(conf.CONF), config_name="train")
 def task(cfg: DictConfig) -> dict[str, Any]:
-    """One trial; its own errors become an exit code, so that a sweep goes on."""
+    """One trial; its own errors become an exit code, noted here or, in a sweep, told to the sweeper."""
     settings = HydraConfig.get()
-    folder = Path(settings.runtime.output_dir)
     swept = settings.mode is not None and settings.mode.name == "MULTIRUN"
 
     def trial() -> ExitCode:
-        conf.check(cfg, settings.runtime.choices)
+        check(cfg)
         from pipeline.trial import run
 
-        command = shlex.join(["python", "-m", "pipeline.train", *settings.overrides.task])
-        return run(conf.plain(cfg), folder, command)
+        return run(conf.plain(cfg), _folder(settings, swept), _command(settings))
 
-    code = guarded(trial)
     if not swept:
-        note(code)
-    return {"exit_code": int(code), "folder": str(folder)}
+        note(guarded(trial))
+        return {}
+    outcome = attempt(trial)
+    if outcome.code is ExitCode.USAGE:
+        with suppress(OSError):  # where it holds something, it was there before
+            Path(settings.runtime.output_dir).rmdir()
+    return {"exit_code": int(outcome.code), "summary": outcome.error or ""}
+
+
+def _folder(settings: HydraConf, swept: bool) -> Path:
+    """The trial's folder: Hydra makes a swept job's, the trial itself makes a single one's."""
+    asked = settings.runtime.output_dir if swept else settings.callbacks["late_folder"]["asked"]
+    return Path(str(asked)).absolute()
+
+
+def _command(settings: HydraConf) -> str:
+    """How to get the same trial again."""
+    sources = settings.runtime.config_sources
+    own = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    folder = [override for override in settings.overrides.hydra if override.startswith("hydra.run.dir=")]
+    return shlex.join(["python", "-m", "pipeline.train", *own, *settings.overrides.task, *folder])
 
 
 def main() -> None:

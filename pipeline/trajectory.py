@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-WIDTH = 2048
+EXACT = 2048  # up to here the parameters themselves are kept
+BUCKETS = 2039  # a prime: one column of a weight matrix spreads over all buckets, whatever the matrix's width
 
 
 def snapshot_steps(last: int) -> list[int]:
@@ -24,18 +25,18 @@ def sketch(parameters: Mapping[str, Tensor]) -> Tensor:
     r"""A float64 vector of at most 2048 numbers whose norm estimates the norm of all parameters.
 
     Up to 2048 parameters it is the parameters themselves, so distances are exact. Beyond, coordinates get fixed
-    random signs and every 2048th is summed up: E ||S x||^2 = ||x||^2 with a relative standard deviation of about
-    sqrt(2 / 2048) = 3 % of the square, 1.6 % of the norm; equal weights give equal sketches.
+    random signs and every 2039th is summed up: E ||S x||^2 = ||x||^2 with a relative standard deviation of about
+    sqrt(2 / 2039) = 3 % of the square, 1.6 % of the norm; equal weights give equal sketches.
     Source: Charikar, Chen and Farach-Colton, *Finding frequent items in data streams*, 2002.
     """
     flat = torch.cat([tensor.detach().double().flatten() for tensor in parameters.values()])
-    if flat.numel() <= WIDTH:
+    if flat.numel() <= EXACT:
         return flat.cpu()
     generator = torch.Generator().manual_seed(flat.numel())
     signs = torch.randint(0, 2, (flat.numel(),), generator=generator, dtype=torch.int8) * 2 - 1
     signed = flat * signs.to(flat.device)
-    padding = -flat.numel() % WIDTH
-    return torch.nn.functional.pad(signed, (0, padding)).view(-1, WIDTH).sum(0).cpu()
+    padding = -flat.numel() % BUCKETS
+    return torch.nn.functional.pad(signed, (0, padding)).view(-1, BUCKETS).sum(0).cpu()
 
 
 def relative_distance(candidate: Tensor, reference: Tensor) -> Tensor:

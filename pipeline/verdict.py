@@ -162,7 +162,8 @@ def sentence(finding: OutcomeFinding, request: Request, facts: Facts) -> str:
     pairs = f"{finding.num_valid} of {len(request.seeds)} pairs"
     unaudited = "The losses themselves were not audited."
     if finding.word == "identical":
-        said = f"Weights and yardsticks are equal bit for bit in all {len(request.seeds)} pairs ({facts.scope})."
+        every = f"all {len(request.seeds)} pairs" if len(request.seeds) > 1 else "the one pair"
+        said = f"Weights and yardsticks are equal bit for bit in {every} ({facts.scope})."
         both = finding.failures.both
         return " ".join([said, f"Under {both} seeds both arms diverged." if both else "", unaudited]).replace("  ", " ")
     effects = "; ".join(_effect(name, finding, request) for name in request.primary if name in finding.metrics)

@@ -39,8 +39,8 @@ class Yardsticks:
         # 0 log 0 = 0: a class that the labels rule out costs nothing, whatever the model says of it.
         nll = -torch.where(targets > 0, targets * log_probs, 0.0).sum((1, 2))
         brier = torch.square(probs - targets).sum((1, 2))
-        confidence, top = probs.max(-1)
-        hit = (top == labels).double()
+        confidence = probs.amax(-1)
+        hit = (logits.argmax(-1) == labels).double()  # of the logits: probabilities may round to a tie
         self.sums += torch.stack([nll, hit.sum(1), brier], 1)
         bin_index = (confidence * NUM_BINS).nan_to_num().long().clamp(0, NUM_BINS - 1)
         in_bin = F.one_hot(bin_index, NUM_BINS).double()

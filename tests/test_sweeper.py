@@ -296,7 +296,7 @@ def test_a_launcher_that_breaks_down_is_a_lost_run_and_later_batches_still_start
         (["loss=nll,kll"], "loss=kll: no such option; there is ce, kl, nll"),
         (["loss=[nll,kll]"], "loss=kll: no such option; there is ce, kl, nll"),
         (["model=mlp,transformer"], "model=transformer: no such option; there is cnn, mlp"),
-        (["losss=nll,ce"], "losss: Key 'losss' not in 'Miniature'"),
+        (["losss=nll,ce"], "unknown key 'losss' (did you mean 'loss'?); the keys are: "),
         (["epochs=1,two"], "epochs: Value 'two' of type 'str' could not be converted to Integer"),
         (["seed=0,-1"], "seed=[0, -1]: give integers >= 0"),
         (["epochs=1,2", "seed=0,x"], "seed=[0, 'x']: give integers >= 0"),

@@ -13,8 +13,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,17 +24,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
-from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import get_method
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import exit_codes
 from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
+from pipeline.hydra_errors import as_refusals, in_one_line
 
 Job = tuple[str, ...]  # the overrides that make one job
 
@@ -48,7 +46,7 @@ class StackedSweeperConf:
     stack: list[str] = field(default_factory=lambda: ["loss", "seed"])  # the axes whose values share a job
     replicas_per_job: int | None = None  # split the last axis where a job would hold more combinations
     max_batch_size: int | None = None  # jobs handed to the launcher at once
-    check: str = "pipeline.config.check"  # sees each job's configuration before any job is launched
+    check: str = "pipeline.checks.check"  # sees each job's configuration before any job is launched
     params: dict[str, str] = field(default_factory=dict)  # a sweep kept in a file; the command line wins
 
 
@@ -83,9 +81,10 @@ class StackedSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[Record]:
         """Check every job, then launch them all, whatever becomes of each; exit codes are noted."""
-        with self.refusals():
+        with as_refusals():
             jobs = [part for job in self.jobs(arguments) for part in self.checked(job)]
         records = [Record(job) for job in jobs]
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.save(records)
         size = self.settings.max_batch_size or len(jobs)
         for start in range(0, len(jobs), size):
@@ -96,6 +95,8 @@ class StackedSweeper(Sweeper):
             exit_codes.note(ExitCode.BUG if record.exit_code is None else record.exit_code)
             if record.status != "done":
                 print(f"{record.status}: {' '.join(record.overrides)}: {record.error}", file=sys.stderr)
+        if all(record.exit_code == ExitCode.USAGE for record in records):
+            self.take_back(made)
         return records
 
     def jobs(self, arguments: list[str]) -> list[Job]:
@@ -161,33 +162,30 @@ class StackedSweeper(Sweeper):
             return [Record(job, error=in_one_line(error)) for job in jobs]
         return [recorded(job, returned) for job, returned in zip(jobs, returns, strict=True)]
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.hydra.sweep.dir)
+
     def save(self, records: list[Record]) -> None:
         """Write `sweep.json` whole; the first time, before any job is launched."""
-        folder = Path(self.config.hydra.sweep.dir)
         text = json.dumps({"jobs": [asdict(record) for record in records]}, indent=2)
+        draft = self.folder / f".sweep.{os.getpid()}.json"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (draft := folder / f".sweep.{os.getpid()}.json").write_text(text + "\n", encoding="utf-8")
-            draft.replace(folder / "sweep.json")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft.write_text(text + "\n", encoding="utf-8")
+            draft.replace(self.folder / "sweep.json")
         except OSError as error:
-            raise UsageError(f"cannot write in {folder} ({error.strerror}): set hydra.sweep.dir") from error
+            with suppress(OSError):
+                draft.unlink()
+            line = f"cannot write in {self.folder} ({error.strerror}): set hydra.sweep.dir"
+            raise UsageError(line) from error
 
-    @contextmanager
-    def refusals(self) -> Iterator[None]:
-        """Whatever Hydra finds wrong with the request, as one line."""
-        try:
-            yield
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UsageError(self.unknown_option(error) or in_one_line(error)) from error
-
-    def unknown_option(self, error: Exception) -> str | None:
-        """The line for an option that its group does not have; None where something else is wrong."""
-        group, _, name = (getattr(error, "missing_cfg_file", None) or "").rpartition("/")
-        master = self.config.hydra
-        options = self.hydra_context.config_loader.get_group_options(
-            group, config_name=master.job.config_name, overrides=list(master.overrides.hydra)
-        )
-        return f"{group}={name}: no such option; there is {', '.join(options)}" if group else None
+    def take_back(self, made: list[Path]) -> None:
+        """Leave nothing of a sweep none of whose jobs was accepted; `made` are the folders made for it."""
+        (self.folder / "sweep.json").unlink()
+        for path in made:
+            with suppress(OSError):  # a launcher's own files may be in it
+                path.rmdir()
 
 
 def swept_values(override: Override) -> list[Any]:
@@ -214,14 +212,3 @@ def recorded(job: Job, returned: JobReturn) -> Record:
     if code in (ExitCode.HOLDS, ExitCode.REFUTED):
         return Record(job, folder, "done", code)
     return Record(job, folder, "failed", code, result.get("summary", "see what the job printed"))
-
-
-def in_one_line(error: BaseException) -> str:
-    """What an exception says, and for Hydra's also what caused it, without line breaks."""
-    if isinstance(error, OmegaConfBaseException):
-        message = str(error).partition("\n")[0]
-        return f"{error.full_key}: {message}" if error.full_key else message
-    message = " ".join(str(error).split())
-    if not isinstance(error, HydraException):
-        return f"{type(error).__name__}: {message}"
-    return "; ".join(part for part in (message, error.__cause__ and in_one_line(error.__cause__)) if part)

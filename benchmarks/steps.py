@@ -1,0 +1,192 @@
+"""The stack's step against a bare loop: one `nn.Module`, tensors in memory, SGD with momentum."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.timing import Contender, Spread, clock, gain, interleaved
+from pipeline.datasets import Dataset, make_dataset
+from pipeline.formulations import Formulation
+from pipeline.loaders import digits
+from pipeline.models import ModelBuilder, cnn, mlp
+from pipeline.module import Recipe, SideBySide
+from pipeline.objectives import Objectives, Replica
+from pipeline.stack import Outputs, build_stack
+
+BATCH = 64
+LEARNING_RATE = 0.1
+FORMULATIONS = (
+    Formulation("nll", ("log_probs", "labels"), nn.NLLLoss),
+    Formulation("ce", ("logits", "labels"), nn.CrossEntropyLoss),
+    Formulation("kl", ("log_probs", "target_probs"), partial(nn.KLDivLoss, reduction="batchmean")),
+)
+BARE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "nll": lambda logits, labels: F.nll_loss(F.log_softmax(logits, -1), labels),
+    "ce": F.cross_entropy,
+    "kl": lambda logits, labels: F.kl_div(
+        F.log_softmax(logits, -1), F.one_hot(labels, logits.shape[-1]).to(logits), reduction="batchmean"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on data, and which stacks of it are timed: (engine, replicas, with the losses)."""
+
+    name: str
+    make_model: Callable[..., nn.Module]
+    data: Dataset
+    stacks: Sequence[tuple[str, int, bool]]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stack against as many bare loops, one after the other."""
+
+    case: str
+    engine: str
+    replicas: int
+    with_losses: bool
+    bare: Spread  # seconds a step of one bare loop
+    step: Spread  # seconds a step of the whole stack
+    gain: Spread
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """What is worth knowing on this kind of device."""
+    fashion_like, small = partial(_random_data, 2048), partial(_random_data, 256)
+    if device.type == "cuda":
+        many = [("fold", r, True) for r in (1, 30, 90, 300)] + [("fold", 30, False)]
+        yield Case("digits, MLP 64-128-10", mlp, digits(), many, 64)
+        yield Case("random 28x28, MLP 784-128-10", mlp, fashion_like(), many, 64)
+        yield Case("random 28x28, CNN", cnn, small(), [("fold", r, True) for r in (1, 16, 90)], 16)
+    elif quick:
+        yield Case("digits, MLP 64-128-10", mlp, digits(), [("fold", 30, True), ("fold", 30, False)], 8)
+    else:
+        many = [("fold", r, True) for r in (1, 3, 9, 30, 90)] + [("fold", 30, False), ("loop", 9, True)]
+        yield Case("digits, MLP 64-128-10", mlp, digits(), many, 32)
+        yield Case("random 28x28, MLP 784-128-10", mlp, fashion_like(), [("fold", r, True) for r in (3, 9, 30)], 16)
+        yield Case("random 28x28, CNN", cnn, small(), [("loop", 3, True)], 3)
+
+
+def measure(case: Case, device: torch.device, repetitions: int) -> list[Row]:
+    """Every stack of the case and the bare loops, interleaved."""
+    data = case.data.to(device, torch.float32)
+    builder = ModelBuilder(case.make_model, "model", data.input_shape, data.num_classes)
+    contenders = {f"bare {arm}": Contender(_bare(builder, data, device, arm, case.steps), case.steps) for arm in BARE_LOSSES}
+    for engine, replicas, with_losses in case.stacks:
+        module = stacked(builder, data, device, engine, replicas, with_losses)
+        contenders[f"{engine} {replicas} {with_losses}"] = Contender(_stepping(module, case.steps), case.steps)
+    seconds = interleaved(contenders, repetitions, clock(device))
+    bare = [math.fsum(each) / len(BARE_LOSSES) for each in zip(*(seconds[f"bare {a}"] for a in BARE_LOSSES), strict=True)]
+    rows = []
+    for engine, replicas, with_losses in case.stacks:
+        ours = seconds[f"{engine} {replicas} {with_losses}"]
+        rows.append(
+            Row(case.name, engine, replicas, with_losses, Spread.of(bare), Spread.of(ours), gain(bare, ours, replicas))
+        )
+    return rows
+
+
+def stacked(
+    builder: ModelBuilder, data: Dataset, device: torch.device, engine: str, num_replicas: int, with_losses: bool
+) -> SideBySide:
+    """The product's module, ready to step."""
+    replicas = _replicas(num_replicas)
+    seeds = [replica.seed for replica in replicas]
+    stack = build_stack(engine, [builder(seed).to(device) for seed in seeds], seeds).train()
+    present = [f for f in FORMULATIONS if any(replica.arm == f.name for replica in replicas)]
+    objectives: Any = (
+        Objectives(present, replicas, data.num_classes, device, torch.float32) if with_losses else _FixedGradient()
+    )
+    module = _WithoutTrainer(stack, objectives, replicas, data, builder.input_shape, recipe())
+    module.snapshots = []  # a few in a whole training, too many in a short measurement
+    module.on_fit_start()
+    module.on_train_epoch_start()
+    return module
+
+
+def recipe() -> Recipe:
+    """As `optimizer=sgd` declares it."""
+    make = partial(torch.optim.SGD, lr=LEARNING_RATE, momentum=0.9)
+    return Recipe(epochs=30, batch_size=BATCH, make_optimizer=make)
+
+
+class _WithoutTrainer(SideBySide):
+    """The module as Lightning leaves it when training starts."""
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        return self.configure_optimizers()
+
+
+class _FixedGradient:
+    """In place of the losses: the same dL/dlogits whatever the logits are."""
+
+    fused = needs_target_probs = False
+
+    def __call__(self, outputs: Outputs, labels: Tensor, target_probs: Tensor | None) -> list[Tensor]:
+        return list(_Fixed.apply(outputs.logits).unbind())  # type: ignore[no-untyped-call]
+
+
+class _Fixed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.shape = logits.shape
+        return logits.new_zeros(logits.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.new_full(ctx.shape, 1e-5)
+
+
+def _replicas(count: int) -> list[Replica]:
+    """So many replicas, shared out over the arms; an arm's seeds are 0, 1, ..."""
+    pairs = itertools.islice(((seed, f.name) for seed in itertools.count() for f in FORMULATIONS), count)
+    order = [f.name for f in FORMULATIONS]
+    return [Replica(arm, seed) for seed, arm in sorted(pairs, key=lambda pair: (order.index(pair[1]), pair[0]))]
+
+
+def _stepping(module: SideBySide, steps: int) -> Callable[[], None]:
+    """So many steps through `training_step`, over whole batches of the epoch's order."""
+    return lambda: [module.training_step(chunk, 0) for chunk in _chunks(module, steps)] and None  # type: ignore[func-returns-value]
+
+
+def _chunks(module: SideBySide, steps: int) -> Iterator[range]:
+    whole = module.num_examples // BATCH
+    while steps:
+        yield range(min(steps, whole))
+        steps -= min(steps, whole)
+
+
+def _bare(builder: ModelBuilder, data: Dataset, device: torch.device, arm: str, steps: int) -> Callable[[], None]:
+    model, loss = builder(0).to(device).train(), BARE_LOSSES[arm]
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    inputs, labels = data.take(data.splits["train"])
+    order = torch.randperm(len(labels), device=device)
+    batches = order[: len(order) // BATCH * BATCH].split(BATCH)
+
+    def run() -> None:
+        for batch in itertools.islice(itertools.cycle(batches), steps):
+            optimizer.zero_grad()
+            loss(model(inputs[batch]), labels[batch]).backward()
+            optimizer.step()
+
+    return run
+
+
+def _random_data(count: int) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count + 20, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(count + 20) % 10
+    splits = {"train": range(count), "val": range(count, count + 10), "test": range(count + 10, count + 20)}
+    return make_dataset("random", images, labels, {k: list(v) for k, v in splits.items()}, [str(i) for i in range(10)])

@@ -1,0 +1,181 @@
+"""The checks of a composed configuration that Hydra itself does not make."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline import config as conf
+from pipeline.errors import UsageError, did_you_mean
+from pipeline.hydra_errors import in_one_line
+from pipeline.targets import check_call, locate
+
+Plain = Mapping[str, Any]
+
+# What the pipeline adds when it calls each group's target, or keeps to itself.
+GIVEN_BY_PIPELINE = {
+    "model": ("input_shape", "num_classes"),
+    "dataset": conf.DATASET_PROTOCOL,
+    "optimizer": ("params",),
+}
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a composed configuration that could not be trained, in one line, before anything is written.
+
+    Raises:
+        UsageError: always with the key, the value and what to give instead.
+    """
+    try:
+        config = conf.plain(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
+    except OmegaConfBaseException as error:
+        raise UsageError(in_one_line(error)) from error
+    _check_keys(config)
+    _check_numbers(config)
+    conf.seeds_of(config)
+    _check_files(chosen_files("loss"))
+    if not config["loss"]:
+        raise UsageError("no loss is chosen; give for example 'loss=[nll,ce,kl]'")
+    conf.expectations_of(config)
+    _check_margins(config["dataset"])
+    for name, loss in config["loss"].items():
+        _check_loss(f"loss.{name}", loss)
+    for group, given in GIVEN_BY_PIPELINE.items():
+        check_call(group, config[group], given)
+
+
+def _check_keys(config: Plain) -> None:
+    """Hydra lets `+key=value` add any key and `~key` take any away."""
+    _check_fields("", config, conf.TrainConf.__dataclass_fields__)
+    _check_fields("trainer.", config["trainer"], conf.TrainerConf.__dataclass_fields__)
+    _check_fields("tracking.", config["tracking"], conf.TrackingConf.__dataclass_fields__)
+
+
+def _check_fields(prefix: str, given: Plain, known: Iterable[str]) -> None:
+    known = list(known)
+    for key in (key for key in given if key not in known):
+        keys = f"{prefix.rstrip('.')} takes" if prefix else "the keys are"
+        raise UsageError(f"unknown key '{prefix}{key}'{did_you_mean(key, known)}; {keys}: {', '.join(known)}")
+    for key in (key for key in known if key not in given):
+        raise UsageError(f"{prefix}{key} is missing; leave it as it is by default, or give it a value")
+
+
+def _check_numbers(config: Plain) -> None:
+    trainer = config["trainer"]
+    least = {
+        "epochs": (config["epochs"], 1), "batch_size": (config["batch_size"], 1),
+        "warmup_steps": (config["warmup_steps"], 0), "max_seeds": (config["max_seeds"], 2),
+        "trainer.threads": (trainer["threads"], 1), "trainer.inner_steps": (trainer["inner_steps"], 1),
+        "trainer.tile": (1 if trainer["tile"] is None else trainer["tile"], 1),
+    }  # fmt: skip
+    for key, (value, smallest) in least.items():
+        if value < smallest:
+            raise UsageError(f"{key}={value}; it must be at least {smallest}")
+    if not 0 < config["alpha"] < 0.5:
+        raise UsageError(f"alpha={config['alpha']}; it must lie between 0 and 0.5")
+    if config["clip_norm"] is not None and not 0 < config["clip_norm"] < math.inf:
+        raise UsageError(f"clip_norm={config['clip_norm']}; give a positive number, or null for no clipping")
+
+
+# --- losses
+
+
+def chosen_files(group: str) -> dict[str, list[Path]]:
+    """The options of a group that the job at hand has chosen, with their files; empty outside Hydra.
+
+    Of several files of one name Hydra reads the first.
+    """
+    if not (HydraConfig.initialized() and GlobalHydra.instance().is_initialized()):
+        return {}
+    settings, loader = HydraConfig.get(), GlobalHydra.instance().config_loader()
+    overrides = [*settings.overrides.hydra, *settings.overrides.task]
+    found = loader.compute_defaults_list(settings.job.config_name, overrides, RunMode.RUN)
+    paths = [Path(str(default.config_path)) for default in found.defaults]
+    folders = [Path(source.path) for source in settings.runtime.config_sources if source.schema == "file"]
+    stems = [path.name for path in paths if str(path.parent) == group]
+    for stem in (stem for stem in stems if stems.count(stem) > 1):
+        raise UsageError(f"{group}={stem} is chosen more than once; name every {group} once")
+    files = {stem: [folder / group / f"{stem}.yaml" for folder in folders] for stem in stems}
+    return {stem: [file for file in candidates if file.is_file()] for stem, candidates in files.items()}
+
+
+def _check_files(chosen: Mapping[str, list[Path]]) -> None:
+    """A loss bears its file's name: under another it would silently replace the loss of that name."""
+    for stem, files in chosen.items():
+        for file in files[1:]:
+            raise UsageError(f"{file} is hidden by {files[0]}; give it, and the key in it, another name")
+        for file in files:
+            keys = [str(key) for key in OmegaConf.load(file) if key != "defaults"]
+            if keys != [stem]:
+                raise UsageError(
+                    f"{file} declares {', '.join(keys)}; give it the single key {stem}, its own name"
+                )
+
+
+def _check_loss(key: str, loss: Any) -> None:
+    if not isinstance(loss, Mapping):
+        raise UsageError(f"{key} is not a mapping; a loss declares fn (with _target_) and args")
+    for part in ("fn", "args"):
+        if not loss.get(part):
+            raise UsageError(f"{key}.{part} is missing; a loss declares fn (with _target_) and args")
+    _check_fields(f"{key}.", loss, ("fn", "args"))
+    fn = loss["fn"]
+    if isinstance(fn, Mapping) and "_target_" in fn:
+        _check_partial(f"{key}.fn", locate(f"{key}.fn", fn["_target_"]), fn)
+    check_call(f"{key}.fn", fn, complete=not (isinstance(fn, Mapping) and fn.get("_partial_")))
+    _check_args(f"{key}.args", loss["args"])
+
+
+def _check_partial(key: str, target: Any, fn: Plain) -> None:
+    """A class is called to make the loss; a function that takes the batch is the loss."""
+    if inspect.isclass(target) and fn.get("_partial_"):
+        raise UsageError(f"{key}: {fn['_target_']} is a class, which makes the loss; remove `_partial_`")
+    if inspect.isroutine(target) and not fn.get("_partial_"):
+        try:
+            inspect.signature(target).bind(**{k: v for k, v in fn.items() if not k.startswith("_")})
+        except (TypeError, ValueError) as error:
+            line = f"{key}: {fn['_target_']} is a function; add `_partial_: true` ({error})"
+            raise UsageError(line) from error
+
+
+def _check_args(key: str, args: Any) -> None:
+    from pipeline.formulations import INPUTS
+
+    for arg in args if isinstance(args, Sequence) and not isinstance(args, str) else [args]:
+        if arg not in INPUTS:
+            hint = did_you_mean(str(arg), INPUTS)
+            raise UsageError(f"{key} names {arg!r}{hint}; it is a list of {', '.join(INPUTS)}")
+    if isinstance(args, str):
+        raise UsageError(f"{key}={args}; give a list: [{args}]")
+
+
+# --- margins
+
+
+def _check_margins(dataset: Plain) -> None:
+    from pipeline.pairs import YARDSTICKS
+
+    margins, primary = dataset.get("margins") or {}, dataset.get("primary") or []
+    if not isinstance(margins, Mapping):
+        raise UsageError(f"dataset.margins={margins!r}; give a mapping such as '{{nll: 0.05}}'")
+    if not isinstance(primary, list):
+        raise UsageError(f"dataset.primary={primary!r}; give a list such as [nll,accuracy]")
+    for metric, margin in margins.items():
+        if metric not in YARDSTICKS:
+            raise UsageError(f"dataset.margins names '{metric}'; the yardsticks are {', '.join(YARDSTICKS)}")
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < math.inf:
+            raise UsageError(f"dataset.margins.{metric}={margin!r}; a margin is a positive number")
+    for metric in primary:
+        if metric not in YARDSTICKS:
+            raise UsageError(f"dataset.primary names '{metric}'; the yardsticks are {', '.join(YARDSTICKS)}")
+        if margins and metric not in margins:
+            raise UsageError(f"dataset.primary names '{metric}', which has no margin in dataset.margins")

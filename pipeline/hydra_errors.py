@@ -1,0 +1,102 @@
+"""What Hydra and OmegaConf find wrong with a request, as one line that says what to do instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from pipeline.errors import UsageError, did_you_mean
+
+
+@contextmanager
+def as_refusals() -> Iterator[None]:
+    """Whatever Hydra finds wrong with the request is a `UsageError`; anything else passes."""
+    try:
+        yield
+    except Exception as error:
+        if not _blames_the_request(error):
+            raise
+        raise UsageError(in_one_line(error)) from error
+
+
+def _blames_the_request(error: Exception) -> bool:
+    """Hydra's own kinds of error, and the plain ValueErrors that it raises here and there."""
+    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    origin = "" if trace is None else str(trace.tb_frame.f_globals["__name__"])
+    return isinstance(error, ValueError) and origin.startswith("hydra.")
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an exception says, and for Hydra's also what caused it, without line breaks."""
+    match error:
+        case MissingConfigException(missing_cfg_file=str(path)) if "/" in path:
+            return _unknown_option(error, *path.rsplit("/", 1))
+        case OverrideParseException():
+            said = error.message.splitlines()[0]
+            return f"cannot read {error.override!r}: {said}; give KEY=VALUE, quoted for the shell"
+        case ConfigCompositionException() if sweep := _sweep_without_multirun(str(error)):
+            return sweep
+        case ConfigCompositionException(__cause__=OmegaConfBaseException() as cause) if _of_override(error):
+            return in_one_line(cause)
+        case HydraException():
+            return _with_cause(error)
+        case ConfigAttributeError() | ConfigKeyError() if error.parent_node is not None:
+            return _unknown_key(error)
+        case OmegaConfBaseException():
+            message = str(error).partition("\n")[0]
+            return f"{error.full_key}: {message}" if error.full_key else message
+        case ValueError() if "Config group override" in str(error):  # GROUP=null
+            return "a group cannot be null; give the name of one of its files, or leave it out"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _with_cause(error: BaseException) -> str:
+    message = " ".join(str(error).partition("Config search path:")[0].split())
+    return "; ".join(part for part in (message, error.__cause__ and in_one_line(error.__cause__)) if part)
+
+
+def _unknown_option(error: MissingConfigException, group: str, name: str) -> str:
+    """Hydra lists the options only where one is chosen, not where a list of them is."""
+    options = sorted(error.options or _options_in(group, str(error)))
+    return f"{group}={name}: no such option; there is {', '.join(options)}{did_you_mean(name, options)}"
+
+
+def _options_in(group: str, message: str) -> set[str]:
+    """The files of a group in the folders that Hydra says it has searched."""
+    folders = (Path(path) for path in re.findall(r"path=file://(.+)", message))
+    return {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
+
+
+def _of_override(error: BaseException) -> bool:
+    return str(error).startswith(("Could not override", "Error merging override"))
+
+
+def _unknown_key(error: OmegaConfBaseException) -> str:
+    parent, _, key = str(error.full_key).rpartition(".")
+    known = [str(name) for name in error.parent_node if name != "hydra"]
+    takes = f"{parent} takes" if parent else "the keys are"
+    return f"unknown key '{error.full_key}'{did_you_mean(key, known)}; {takes}: {', '.join(known)}"
+
+
+def _sweep_without_multirun(message: str) -> str | None:
+    if "--multirun" not in message:
+        return None
+    found = re.search(r"'(\w+)=(.+)'", message.partition("\n")[0])
+    key, values = found.groups() if found else ("seed", "range(3)")
+    listed = values if re.fullmatch(r"[\w.,-]+", values) else "0,1,2"
+    return f"{key}={values} is a sweep: add -m, or give a list such as '{key}=[{listed}]'"

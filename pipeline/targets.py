@@ -1,0 +1,119 @@
+"""Calls that a configuration declares: a dotted `_target_` and its keywords, against its signature."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from pipeline.errors import UsageError, did_you_mean, first_line
+
+Parameters = Mapping[str, inspect.Parameter]
+
+
+def locate(key: str, target: Any) -> Any:
+    """The callable behind a dotted path; `key` is where the configuration names it."""
+    parts = target.split(".") if isinstance(target, str) else []
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise UsageError(f"{key}._target_={target!r}; give a dotted path such as torch.nn.CrossEntropyLoss")
+    path, _, attribute = target.rpartition(".")
+    owner = _owner(key, path)
+    found = getattr(owner, attribute, None)
+    if not callable(found):
+        hint = did_you_mean(attribute, dir(owner))
+        raise UsageError(f"{key}._target_={target}: {path} has no callable '{attribute}'{hint}")
+    return found
+
+
+def _owner(key: str, path: str) -> ModuleType | type:
+    """A module, or a class inside one."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        module, _, name = path.rpartition(".")
+        if module and error.name == path:
+            found = getattr(_owner(key, module), name, None)
+            if inspect.isclass(found):
+                return found
+        line = f"{key}._target_: cannot import {path} ({first_line(error)}); check spelling and PYTHONPATH"
+        raise UsageError(line) from error
+    except Exception as error:  # whatever a user's module does while it is imported
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{key}._target_: importing {path} failed: {said}") from error
+
+
+def check_call(key: str, declared: Any, given: Sequence[str] = (), complete: bool = True) -> None:
+    """Refuse keywords that the target does not take, values of another type than it says, and missing ones.
+
+    The target's own signature is the schema, so a user's class is checked as closely as the pipeline's own.
+
+    Args:
+        given: what the caller adds, or keeps to itself.
+        complete: whether everything required has to be there; not so for a function that is called later.
+    """
+    if not isinstance(declared, Mapping) or "_target_" not in declared:
+        raise UsageError(f"{key} declares no _target_; give a dotted path such as torch.nn.CrossEntropyLoss")
+    target = locate(key, declared["_target_"])
+    keywords = {k: v for k, v in declared.items() if k not in given and not str(k).startswith("_")}
+    for word in (word for word, value in keywords.items() if value == "???"):
+        raise UsageError(f"{key}.{word} is not set; give it on the command line: {key}.{word}=...")
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # a built-in without a signature: its own call will tell
+        return
+    name = declared["_target_"]
+    _check_known(key, name, keywords, {k: p for k, p in parameters.items() if k not in given})
+    if complete and "_args_" not in declared:
+        for word in (word for word in _required(parameters) if word not in keywords and word not in given):
+            raise UsageError(f"{key}.{word} is missing: {name} needs it")
+    _check_types(key, target, keywords)
+
+
+def _check_known(key: str, name: str, keywords: Mapping[str, Any], parameters: Parameters) -> None:
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for word in (word for word in keywords if word not in parameters):
+        takes = ", ".join(parameters) or "nothing"
+        raise UsageError(f"unknown key '{key}.{word}'{did_you_mean(word, parameters)}; {name} takes: {takes}")
+
+
+def _required(parameters: Parameters) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, p in parameters.items() if p.default is p.empty and p.kind in kinds]
+
+
+def _check_types(key: str, target: Callable[..., Any], keywords: Mapping[str, Any]) -> None:
+    owner = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = typing.get_type_hints(owner)
+    except Exception:  # annotations that name what is not imported: nothing to check
+        return
+    for word, value in keywords.items():
+        if word not in hints or isinstance(value, Mapping):
+            continue
+        if complaint := _complaint(hints[word], value):
+            raise UsageError(f"{key}.{word}={value!r}: {complaint}")
+
+
+def _complaint(hint: Any, value: Any) -> str | None:
+    """Why a value from a YAML file is not of the annotated type; None where it is or nobody can tell."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic.errors import PydanticUserError
+
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        # Strict, so that "3" is no number; JSON, so that a list may stand for a tuple.
+        adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        problems = error.errors()
+        if any(problem["type"] == "enum" for problem in problems):  # many libraries take a member's name too
+            return None
+        said = problems[0]["msg"]
+        return said[0].lower() + said[1:]
+    except (PydanticUserError, TypeError):  # a type that pydantic does not know, a value that JSON does not
+        return None
+    return None

@@ -1,0 +1,276 @@
+"""Whole trials, from configuration to exit code."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pipeline import config as conf
+from pipeline.cells import Cell, TrialFolder
+from pipeline.checks import check
+from pipeline.errors import UsageError
+from pipeline.exit_codes import ExitCode
+from pipeline.models import mlp
+from pipeline.objectives import Replica
+from pipeline.pairs import YARDSTICKS
+from pipeline.trial import run
+
+FAST = ("tracking=none", "trainer=cpu", "epochs=2", "model.hidden=[16]")
+ALL_LOSSES = sorted(path.stem for path in (conf.CONF / "loss").glob("*.yaml"))
+CONTROLS = ("kl_mean", "reverse_kl", "brier", "label_smoothing", "double_softmax", "nll_on_probs")
+
+
+def compose(*overrides: str) -> dict[str, Any]:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(conf.CONF), version_base="1.3"):
+        cfg = hydra_compose("train", overrides=[*FAST, *overrides])
+    check(cfg)
+    return conf.plain(cfg)
+
+
+def trial(path: Path, *overrides: str) -> ExitCode:
+    return run(compose(*overrides), path, "the command")
+
+
+def weights(path: Path, arm: str, seed: int) -> dict[str, torch.Tensor]:
+    cell = TrialFolder(path).read(Replica(arm, seed))
+    assert cell is not None, f"{arm}/s{seed} is missing"
+    return cell.weights
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def verdict(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "verdict.json").read_text())
+    return found
+
+
+def words(path: Path) -> dict[str, str]:
+    return {entry["loss"]: entry["verdict"] for entry in verdict(path)["comparisons"]}
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NLL, CE and KL over three seeds."""
+    path = tmp_path_factory.mktemp("main") / "trial"
+    code = trial(path, "loss=[nll,ce,kl]", "seed=[0,1,2]", "expect={nll: identical, kl: same}")
+    assert code == ExitCode.HOLDS
+    return path
+
+
+def test_nll_ce_and_kl_train_the_same_model_bit_for_bit(main_job: Path) -> None:
+    assert words(main_job) == {"nll": "identical", "kl": "identical"}
+    assert same_bits(weights(main_job, "nll", 1), weights(main_job, "ce", 1))
+    assert not same_bits(weights(main_job, "ce", 0), weights(main_job, "ce", 1))
+
+
+def test_the_folder_holds_what_the_contract_says(main_job: Path) -> None:
+    for arm in ("nll", "ce", "kl"):
+        for seed in range(3):
+            cell = main_job / "cells" / arm / f"s{seed}"
+            assert sorted(file.name for file in cell.iterdir()) == ["config.yaml", "history.parquet", "state.pt"]
+    assert {"verdict.json", "report.html", "figures", "checkpoints", "history.parquet"} <= {
+        entry.name for entry in main_job.iterdir()
+    }
+    report = (main_job / "report.html").read_text()
+    assert "identical" in report
+    assert "the command" in report
+
+
+def test_a_checkpoint_loads_into_the_plain_model(main_job: Path) -> None:
+    state = torch.load(main_job / "checkpoints" / "kl" / "s2.pt", weights_only=True)
+    model = mlp((1, 8, 8), 10, hidden=[16])
+    model.load_state_dict(state, strict=True)
+    assert same_bits(dict(model.state_dict()), weights(main_job, "kl", 2))
+
+
+def test_a_history_holds_the_frozen_list_of_metrics(main_job: Path) -> None:
+    history = pd.read_parquet(main_job / "cells" / "ce" / "s0" / "history.parquet")
+    yardsticks = {f"{split}/{name}" for split in ("train", "val", "test") for name in YARDSTICKS}
+    assert set(history["metric"]) == yardsticks | {"train/objective"}
+    assert history[history["metric"] == "val/nll"]["step"].tolist() == [18, 36]
+
+
+def test_an_expectation_that_fails_is_exit_code_1(main_job: Path) -> None:
+    before = (main_job / "cells" / "ce" / "s0" / "state.pt").stat().st_mtime_ns
+    expect = "expect={nll: different}"
+    assert trial(main_job, "loss=[nll,ce,kl]", "seed=[0,1,2]", expect) == ExitCode.REFUTED
+    assert (main_job / "cells" / "ce" / "s0" / "state.pt").stat().st_mtime_ns == before, "nothing was left to train"
+
+
+def test_more_seeds_train_only_the_new_ones_to_the_bits_of_a_trial_of_all(tmp_path: Path) -> None:
+    trial(tmp_path / "grown", "loss=[ce,kl]", "seed=[0,1]")
+    first = {file: file.stat().st_mtime_ns for file in (tmp_path / "grown" / "cells").glob("*/*/state.pt")}
+    trial(tmp_path / "grown", "loss=[ce,kl,brier]", "seed=[0,1,5]")
+    assert {file: file.stat().st_mtime_ns for file in first} == first
+    trial(tmp_path / "whole", "loss=[ce,kl,brier]", "seed=[0,1,5]")
+    for arm in ("ce", "kl", "brier"):
+        for seed in (0, 1, 5):
+            assert same_bits(weights(tmp_path / "grown", arm, seed), weights(tmp_path / "whole", arm, seed))
+    assert words(tmp_path / "grown") == words(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kept", [1, 3, 5])
+def test_killed_after_any_cell_the_same_command_trains_only_the_rest(
+    kept: int, main_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, calls = TrialFolder.write, iter(range(100))
+
+    def dying(self: TrialFolder, *args: Any) -> Cell:
+        if next(calls) == kept:
+            raise KeyboardInterrupt
+        return write(self, *args)
+
+    request = ("loss=[nll,ce,kl]", "seed=[0,1,2]", "expect=same")
+    monkeypatch.setattr(TrialFolder, "write", dying)
+    with pytest.raises(KeyboardInterrupt):
+        trial(tmp_path / "trial", *request)
+    monkeypatch.setattr(TrialFolder, "write", write)
+    survivors = {file: file.stat().st_mtime_ns for file in (tmp_path / "trial" / "cells").glob("*/*/state.pt")}
+    assert len(survivors) == kept
+    assert trial(tmp_path / "trial", *request) == ExitCode.HOLDS
+    assert {file: file.stat().st_mtime_ns for file in survivors} == survivors
+    for arm in ("nll", "ce", "kl"):
+        assert same_bits(weights(tmp_path / "trial", arm, 2), weights(main_job, arm, 2))
+
+
+def test_a_half_written_cell_is_trained_again(tmp_path: Path) -> None:
+    request = ("loss=[ce]", "seed=[0,1]")
+    trial(tmp_path / "t", *request)
+    before = weights(tmp_path / "t", "ce", 1)
+    (tmp_path / "t" / "cells" / "ce" / "s1" / "state.pt").unlink()
+    trial(tmp_path / "t", *request)
+    assert same_bits(weights(tmp_path / "t", "ce", 1), before)
+
+
+def test_cells_of_other_code_move_aside_and_are_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial(tmp_path / "t", "loss=[ce,brier]")
+    monkeypatch.setattr("pipeline.setting.ENGINE_VERSION", 0)
+    trial(tmp_path / "t", "loss=[ce,brier]")
+    assert len(list((tmp_path / "t" / "stale").glob("*/*/state.pt"))) == 2
+    assert "trained again: ce/s0, brier/s0" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    trial(tmp_path / "t", "loss=[ce]")
+    with pytest.raises(UsageError, match=r"another .*epochs.*hydra\.run\.dir"):
+        trial(tmp_path / "t", "loss=[ce]", "epochs=3")
+
+
+def test_a_single_run_without_comparison_asserts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trial(tmp_path / "t", "loss=[brier]") == ExitCode.HOLDS
+    assert "nothing was asserted" in capsys.readouterr().out
+    assert verdict(tmp_path / "t")["reference"] == "brier"
+
+
+def diverges_at_once_beside(path: Path) -> None:
+    entries = {entry["loss"]: entry for entry in verdict(path)["comparisons"]}
+    for name in ("kl_literal", "likelihood_product"):
+        assert {f["step"] for f in entries[name]["failures"]} == {1}
+        assert [f["seed"] for f in entries[name]["failures"]] == verdict(path)["seeds"]
+        assert entries[name]["verdict"] in ("different", "inconclusive")  # two seeds are too few to be sure
+
+
+@pytest.mark.filterwarnings("ignore:reduction. .mean. divides the total loss")  # torch warns of kl_mean, rightly
+def test_fifteen_losses_side_by_side(tmp_path: Path) -> None:
+    trial(tmp_path / "all", f"loss=[{','.join(ALL_LOSSES)}]", "seed=[0,1]")
+    diverges_at_once_beside(tmp_path / "all")
+    found = words(tmp_path / "all")
+    assert {name for name, word in found.items() if word == "identical"} == {"nll", "kl", "ce_one_hot"}
+    assert not {found[name] for name in CONTROLS} & {"identical", "equivalent"}
+    without = [name for name in ALL_LOSSES if name not in ("kl_literal", "likelihood_product")]
+    trial(tmp_path / "finite", f"loss=[{','.join(without)}]", "seed=[0,1]")
+    for name in without:
+        for seed in (0, 1):
+            assert same_bits(weights(tmp_path / "all", name, seed), weights(tmp_path / "finite", name, seed)), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:reduction. .mean. divides the total loss")
+def test_the_textbook_experiment_calls_no_control_the_same(tmp_path: Path) -> None:
+    request = ("experiment=textbook_spellings", "epochs=30", "model.hidden=[128]")
+    trial(tmp_path / "t", *request)
+    diverges_at_once_beside(tmp_path / "t")
+    found = words(tmp_path / "t")
+    assert {found[name] for name in CONTROLS} <= {"different", "inconclusive"}
+    assert found["kl_literal"] == found["likelihood_product"] == "different"
+    assert found["nll"] == found["kl"] == "identical"
+
+
+def test_the_cnn_trains_in_the_loop_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(_cnn_config(), tmp_path / "t", "x")
+    assert code == ExitCode.HOLDS
+    assert "engine loop (convolutions on a CPU gain nothing from folding)" in capsys.readouterr().out
+    assert words(tmp_path / "t") == {"nll": "identical"}
+
+
+def _cnn_config() -> dict[str, Any]:
+    config = compose("loss=[nll,ce]", "epochs=1")
+    return config | {"model": {"_target_": "pipeline.models.cnn", "channels": [4], "hidden": 8}}
+
+
+def _photographs(root: Path, draw: Callable[..., Any]) -> None:
+    from PIL import Image
+
+    for label, name in enumerate(("cat", "dog", "other")):
+        for part, count in (("train", 9), ("test", 4)):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = draw(200, 420), draw(200, 420)
+                pixels = np.full((height, width, 3), 40 * label, dtype=np.uint8)
+                pixels[draw(0, 90) : draw(100, 190), draw(0, 90) : draw(100, 190), label] = 220
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+
+
+def test_a_folder_of_pictures_trains_resnet18_at_256_pixels_below_2_gigabytes(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    _photographs(tmp_path / "pictures", lambda low, high: int(generator.integers(low, high)))
+    command = [
+        sys.executable, "-m", "pipeline.train", "dataset=image_folder", f"dataset.root={tmp_path / 'pictures'}",
+        f"dataset.cache={tmp_path / 'cache'}", "model=resnet18", "loss=[nll,ce,kl]", "epochs=1", "batch_size=4",
+        "tracking=none", "trainer=cpu", "optimizer.lr=0.01", "expect=identical", f"hydra.run.dir={tmp_path / 'trial'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == ExitCode.HOLDS, done.stderr
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    assert peak < 2, f"{peak:.2f} GB"
+    assert words(tmp_path / "trial") == {"nll": "identical", "kl": "identical"}
+
+
+def test_every_cell_and_the_report_are_runs_in_mlflow(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'runs.db'}"
+    request = ("tracking=mlflow", f"tracking.uri={uri}", "loss=[ce,brier]", "seed=[0,7]")
+    trial(tmp_path / "t", *request)
+    trial(tmp_path / "t", *request)  # nothing is recorded twice
+    client = MlflowClient(tracking_uri=uri)
+    runs = client.search_runs([client.get_experiment_by_name("likelihood-lab").experiment_id])
+    trained = {run.info.run_name: run for run in runs if run.data.tags["kind"] == "train"}
+    assert sorted(trained) == ["brier/s0", "brier/s7", "ce/s0", "ce/s7"]
+    assert len(runs) == 5
+    tags = trained["brier/s7"].data.tags
+    expected = {"loss": "brier", "seed": "7", "model": "mlp", "dataset": "digits", "sweep": "t"}
+    assert expected.items() <= tags.items()
+    assert {"fingerprint", "weights.sha256", "engine"} <= set(tags)
+    metrics = trained["brier/s7"].data.metrics
+    assert {"train/objective", "val/nll", "test/accuracy", "gap/parameters"} <= set(metrics)
+    assert trained["ce/s0"].data.metrics["gap/parameters"] == 0
+    assert trained["brier/s0"].data.params["loss"] == "brier"

@@ -1,0 +1,160 @@
+"""Two axes into one word: DESIGN's table, the sentence, expectations, failures."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from pipeline.objectives import Replica
+from pipeline.verdict import Facts, Request, confirms, decide, status_of, word
+
+FACTS = Facts(num_classes=10, label_entropy=math.log(10), scope="seeds 0-11, 5 steps", command="make equivalence")
+REQUEST = Request(
+    losses=("ce", "mine"), seeds=tuple(range(12)), reference="ce", about="objective", expect={},
+    margins={"nll": 0.1, "brier": 0.01, "accuracy": 0.01}, primary=("nll", "brier"), alpha=0.05, max_seeds=100,
+)  # fmt: skip
+HEADER = {"sweep": "s", "dataset": "d", "model": "m", "optimizer": {}, "precision": "float32", "environment": {}}
+
+
+@dataclass(frozen=True)
+class Record:
+    weights_sha256: str = "equal"
+    diverged_at: int | None = None
+    cause: str | None = None
+
+
+@dataclass(frozen=True)
+class StubCell:
+    """What a verdict reads of a cell."""
+
+    nll: float = 0.2
+    brier: float = 0.1
+    record: Record = Record()
+
+    @property
+    def yardsticks(self) -> dict[str, float]:
+        return {"test/nll": self.nll, "test/brier": self.brier, "test/accuracy": 0.95, "test/ece": 0.02}
+
+
+def verdict_of(mine: dict[int, StubCell], request: Request = REQUEST, **reference: Any) -> dict[str, Any]:
+    cells = {Replica("ce", seed): StubCell(**reference) for seed in request.seeds}
+    cells |= {Replica("mine", seed): cell for seed, cell in mine.items()}
+    verdict = decide(cells, request, FACTS, HEADER)  # type: ignore[arg-type]
+    json.dumps(verdict, allow_nan=False)
+    return verdict
+
+
+def entry(mine: dict[int, StubCell], request: Request = REQUEST, **reference: Any) -> dict[str, Any]:
+    (found,) = verdict_of(mine, request, **reference)["comparisons"]
+    return dict(found)
+
+
+def shifted(seed: int, nll: float = 0.2) -> StubCell:
+    """Another model with about this NLL; the differences vary a little from seed to seed."""
+    wobble = 0.001 * (seed % 5 - 2)
+    return StubCell(nll=nll * (1 + wobble), brier=0.1 + 0.1 * wobble, record=Record(f"other {seed}"))
+
+
+@pytest.mark.parametrize(
+    ("about", "objective", "outcome", "expected"),
+    [
+        ("objective", "identical", "identical", "identical"),
+        ("objective", "offset", "identical", "identical"),
+        ("objective", "rounding", "equivalent", "rounding"),
+        ("objective", "identical", "inconclusive", "rounding"),
+        ("objective", "offset", "not_run", "rounding"),
+        ("objective", "rounding", "different", "conflict"),
+        ("objective", "scaled", "identical", "different"),
+        ("objective", "domain", "equivalent", "different"),
+        ("objective", "not_run", "identical", "identical"),
+        ("objective", "error", "inconclusive", "inconclusive"),
+        ("objective", "not_run", "different", "different"),
+        ("outcome", "scaled", "equivalent", "equivalent"),
+        ("outcome", "identical", "different", "conflict"),
+        ("outcome", "not_run", "identical", "identical"),
+    ],
+)
+def test_the_table_of_verdicts(about: str, objective: str, outcome: str, expected: str) -> None:
+    assert word(about, objective, outcome) == expected
+
+
+def test_equal_bits_in_every_pair_are_identical_with_their_scope_and_their_blind_spot() -> None:
+    found = entry({seed: StubCell() for seed in REQUEST.seeds})
+    assert found["verdict"] == found["outcome"] == "identical"
+    assert FACTS.scope in found["sentence"]
+    assert "not audited" in found["sentence"]
+    assert "one bit" in found["would_have_caught"]
+
+
+def test_one_pair_with_other_bits_is_not_identical() -> None:
+    mine = {seed: StubCell() for seed in REQUEST.seeds} | {3: StubCell(record=Record("other"))}
+    assert entry(mine)["outcome"] == "equivalent"
+
+
+def test_a_small_paired_difference_is_equivalent_and_says_what_it_would_have_caught() -> None:
+    found = entry({seed: shifted(seed) for seed in REQUEST.seeds})
+    assert found["verdict"] == "equivalent"
+    assert "nll 0.1" in found["would_have_caught"]
+
+
+def test_a_large_paired_difference_is_different() -> None:
+    assert entry({seed: shifted(seed, nll=0.4) for seed in REQUEST.seeds})["verdict"] == "different"
+
+
+def test_a_missing_cell_is_a_failure_and_rules_out_sameness() -> None:
+    found = entry({seed: StubCell() for seed in REQUEST.seeds if seed != 4})
+    assert found["failures"] == [{"seed": 4, "step": None, "cause": "missing"}]
+    assert found["verdict"] == "inconclusive"
+
+
+def test_a_diverged_arm_is_reported_seed_by_seed_and_is_different() -> None:
+    dead = StubCell(nll=math.nan, brier=math.nan, record=Record("nan", diverged_at=1, cause="not finite"))
+    found = entry(dict.fromkeys(REQUEST.seeds, dead))
+    assert found["verdict"] == "different"
+    assert [f["seed"] for f in found["failures"]] == list(REQUEST.seeds)
+    assert {(f["step"], f["cause"]) for f in found["failures"]} == {(1, "not finite")}
+
+
+def test_a_finite_model_that_learned_nothing_beside_one_that_did_has_diverged() -> None:
+    idle, learned = StubCell(nll=2.4), StubCell(nll=0.2)
+    assert status_of(idle, learned, FACTS) == "diverged"  # type: ignore[arg-type]
+    assert status_of(idle, idle, FACTS) == "ok"  # type: ignore[arg-type]
+    assert status_of(None, learned, FACTS) == "missing"  # type: ignore[arg-type]
+
+
+def test_without_margins_nothing_is_ever_equivalent() -> None:
+    request = replace(REQUEST, margins={})
+    assert entry({seed: shifted(seed) for seed in REQUEST.seeds}, request)["verdict"] == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("expected", "verdict", "objective", "outcome", "holds"),
+    [
+        ("same", "identical", "not_run", "identical", True),
+        ("same", "equivalent", "not_run", "equivalent", True),
+        ("same", "inconclusive", "not_run", "inconclusive", False),
+        ("same", "different", "scaled", "equivalent", False),
+        ("scaled", "different", "scaled", "equivalent", True),
+        ("identical", "equivalent", "not_run", "equivalent", False),
+        ("different", "different", "not_run", "different", True),
+    ],
+)
+def test_an_expectation_holds_or_not(expected: str, verdict: str, objective: str, outcome: str, holds: bool) -> None:
+    assert confirms(expected, verdict, objective, outcome) is holds
+
+
+def test_what_is_not_expected_is_neither_confirmed_nor_refuted() -> None:
+    assert entry({seed: StubCell() for seed in REQUEST.seeds})["confirmed"] is None
+
+
+def test_the_protocol_is_hashed() -> None:
+    hashes = {
+        replace(REQUEST, **change).protocol_hash
+        for change in ({}, {"alpha": 0.01}, {"margins": {"nll": 0.2}}, {"expect": {"mine": "same"}}, {"about": "outcome"})
+    }
+    assert len(hashes) == 5
+    assert verdict_of({})["protocol"]["hash"] == REQUEST.protocol_hash
