@@ -1,6 +1,6 @@
-"""What is compared against: one run as one would write it, a `DataLoader`, Lightning's loop and its MLFlowLogger.
+"""What is compared against: one run with a `DataLoader`, Lightning's own loop and its MLFlowLogger.
 
-It is kept lean, so that the comparison flatters nobody: no progress bar, no checkpoints, metrics logged by epoch
+It is kept lean, so that the comparison flatters nobody: no progress bar, no checkpoints, metrics by epoch
 only, and no calibration error, which the pipeline does compute.
 """
 
@@ -16,7 +16,7 @@ from benchmarks.steps import BARE_LOSSES, BATCH, LEARNING_RATE
 from pipeline.datasets import Dataset
 from pipeline.models import mlp
 
-EXPERIMENT = "conventional"
+EXPERIMENT = "conventional"  # made beforehand
 
 
 class Classifier(pl.LightningModule):
@@ -56,7 +56,8 @@ def train(arm: str, seed: int, epochs: int, data: Dataset, tracking_uri: str) ->
     """One run, tracked."""
     pl.seed_everything(seed, verbose=False)
     logger = MLFlowLogger(EXPERIMENT, f"{arm}/s{seed}", tracking_uri, tags={"loss": arm, "seed": str(seed)})
-    logger.log_hyperparams({"loss": arm, "seed": seed, "epochs": epochs, "batch_size": BATCH, "lr": LEARNING_RATE})
+    settings = {"loss": arm, "seed": seed, "epochs": epochs, "batch_size": BATCH, "lr": LEARNING_RATE}
+    logger.log_hyperparams(settings)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=epochs, logger=logger, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,

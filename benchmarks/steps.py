@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,40 +75,39 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     else:
         many = [("fold", r, True) for r in (1, 3, 9, 30, 90)] + [("fold", 30, False), ("loop", 9, True)]
         yield Case("digits, MLP 64-128-10", mlp, digits(), many, 32)
-        yield Case("random 28x28, MLP 784-128-10", mlp, fashion_like(), [("fold", r, True) for r in (3, 9, 30)], 16)
+        few = [("fold", r, True) for r in (3, 9, 30)]
+        yield Case("random 28x28, MLP 784-128-10", mlp, fashion_like(), few, 16)
         yield Case("random 28x28, CNN", cnn, small(), [("loop", 3, True)], 3)
 
 
 def measure(case: Case, device: torch.device, repetitions: int) -> list[Row]:
     """Every stack of the case and the bare loops, interleaved."""
+    steps = case.steps
     data = case.data.to(device, torch.float32)
     builder = ModelBuilder(case.make_model, "model", data.input_shape, data.num_classes)
-    contenders = {f"bare {arm}": Contender(_bare(builder, data, device, arm, case.steps), case.steps) for arm in BARE_LOSSES}
-    for engine, replicas, with_losses in case.stacks:
-        module = stacked(builder, data, device, engine, replicas, with_losses)
-        contenders[f"{engine} {replicas} {with_losses}"] = Contender(_stepping(module, case.steps), case.steps)
+    contenders = {arm: Contender(_bare(builder, data, device, arm, steps), steps) for arm in BARE_LOSSES}
+    for stack in case.stacks:
+        contenders[str(stack)] = Contender(_stepping(stacked(builder, data, device, *stack), steps), steps)
     seconds = interleaved(contenders, repetitions, clock(device))
-    bare = [math.fsum(each) / len(BARE_LOSSES) for each in zip(*(seconds[f"bare {a}"] for a in BARE_LOSSES), strict=True)]
+    bare = [statistics.fmean(each) for each in zip(*(seconds[arm] for arm in BARE_LOSSES), strict=True)]
     rows = []
-    for engine, replicas, with_losses in case.stacks:
-        ours = seconds[f"{engine} {replicas} {with_losses}"]
-        rows.append(
-            Row(case.name, engine, replicas, with_losses, Spread.of(bare), Spread.of(ours), gain(bare, ours, replicas))
-        )
+    for stack in case.stacks:
+        ours, replicas = seconds[str(stack)], stack[1]
+        rows.append(Row(case.name, *stack, Spread.of(bare), Spread.of(ours), gain(bare, ours, replicas)))
     return rows
 
 
 def stacked(
-    builder: ModelBuilder, data: Dataset, device: torch.device, engine: str, num_replicas: int, with_losses: bool
+    builder: ModelBuilder, data: Dataset, device: torch.device, engine: str, count: int, with_losses: bool
 ) -> SideBySide:
     """The product's module, ready to step."""
-    replicas = _replicas(num_replicas)
+    replicas = _replicas(count)
     seeds = [replica.seed for replica in replicas]
     stack = build_stack(engine, [builder(seed).to(device) for seed in seeds], seeds).train()
-    present = [f for f in FORMULATIONS if any(replica.arm == f.name for replica in replicas)]
-    objectives: Any = (
-        Objectives(present, replicas, data.num_classes, device, torch.float32) if with_losses else _FixedGradient()
-    )
+    present = FORMULATIONS[: len({replica.arm for replica in replicas})]
+    objectives: Any = _FixedGradient()
+    if with_losses:
+        objectives = Objectives(present, replicas, data.num_classes, device, torch.float32)
     module = _WithoutTrainer(stack, objectives, replicas, data, builder.input_shape, recipe())
     module.snapshots = []  # a few in a whole training, too many in a short measurement
     module.on_fit_start()
@@ -135,7 +134,7 @@ class _FixedGradient:
     fused = needs_target_probs = False
 
     def __call__(self, outputs: Outputs, labels: Tensor, target_probs: Tensor | None) -> list[Tensor]:
-        return list(_Fixed.apply(outputs.logits).unbind())  # type: ignore[no-untyped-call]
+        return list(_Fixed.apply(outputs.logits).unbind())
 
 
 class _Fixed(torch.autograd.Function):
@@ -145,30 +144,31 @@ class _Fixed(torch.autograd.Function):
         return logits.new_zeros(logits.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.new_full(ctx.shape, 1e-5)
 
 
 def _replicas(count: int) -> list[Replica]:
     """So many replicas, shared out over the arms; an arm's seeds are 0, 1, ..."""
-    pairs = itertools.islice(((seed, f.name) for seed in itertools.count() for f in FORMULATIONS), count)
-    order = [f.name for f in FORMULATIONS]
-    return [Replica(arm, seed) for seed, arm in sorted(pairs, key=lambda pair: (order.index(pair[1]), pair[0]))]
+    arms = len(FORMULATIONS)
+    places = sorted((i % arms, i // arms) for i in range(count))
+    return [Replica(FORMULATIONS[arm].name, seed) for arm, seed in places]
 
 
 def _stepping(module: SideBySide, steps: int) -> Callable[[], None]:
     """So many steps through `training_step`, over whole batches of the epoch's order."""
-    return lambda: [module.training_step(chunk, 0) for chunk in _chunks(module, steps)] and None  # type: ignore[func-returns-value]
-
-
-def _chunks(module: SideBySide, steps: int) -> Iterator[range]:
     whole = module.num_examples // BATCH
-    while steps:
-        yield range(min(steps, whole))
-        steps -= min(steps, whole)
+
+    def run() -> None:
+        for done in range(0, steps, whole):
+            module.training_step(slice(0, min(whole, steps - done)), 0)
+
+    return run
 
 
-def _bare(builder: ModelBuilder, data: Dataset, device: torch.device, arm: str, steps: int) -> Callable[[], None]:
+def _bare(
+    builder: ModelBuilder, data: Dataset, device: torch.device, arm: str, steps: int
+) -> Callable[[], None]:
     model, loss = builder(0).to(device).train(), BARE_LOSSES[arm]
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     inputs, labels = data.take(data.splits["train"])
@@ -188,5 +188,6 @@ def _random_data(count: int) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count + 20, 1, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.arange(count + 20) % 10
-    splits = {"train": range(count), "val": range(count, count + 10), "test": range(count + 10, count + 20)}
-    return make_dataset("random", images, labels, {k: list(v) for k, v in splits.items()}, [str(i) for i in range(10)])
+    parts = {"train": range(count), "val": range(count, count + 10), "test": range(count + 10, count + 20)}
+    splits = {name: list(indices) for name, indices in parts.items()}
+    return make_dataset("random", images, labels, splits, [str(i) for i in range(10)])

@@ -1,4 +1,4 @@
-"""Timing things against each other: interleaved, so that what else the machine does falls on all of them alike."""
+"""Timing things in turns, so that what else the machine does falls on all of them alike."""
 
 from __future__ import annotations
 

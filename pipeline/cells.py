@@ -25,7 +25,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.objectives import Replica
 
 
@@ -93,11 +93,12 @@ class TrialFolder:
         with refusing_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.path / ".lock")
-        try:
-            with refusing_disk_errors(self.path):
+        with refusing_disk_errors(self.path):
+            try:
                 lock.acquire(blocking=False)
-        except filelock.Timeout as error:
-            raise UsageError(f"{self.path} is in use by another process; wait for it or choose another folder") from error
+            except filelock.Timeout as error:
+                busy = f"{self.path} is in use by another process; wait for it or choose another folder"
+                raise UsageError(busy) from error
         try:
             yield
         finally:
@@ -107,7 +108,7 @@ class TrialFolder:
         """State what the folder is for, or refuse where it is for something else."""
         statement = self.path / "trial.yaml"
         if statement.exists():
-            found = yaml.safe_load(statement.read_text())
+            found = _read_yaml(statement)
             differing = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
             if differing:
                 raise UsageError(
@@ -128,7 +129,7 @@ class TrialFolder:
         names = ("config.yaml", "history.parquet", "state.pt")
         if not all((folder / name).is_file() for name in names):
             return None
-        return Cell(folder, CellRecord(**yaml.safe_load((folder / "config.yaml").read_text())))
+        return Cell(folder, CellRecord(**_read_yaml(folder / "config.yaml")))
 
     def cells(self) -> list[Cell]:
         """All cells, by arm and seed."""
@@ -164,24 +165,29 @@ class TrialFolder:
         replica = Replica(record.arm, record.seed)
         target = self.cell_path(replica)
         draft = target.with_name(f".{target.name}-draft")
+        contents = {
+            "config.yaml": yaml.safe_dump(asdict(record), sort_keys=False).encode(),
+            "history.parquet": _parquet(history),
+            "state.pt": _saved(state),
+        }
         with refusing_disk_errors(self.path):
             shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            (draft / "config.yaml").write_text(yaml.safe_dump(asdict(record), sort_keys=False))
-            history.to_parquet(draft / "history.parquet", index=False)
-            torch.save(dict(state), draft / "state.pt")
-            for file in draft.iterdir():
-                _sync(file)
-            shutil.rmtree(target, ignore_errors=True)  # damaged leftovers only: a whole cell is never written twice
-            draft.rename(target)
+            try:
+                draft.mkdir(parents=True)
+                for name, content in contents.items():
+                    (draft / name).write_bytes(content)
+                    _sync(draft / name)
+                shutil.rmtree(target, ignore_errors=True)  # damaged leftovers: a whole cell is never written twice
+                draft.rename(target)
+            except BaseException:
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
             _sync(target.parent)
         return Cell(target, record)
 
     def write_history(self, history: pd.DataFrame) -> None:
         """`history.parquet`: the measurements of all cells in one table."""
-        buffer = io.BytesIO()
-        history.to_parquet(buffer, index=False)
-        write_whole(self.path / "history.parquet", buffer.getvalue())
+        write_whole(self.path / "history.parquet", _parquet(history))
 
     def export_checkpoints(self, cells: Sequence[Cell]) -> None:
         """`checkpoints/<arm>/s<seed>.pt`: plain state_dicts, rebuilt where they are not those of the cells."""
@@ -192,9 +198,7 @@ class TrialFolder:
                 continue
             with refusing_disk_errors(self.path):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                draft = target.with_suffix(".draft")
-                torch.save(cell.weights, draft)
-                draft.replace(target)
+            write_whole(target, _saved(cell.weights))
 
 
 @contextmanager
@@ -204,18 +208,18 @@ def refusing_disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(f"cannot write to {path}: {error.strerror or error}; free space or choose another folder") from error
-    except RuntimeError as error:  # torch.save's own way to say that the disk is full
-        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
-            raise
-        raise UsageError(f"cannot write to {path}: the disk is full; free space or choose another folder") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part."""
     draft = path.with_name(f".{path.name}-draft")
     with refusing_disk_errors(path.parent):
-        draft.write_bytes(content)
-        draft.replace(path)
+        try:
+            draft.write_bytes(content)
+            draft.replace(path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -229,3 +233,24 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def _saved(state: Mapping[str, Any]) -> bytes:
+    """As `torch.save` writes it; to memory first, since on a full disk torch dies in ways of its own."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is damaged: {first_line(error)}; move its folder away and train again") from error
+    return found

@@ -17,8 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.errors import UsageError
 
 MAX_SEED = 2**32 - 1  # what numpy, torch and scikit-learn all accept
-ROOT = Path(__file__).resolve().parent.parent
-CONF = Path(__file__).parent / "conf" if (Path(__file__).parent / "conf").is_dir() else ROOT / "conf"
+_TREE = Path(__file__).resolve().parent.parent
+_IN_WHEEL = Path(__file__).resolve().parent / "conf"
+CONF = _IN_WHEEL if _IN_WHEEL.is_dir() else _TREE / "conf"
+ROOT = Path.cwd() if _IN_WHEEL.is_dir() else _TREE  # where the tracking database lives by default
 
 
 class Accelerator(Enum):

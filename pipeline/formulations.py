@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,9 @@ class Formulation:
         """Whether it takes the last layer's input and weights instead of the logits."""
         return bool(FUSED_INPUTS & set(self.args))
 
-    def objective(self, fn: LossFn, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The declared callable's scalar value on one replica's batch."""
-        value = fn(*(inputs[arg] for arg in self.args))
+    def objective(self, fn: LossFn, batch: Sequence[Tensor | None]) -> Tensor:
+        """The declared callable's scalar value on one replica's batch, given in the order of `args`."""
+        value = fn(*batch)
         if not isinstance(value, Tensor) or value.ndim != 0:
             got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UsageError(
@@ -123,9 +123,9 @@ def probe(
     stream = RandomStream(0, device)
     try:
         with stream.resumed():
-            value = formulation.objective(fn, inputs)
+            value = formulation.objective(fn, [inputs[arg] for arg in formulation.args])
             if value.requires_grad:
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
     except UsageError:
         raise
     except Exception as error:

@@ -95,7 +95,7 @@ class ModelBuilder:
     def _build(self, seed: int, shape: Shape) -> nn.Module:
         given = {"input_shape": shape, "num_classes": self.num_classes}
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             module = self.make(**{key: given[key] for key in _accepted(self.make, given)})
         if not isinstance(module, nn.Module):
             raise UsageError(f"model {self.name} returned {type(module).__name__}, not a torch.nn.Module")

@@ -72,7 +72,7 @@ class Chunks:
 class SideBySide(pl.LightningModule):
     """Trains all replicas of one stack.
 
-    One index gather serves a step: row r of `indices` [R, B] is replica r's batch, equal for all arms of a seed. A
+    One index gather serves a step: a row of `indices` [S, B] is the batch of all arms of one seed. A
     Lightning `training_step` does several optimizer steps and logs nothing; measurements are kept as tensors and
     read once at the end.
     """
@@ -95,9 +95,8 @@ class SideBySide(pl.LightningModule):
         self.steps_done = 0
         self.snapshots = snapshot_steps(self.last_step)
         self.sketches: list[Tensor] = []  # one [R, width] a snapshot
-        self._seeds = list(dict.fromkeys(replica.seed for replica in replicas))
-        slots = [self._seeds.index(replica.seed) for replica in replicas]
-        self._slots = torch.tensor(slots + slots[-1:] * (stack.num_replicas - len(slots)))  # fillers included
+        fillers = stack.num_replicas - len(replicas)
+        self._slots = torch.tensor(objectives.slots + objectives.slots[-1:] * fillers)
         self._measured: list[tuple[str, int, Tensor]] = []
         device = next(stack.parameters()).device
         self._slots = self._slots.to(device)
@@ -120,8 +119,7 @@ class SideBySide(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         train = self.data.splits["train"]
-        orders = [train[self._order(seed)] for seed in self._seeds]
-        self._indices = torch.stack(orders)[self._slots]
+        self._orders = torch.stack([train[self._order(seed)] for seed in self.objectives.seeds])
 
     def _order(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(seed, "order", self.current_epoch))
@@ -130,7 +128,7 @@ class SideBySide(pl.LightningModule):
     def training_step(self, steps: slice, batch_idx: int) -> None:
         size = self.recipe.batch_size
         for step in range(steps.start, steps.stop):
-            self._step(self._indices[:, step * size : (step + 1) * size])
+            self._step(self._orders[:, step * size : (step + 1) * size])
 
     def on_train_epoch_end(self) -> None:
         self._measure("train/objective", self._objective_sum / self.num_examples)
@@ -144,7 +142,7 @@ class SideBySide(pl.LightningModule):
     # --- the step
 
     def _step(self, indices: Tensor) -> None:
-        """One optimizer step of every replica on its own batch: indices [R, B]."""
+        """One optimizer step of every replica on its own batch: indices [S, B], a row for each distinct seed."""
         self._set_rate()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
             objectives = self._forward(indices)
@@ -157,17 +155,14 @@ class SideBySide(pl.LightningModule):
         self._watch(torch.stack([objective.detach() for objective in objectives]).double(), indices.shape[1])
 
     def _forward(self, indices: Tensor) -> list[Tensor]:
-        inputs, labels = self._take(indices.movedim(0, self.stack.replica_axis).contiguous())
-        outputs = self.stack(inputs, fused=self.objectives.fused).first(len(self.replicas))
-        labels = labels.movedim(self.stack.replica_axis, 0).contiguous()
-        mine = indices[: len(self.replicas)]
-        target_probs = self.data.target_probs(mine) if self.objectives.needs_target_probs else None
-        return self.objectives(outputs, labels, target_probs)
+        layout = indices[self._slots].movedim(0, self.stack.replica_axis).contiguous()
+        outputs = self.stack(self._take(layout), fused=self.objectives.fused).first(len(self.replicas))
+        target_probs = self.data.target_probs(indices) if self.objectives.needs_target_probs else None
+        return self.objectives(outputs, self.data.labels[indices], target_probs)
 
-    def _take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and labels; grey pictures repeated where the model takes colour."""
-        inputs, labels = self.data.take(indices)
-        return inputs.expand(*indices.shape, *self.input_shape), labels
+    def _take(self, indices: Tensor) -> Tensor:
+        """Inputs; grey pictures repeated where the model takes colour."""
+        return self.data.take(indices)[0].expand(*indices.shape, *self.input_shape)
 
     def _set_rate(self) -> None:
         if self.recipe.schedule == "constant" and self.steps_done >= self.recipe.warmup_steps:
@@ -196,7 +191,7 @@ class SideBySide(pl.LightningModule):
         was_training = self.stack.training
         self.stack.eval()
         for indices in self.data.splits[split].split(EVALUATION_BATCH):
-            inputs, labels = self._take(indices)
+            inputs, labels = self._take(indices), self.data.labels[indices]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
                 logits = self.stack(self.stack.shared(inputs)).first(len(self.replicas)).logits
             yardsticks.update(logits, labels, self.data.target_probs(indices))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.formulations import Formulation, LossFn, derive, probe
+from pipeline.formulations import FUSED_INPUTS, Formulation, LossFn, derive, probe
 from pipeline.randomness import RandomStream, derive_seed
 from pipeline.stack import Outputs
 
@@ -34,6 +33,9 @@ class Objectives:
 
     Nothing that one arm needs is computed for another: softmax and its logarithm are taken of an arm's own logits,
     so an arm's bits do not depend on who else is in the trial.
+
+    Attributes:
+        seeds: the distinct seeds; labels and targets come once for each.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class Objectives:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        self.seeds = list(dict.fromkeys(replica.seed for replica in replicas))
+        self.slots = [self.seeds.index(replica.seed) for replica in replicas]
         self.arms: list[_Arm] = []
         for formulation in formulations:
             seeds = [replica.seed for replica in replicas if replica.arm == formulation.name]
@@ -55,29 +59,35 @@ class Objectives:
         self.needs_target_probs = any("target_probs" in arm.formulation.args for arm in self.arms)
 
     def __call__(self, outputs: Outputs, labels: Tensor, target_probs: Tensor | None) -> list[Tensor]:
-        """R scalars in replica order, from logits [R, B, C], labels [R, B] and target_probs [R, B, C]."""
-        logits = outputs.logits.split(self.sizes)
+        """R scalars in replica order, from logits [R, B, C], labels [S, B] and target_probs [S, B, C] by seed."""
+        by_seed = {"labels": labels.unbind(), "target_probs": () if target_probs is None else target_probs.unbind()}
         objectives: list[Tensor] = []
-        for arm, arm_logits in zip(self.arms, logits, strict=True):
-            objectives += self._of_arm(arm, arm_logits, len(objectives), outputs, labels, target_probs)
+        for arm, logits in zip(self.arms, outputs.logits.split(self.sizes), strict=True):
+            mine = slice(len(objectives), len(objectives) + len(arm.fns))
+            given: dict[str, Sequence[Tensor | None]] = {
+                name: tensor.unbind() for name, tensor in derive(arm.formulation.args, logits).items()
+            }
+            for name in arm.formulation.args:
+                if name in by_seed:
+                    given[name] = [by_seed[name][slot] for slot in self.slots[mine]]
+                elif name in FUSED_INPUTS:
+                    given[name] = _of_fused(outputs, name, mine)
+            objectives += _of_arm(arm, given)
         return objectives
 
-    def _of_arm(
-        self, arm: _Arm, logits: Tensor, first: int, outputs: Outputs, labels: Tensor, target_probs: Tensor | None
-    ) -> list[Tensor]:
-        size = len(arm.fns)
-        mine = slice(first, first + size)
-        made: dict[str, Sequence[Tensor]] = {
-            name: tensor.unbind() for name, tensor in derive(arm.formulation.args, logits).items()
-        }
-        made["labels"] = labels[mine].unbind()
-        if target_probs is not None:
-            made["target_probs"] = target_probs[mine].unbind()
-        for name, tensors in (("hidden", outputs.hidden), ("weight", outputs.weight), ("bias", outputs.bias)):
-            if name in arm.formulation.args and tensors is not None:
-                made[name] = tensors[mine]
-        return [self._of_replica(arm, i, {name: made[name][i] for name in arm.formulation.args}) for i in range(size)]
 
-    def _of_replica(self, arm: _Arm, i: int, inputs: dict[str, Tensor]) -> Tensor:
-        with arm.streams[i].resumed() if arm.streams else nullcontext():
-            return arm.formulation.objective(arm.fns[i], inputs)
+def _of_fused(outputs: Outputs, name: str, mine: slice) -> Sequence[Tensor | None]:
+    """An arm's share of `hidden`, `weight` or `bias`; a head may have no bias."""
+    tensors: Sequence[Tensor] | None = getattr(outputs, name)
+    return [None] * (mine.stop - mine.start) if tensors is None else tensors[mine]
+
+
+def _of_arm(arm: _Arm, given: dict[str, Sequence[Tensor | None]]) -> list[Tensor]:
+    batches = zip(*(given[name] for name in arm.formulation.args), strict=True)
+    if arm.streams is None:
+        return [arm.formulation.objective(fn, batch) for fn, batch in zip(arm.fns, batches, strict=True)]
+    objectives = []
+    for fn, stream, batch in zip(arm.fns, arm.streams, batches, strict=True):
+        with stream.resumed():
+            objectives.append(arm.formulation.objective(fn, batch))
+    return objectives

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 
-
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed for one purpose, such as `derive_seed(seed, "order", epoch)`; distinct parts, distinct streams."""
     text = "/".join(map(str, parts)).encode()

@@ -78,7 +78,7 @@ def read_request(path: Path) -> tuple[Request, Facts]:
         found = yaml.safe_load((path / "request.yaml").read_text())
     except OSError as error:
         raise UsageError(f"{path} is not a trial's folder (no request.yaml in it); give a trial's folder") from error
-    request = {key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()}
+    request: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()}
     return Request(**request), Facts(**found["facts"])
 
 

@@ -41,5 +41,6 @@ def sketch(parameters: Mapping[str, Tensor]) -> Tensor:
 
 def relative_distance(candidate: Tensor, reference: Tensor) -> Tensor:
     """||theta_X - theta_A|| / ||theta_A|| from sketches [steps, width]; 0 where the weights are equal."""
-    distance = torch.linalg.vector_norm(candidate - reference, dim=-1)
-    return distance / torch.linalg.vector_norm(reference, dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(candidate - reference, dim=-1)
+    size: Tensor = torch.linalg.vector_norm(reference, dim=-1)
+    return distance / size

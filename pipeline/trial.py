@@ -39,10 +39,10 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
     setting = prepare(config)
     check_resolution(request, setting)
     facts = facts_of(setting, request, command)
-    tracker = _tracker(config["tracking"])
     folder = TrialFolder(path)
     with folder.locked():
         folder.claim({"name": conf.trial_name(config), **conf.identity(config)})
+        tracker = _tracker(config["tracking"])
         write_request(path, request, facts)
         train(setting, request, folder, tracker)
         return conclude(folder, request, facts, tracker)

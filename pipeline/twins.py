@@ -33,8 +33,13 @@ class _ContiguousGradient(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
+
+
+def _with_contiguous_gradient(tensor: Tensor) -> Tensor:
+    same: Tensor = _ContiguousGradient.apply(tensor)
+    return same
 
 
 class Linear(nn.Linear):
@@ -47,7 +52,7 @@ class Linear(nn.Linear):
             out = torch.bmm(self.weight, columns)
         else:
             out = torch.baddbmm(self.bias.unsqueeze(-1), self.weight, columns)
-        out = _ContiguousGradient.apply(out)  # type: ignore[no-untyped-call]
+        out = _with_contiguous_gradient(out)
         return out.flatten(0, 1).t().view(*input.shape[:-1], replicas * out_features)
 
 
@@ -79,7 +84,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """Statistics are per channel, so R*C channels are R layers by themselves."""
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return F.batch_norm(
@@ -103,7 +108,17 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    """Tensors [R, C]; the input [B, R*C] or [B, R*C, L]."""
+    """Tensors [R, C]; the input [B, R*C] or [B, R*C, L].
+
+    Vectors are normalised as one signal [1, R*C, B], the memory order of `Linear`: each channel's sums run over a
+    row of its own, so their bits do not depend on the slot.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim != 2:
+            return super().forward(input)
+        rows = super().forward(input.t().contiguous().unsqueeze(0)).squeeze(0)
+        return _with_contiguous_gradient(rows).t()
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
@@ -124,7 +139,9 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if len(self.normalized_shape) != 1:
             raise CannotFold("LayerNorm over more than one axis has no twin")
-        out = F.layer_norm(input.unflatten(-1, (-1, *self.normalized_shape)), self.normalized_shape, eps=self.eps)
+        out = F.layer_norm(
+            input.unflatten(-1, (-1, *self.normalized_shape)), self.normalized_shape, eps=self.eps
+        )
         if self.elementwise_affine:
             out = out * self.weight
             out = out if self.bias is None else out + self.bias
@@ -145,7 +162,9 @@ class DropoutStreams:
             self.generators = [torch.Generator(like.device).manual_seed(seed) for seed in self.seeds]
         shape = (like.shape[0], like.shape[1] // len(self.slots), *like.shape[2:])
         masks = [
-            torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(probability, generator=generator)
+            torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(
+                probability, generator=generator
+            )
             for generator in self.generators
         ]
         return torch.stack([masks[slot] for slot in self.slots], 1).flatten(1, 2)
@@ -186,7 +205,9 @@ def fold_modules(modules: Sequence[nn.Module]) -> nn.Module:
     for name, layer in folded.named_modules():
         if type(layer) in TWINS:
             layer.__class__ = TWINS[type(layer)]
-        elif any(True for _ in layer.parameters(recurse=False)) or any(True for _ in layer.buffers(recurse=False)):
+        elif any(True for _ in layer.parameters(recurse=False)) or any(
+            True for _ in layer.buffers(recurse=False)
+        ):
             raise CannotFold(f"{type(layer).__name__} ({name or 'the model itself'}) has tensors and no twin")
     states = [dict([*m.named_parameters(), *m.named_buffers()]) for m in modules]
     for name, tensor in [*folded.named_parameters(), *folded.named_buffers()]:

@@ -167,15 +167,14 @@ def sentence(finding: OutcomeFinding, request: Request, facts: Facts) -> str:
         both = finding.failures.both
         return " ".join([said, f"Under {both} seeds both arms diverged." if both else "", unaudited]).replace("  ", " ")
     effects = "; ".join(_effect(name, finding, request) for name in request.primary if name in finding.metrics)
-    said = {
+    known = {
         "equivalent": f"Equivalent within the margins over {pairs}: {effects}.",
         "different": f"Another model: {'; '.join(finding.reasons)}.",
         "not_run": f"Not decided: {'; '.join(finding.reasons)}.",
-    }.get(finding.word)
-    if said is None:
-        provisional = "provisionally equivalent, but " if finding.provisional else ""
-        said = f"Inconclusive over {pairs}: {provisional}{'; '.join(finding.reasons)}.{_advice(finding)}"
-    return f"{said} {unaudited}"
+    }
+    provisional = "provisionally equivalent, but " if finding.provisional else ""
+    inconclusive = f"Inconclusive over {pairs}: {provisional}{'; '.join(finding.reasons)}.{_advice(finding)}"
+    return f"{known.get(finding.word, inconclusive)} {unaudited}"
 
 
 def _effect(name: str, finding: OutcomeFinding, request: Request) -> str:

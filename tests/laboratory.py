@@ -1,9 +1,10 @@
-"""Toy data, the shipped formulations, whole trainings side by side, and the same training written out by hand."""
+"""Toy data, the shipped formulations, whole trainings side by side and the same written out by hand."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def toy_data(
     images = torch.rand(count, *shape, generator=generator)
     splits = {"train": range(train), "val": range(train, train + 8), "test": range(train + 8, count)}
     labels = torch.arange(count).numpy() % num_classes
-    made = make_dataset("toy", images, labels, {k: list(v) for k, v in splits.items()}, [*"abcdefghij"][:num_classes])
+    made = make_dataset(
+        "toy", images, labels, {k: list(v) for k, v in splits.items()}, [*"abcdefghij"][:num_classes]
+    )
     return made.to(CPU, dtype)
 
 
@@ -51,12 +54,18 @@ def builder(make: Callable[..., nn.Module], data: Dataset) -> ModelBuilder:
 
 def shipped(*names: str) -> list[Formulation]:
     """Formulations as `conf/loss/` declares them, all of them where none is named."""
-    declared = {path.stem: yaml.safe_load(path.read_text())[path.stem] for path in sorted(LOSSES.glob("*.yaml"))}
-    return [formulation(name, declared[name]) for name in names or declared]
+    return [formulation(name, declared()[name]) for name in names or declared()]
 
 
-def formulation(name: str, declared: dict[str, Any]) -> Formulation:
-    return Formulation(name, tuple(declared["args"]), lambda: instantiate(declared["fn"], _convert_="all"))
+@cache
+def declared() -> dict[str, Any]:
+    return {path.stem: yaml.safe_load(path.read_text())[path.stem] for path in sorted(LOSSES.glob("*.yaml"))}
+
+
+def formulation(name: str, declaration: dict[str, Any]) -> Formulation:
+    return Formulation(
+        name, tuple(declaration["args"]), lambda: instantiate(declaration["fn"], _convert_="all")
+    )
 
 
 def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -68,7 +77,11 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def stack_of(
-    build: ModelBuilder, seeds: Sequence[int], engine: str, dtype: torch.dtype = torch.float32, head: str | None = None
+    build: ModelBuilder,
+    seeds: Sequence[int],
+    engine: str,
+    dtype: torch.dtype = torch.float32,
+    head: str | None = None,
 ) -> Stack:
     return build_stack(engine, [build(seed).to(dtype) for seed in seeds], seeds, head).train()
 
@@ -86,7 +99,9 @@ def untrained(
     replicas = [Replica(arm.name, seed) for arm in arms for seed in seeds]
     stack = stack_of(build, [replica.seed for replica in replicas], engine, data.dtype, head)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="reduction: 'mean' divides the total loss")  # kl_mean's very point
+        warnings.filterwarnings(
+            "ignore", message="reduction: 'mean' divides the total loss"
+        )  # kl_mean's very point
         objectives = Objectives(arms, replicas, data.num_classes, CPU, data.dtype)
     return SideBySide(stack, objectives, replicas, data, build.input_shape, how)
 
@@ -137,7 +152,9 @@ def same_bits(a: Weights, b: Weights) -> bool:
     """Every tensor equal bit for bit, NaN included."""
     return a.keys() == b.keys() and all(
         a[name].dtype == b[name].dtype
-        and torch.equal(a[name].contiguous().view(-1).view(torch.uint8), b[name].contiguous().view(-1).view(torch.uint8))
+        and torch.equal(
+            a[name].contiguous().view(-1).view(torch.uint8), b[name].contiguous().view(-1).view(torch.uint8)
+        )
         for name in a
     )
 

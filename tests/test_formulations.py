@@ -104,7 +104,10 @@ def fails_backward(logits: Tensor, labels: Tensor) -> Tensor:
         (lambda z, y: F.cross_entropy(z, y).item(), "returned float for a batch"),
         (lambda z, y: F.cross_entropy(z.detach(), y), "passes no gradient"),
         (lambda z, y: torch.tensor(np.float32(z.detach().sum())), "passes no gradient"),
-        (lambda z, y: F.cross_entropy(z, y[:2]), r"failed when called with logits \[4, 3\], labels \[4\]: Expected"),
+        (
+            lambda z, y: F.cross_entropy(z, y[:2]),
+            r"failed when called with logits \[4, 3\], labels \[4\]: Expected",
+        ),
         (lambda z: z.sum(), r"failed when called with logits \[4, 3\], labels \[4\]"),
         (lambda z, y: F.cross_entropy(z.sub_(z.amax(1, True)), y), "is being modified inplace"),
         (fails_backward, "modified by an inplace operation"),
@@ -146,7 +149,9 @@ def test_installed_code_is_named_by_its_version() -> None:
     assert code_digest(partial(F.cross_entropy, label_smoothing=0.1)) == expected
 
 
-def test_code_of_the_users_own_is_named_by_the_bytes_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_the_users_own_is_named_by_the_bytes_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     source = tmp_path / "users_losses.py"
     source.write_text("def mine(logits, labels):\n    return logits.sum()\n")

@@ -41,7 +41,14 @@ def test_softmax_regression_has_one_weight_for_each_pixel_and_class() -> None:
 def test_the_mlps_layers_are_linear_batch_norm_relu_dropout() -> None:
     module = mlp((1, 8, 8), 10, hidden=[6], dropout=0.5, batch_norm=True)
     assert names(module) == ["Flatten", "Linear", "BatchNorm1d", "ReLU", "Dropout", "Linear"]
-    assert names(mlp((1, 8, 8), 10, hidden=[6, 5])) == ["Flatten", "Linear", "ReLU", "Linear", "ReLU", "Linear"]
+    assert names(mlp((1, 8, 8), 10, hidden=[6, 5])) == [
+        "Flatten",
+        "Linear",
+        "ReLU",
+        "Linear",
+        "ReLU",
+        "Linear",
+    ]
     assert names(mlp((1, 8, 8), 10, hidden=[])) == ["Flatten", "Linear"]
 
 
@@ -54,7 +61,6 @@ def test_more_poolings_than_the_picture_has_halves_are_refused() -> None:
         ModelBuilder(partial(cnn, channels=[4] * 4), "cnn", (1, 8, 8), 10)
 
 
-@pytest.mark.usefixtures("untouched_randomness")
 def test_the_initial_weights_are_the_seeds_and_seed_0_is_a_seed() -> None:
     build = ModelBuilder(mlp, "mlp", (1, 4, 4), 3)
     weights = [build(seed)[1].weight for seed in (0, 0, 1)]  # type: ignore[index]
@@ -68,10 +74,10 @@ def test_the_initial_weights_are_the_seeds_and_seed_0_is_a_seed() -> None:
         assert torch.equal(weights[0], mlp((1, 4, 4), 3)[1].weight)  # type: ignore[index]
 
 
-@pytest.fixture(autouse=True)
-def restored_randomness() -> Any:
-    with torch.random.fork_rng(devices=[]):
-        yield
+@pytest.mark.usefixtures("untouched_randomness")
+@pytest.mark.parametrize("make", SHIPPED)
+def test_building_a_model_leaves_the_global_random_state_alone(make: Make) -> None:
+    ModelBuilder(make, "shipped", (1, 4, 4), 3)(5)
 
 
 def test_grey_pictures_are_shown_in_three_channels_to_a_model_that_takes_colour() -> None:
@@ -111,7 +117,7 @@ class Parts(Users):
         (lambda: Users(16, 4), r"maps a batch of 2 to \[2, 4\]; logits of shape \[2, 3\] are needed"),
         (Parts, "maps a batch of 2 to dict"),
         (lambda: Users(15), r"does not take inputs of shape \[1, 4, 4\]: mat1 and mat2"),
-        (Detached, "has no trainable parameters"),
+        (lambda: Detached(), "has no trainable parameters"),
         (lambda: "network", r"returned str, not a torch\.nn\.Module"),
         (lambda: 1 / 0, r"does not take inputs of shape \[1, 4, 4\]: division by zero"),
     ],

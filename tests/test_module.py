@@ -37,13 +37,17 @@ MODELS: dict[str, Make] = {
 }
 ADAM = partial(torch.optim.Adam, lr=0.01, weight_decay=0.01)
 ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.01)
-FIFTY_STEPS = {"epochs": 10, "batch_size": 4}  # of 20 examples
+FIFTY_STEPS = {"epochs": 25, "batch_size": 10}  # of 20 examples
 
 
 def assert_as_by_hand(
-    make: Make, engine: str, how: Recipe, arms: tuple[str, ...] = ("ce", "kl"), factor: Any = lambda step: 1.0
+    make: Make,
+    engine: str,
+    how: Recipe,
+    arms: tuple[str, ...] = ("ce", "ce_one_hot"),
+    factor: Any = lambda step: 1.0,
 ) -> None:
-    """Every replica, trained side by side in float64, ends with the weights of a plain module trained alone."""
+    """Trained side by side in float64, replicas end with the weights of plain modules trained alone."""
     data = toy_data((1, 6, 6), dtype=torch.float64)
     build = builder(make, data)
     module = trained(build, data, shipped(*arms), (0, 3), how, engine)
@@ -55,7 +59,9 @@ def assert_as_by_hand(
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", MODELS)
-def test_after_50_steps_a_replica_has_the_weights_of_a_plain_module_trained_alone(name: str, engine: str) -> None:
+def test_after_50_steps_a_replica_has_the_weights_of_a_plain_module_trained_alone(
+    name: str, engine: str
+) -> None:
     assert_as_by_hand(MODELS[name], engine, recipe(**FIFTY_STEPS))
 
 
@@ -103,18 +109,16 @@ def nudged(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_resnet18_drifts_no_more_than_ten_times_its_own_sensitivity_to_one_unit_in_the_last_place(engine: str) -> None:
-    """Eight steps; the loop is the plain module bit for bit."""
-    data = toy_data((3, 8, 8), train=16, dtype=torch.float64)
+def test_folded_resnet18_drifts_at_most_ten_times_as_far_as_one_unit_in_the_last_place_moves_it() -> None:
+    """Six steps, folded; the loop, in which it runs on a CPU, is the plain module bit for bit."""
+    data = toy_data((3, 8, 8), train=24, dtype=torch.float64)
     build = builder(resnet18, data)
-    how = recipe(epochs=2, batch_size=4, make_optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9))
-    module = trained(build, data, shipped("ce"), (0, 3), how, engine)
+    how = recipe(epochs=2, batch_size=8, make_optimizer=partial(torch.optim.SGD, lr=1e-3, momentum=0.9))
+    module = trained(build, data, shipped("ce"), (0, 3), how, "fold")
     plain = trained_by_hand(build(3).double(), data, 3, how).state_dict()
     moved = trained_by_hand(nudged(build(3).double()), data, 3, how).state_dict()
     drift = largest_difference(weights_of(module, "ce", 3), plain)
-    print(f"resnet18, {engine}: {drift:.1e}, 1-ulp drift {largest_difference(moved, plain):.1e}")
-    assert drift <= (10 * largest_difference(moved, plain) if engine == "fold" else 0.0)
+    assert drift <= 10 * largest_difference(moved, plain)
 
 
 # --- precision
@@ -130,7 +134,9 @@ def precision_of(dtype: torch.dtype, autocast: bool, engine: str) -> tuple[SideB
             return hidden
 
     def make(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), Spy(), nn.BatchNorm1d(8), nn.Linear(8, num_classes))
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(16, 8), Spy(), nn.BatchNorm1d(8), nn.Linear(8, num_classes)
+        )
 
     build = builder(make, data)
     seen.clear()

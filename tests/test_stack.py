@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import TypeVar
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pipeline.objectives import Objectives, Replica
 from pipeline.stack import Stack, find_head
 
 Make = Callable[..., nn.Module]
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 SEEDS = (0, 3, 5)
 MODELS: dict[str, Make] = {
@@ -27,23 +29,29 @@ MODELS: dict[str, Make] = {
     "resnet18": resnet18,
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
-    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.001),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.001, weight_decay=0.01),
+    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
+    "adam": partial(torch.optim.Adam, lr=0.001),
+    "adamw": partial(torch.optim.AdamW, lr=0.001, weight_decay=0.01),
 }
 ENGINES = ("fold", "loop")
 
 
-def build(name: str, num_classes: int = 3) -> ModelBuilder:
-    shape = (3, 16, 16) if name == "resnet18" else (2, 6, 6)
-    return ModelBuilder(MODELS[name], name, shape, num_classes)
+@cache
+def build(name: str) -> ModelBuilder:
+    shape = (3, 8, 8) if name == "resnet18" else (2, 6, 6)
+    return ModelBuilder(MODELS[name], name, shape, 3)
+
+
+def seeds_of(builder: ModelBuilder) -> tuple[int, ...]:
+    """A network of eleven million parameters is tried with two replicas, the others with three."""
+    return SEEDS[:2] if builder.name == "resnet18" else SEEDS
 
 
 def batches(builder: ModelBuilder, size: int = 5) -> tuple[Tensor, Tensor]:
     """Inputs [R, B, ...] in float64 and labels [R, B], every replica its own."""
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(len(SEEDS), size, *builder.input_shape, generator=generator, dtype=torch.float64)
-    return inputs, torch.randint(builder.num_classes, (len(SEEDS), size), generator=generator)
+    generator, replicas = torch.Generator().manual_seed(1), len(seeds_of(builder))
+    inputs = torch.randn(replicas, size, *builder.input_shape, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(builder.num_classes, (replicas, size), generator=generator)
 
 
 def backward(stack: Stack, inputs: Tensor, labels: Tensor) -> None:
@@ -53,19 +61,38 @@ def backward(stack: Stack, inputs: Tensor, labels: Tensor) -> None:
 
 def plain_modules(builder: ModelBuilder, inputs: Tensor, labels: Tensor) -> list[nn.Module]:
     """Separate modules after a backward pass each."""
-    modules = [builder(seed).double().train() for seed in SEEDS]
+    modules = [builder(seed).double().train() for seed in seeds_of(builder)]
     for module, x, y in zip(modules, inputs, labels, strict=True):
         F.cross_entropy(module(x), y).backward()
     return modules
 
 
-def gradients(stack: Stack, step: float = 1.0) -> list[dict[str, Tensor]]:
+@cache
+def after_backward(name: str, engine: str) -> Stack:
+    stack = stack_of(build(name), seeds_of(build(name)), engine, torch.float64)
+    backward(stack, *batches(build(name)))
+    return stack
+
+
+@cache
+def plain_after_backward(name: str) -> list[nn.Module]:
+    return plain_modules(build(name), *batches(build(name)))
+
+
+def copied(module: AnyModule) -> AnyModule:
+    """With its gradients, which `deepcopy` leaves behind."""
+    made = copy.deepcopy(module)
+    for ours, theirs in zip(made.parameters(), module.parameters(), strict=True):
+        ours.grad = None if theirs.grad is None else theirs.grad.clone()
+    return made
+
+
+def gradients(stack: Stack) -> list[dict[str, Tensor]]:
     """Each replica's gradient, read off a step of plain SGD."""
     before = [stack.weights(r) for r in range(stack.num_replicas)]
-    torch.optim.SGD(stack.parameters(), lr=step).step()
-    after = [stack.weights(r) for r in range(stack.num_replicas)]
-    names = stack.parameters_of(0)
-    return [{name: (b[name] - a[name]) / step for name in names} for b, a in zip(before, after, strict=True)]
+    torch.optim.SGD(stack.parameters(), lr=1.0).step()
+    after = [stack.parameters_of(r) for r in range(stack.num_replicas)]
+    return [{name: b[name] - a[name].detach() for name in a} for b, a in zip(before, after, strict=True)]
 
 
 def plain_gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -75,44 +102,40 @@ def plain_gradients(module: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_first_gradient_of_each_replica_is_that_of_its_plain_module(name: str, engine: str) -> None:
-    builder = build(name)
-    inputs, labels = batches(builder)
-    stack = stack_of(builder, SEEDS, engine, torch.float64)
-    backward(stack, inputs, labels)
-    for ours, plain in zip(gradients(stack), plain_modules(builder, inputs, labels), strict=True):
+    stack = copied(after_backward(name, engine))
+    for ours, plain in zip(gradients(stack), plain_after_backward(name), strict=True):
         assert largest_difference(ours, plain_gradients(plain)) <= 1e-12
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_first_step_of_every_optimizer_is_that_on_the_plain_module(name: str, engine: str) -> None:
-    builder = build(name)
-    inputs, labels = batches(builder)
-    start = stack_of(builder, SEEDS, engine, torch.float64)
-    backward(start, inputs, labels)
-    plains = plain_modules(builder, inputs, labels)
-    for make in OPTIMIZERS.values():
-        stack = copy.deepcopy(start)
-        make(stack.parameters()).step()
-        for replica, plain in enumerate(copy.deepcopy(plains)):
-            make(plain.parameters()).step()
-            assert largest_difference(stack.weights(replica), plain.state_dict()) <= 1e-12
+def test_the_first_step_of_every_optimizer_is_that_on_the_plain_module(name: str, optimizer: str) -> None:
+    """Adam divides a gradient by its own size: near 0, rounding grows by up to lr / eps = 1e5."""
+    magnified = 0.0 if optimizer == "sgd" else 1e5
+    plains = [copied(plain) for plain in plain_after_backward(name)]
+    for plain, before in zip(plains, plain_after_backward(name), strict=True):
+        OPTIMIZERS[optimizer](plain.parameters()).step()
+        assert largest_difference(plain.state_dict(), before.state_dict()) > 1e-4
+    for engine in ENGINES:
+        stack = copied(after_backward(name, engine))
+        rounding = max(map(largest_difference, gradients(copied(stack)), map(plain_gradients, plains)))
+        OPTIMIZERS[optimizer](stack.parameters()).step()
+        for replica, plain in enumerate(plains):
+            drift = largest_difference(stack.weights(replica), plain.state_dict())
+            assert drift <= (1e-12 + magnified * rounding if engine == "fold" else 0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_replicas_weights_load_into_the_plain_module_and_give_the_same_outputs(name: str, engine: str) -> None:
-    builder = build(name)
-    inputs, labels = batches(builder)
-    stack = stack_of(builder, SEEDS, engine, torch.float64)
-    backward(stack, inputs, labels)
-    torch.optim.SGD(stack.parameters(), lr=0.1).step()
-    stack.eval()
-    together = stack(stack.shared(inputs[0])).logits
+def test_a_replicas_weights_load_into_the_plain_module_and_give_the_same_outputs(
+    name: str, engine: str
+) -> None:
+    stack, inputs = copy.deepcopy(after_backward(name, engine)).eval(), batches(build(name))[0][0]
+    together = stack(stack.shared(inputs)).logits
+    plain = build(name)(99).double().eval()
     for replica, ours in enumerate(together):
-        plain = builder(99).double()
         plain.load_state_dict(stack.weights(replica), strict=True)
-        torch.testing.assert_close(ours, plain.eval()(inputs[0]), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours, plain(inputs), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -129,7 +152,9 @@ def test_weights_are_copies_and_parameters_of_are_not(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("max_norm", [1e-3, 0.5, 1e3])
-def test_a_replicas_gradient_is_clipped_by_its_own_norm_as_torch_clips_one_model(engine: str, max_norm: float) -> None:
+def test_a_replicas_gradient_is_clipped_by_its_own_norm_as_torch_clips_one_model(
+    engine: str, max_norm: float
+) -> None:
     builder = build("mlp")
     inputs, labels = batches(builder)
     inputs = inputs * torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1, 1, 1)  # norms of three magnitudes
@@ -167,11 +192,15 @@ def test_a_replica_that_is_nan_leaves_its_neighbours_bits_alone_under_clipping(e
 def fused_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
     """As the fused kernels do it: the logits are never handed over, and a chunk at a time."""
     chunks = zip(hidden.split(2), labels.split(2), strict=True)
-    return sum(F.cross_entropy(F.linear(h, weight, bias), y, reduction="sum") for h, y in chunks) / len(labels)  # type: ignore[return-value]
+    return sum(F.cross_entropy(F.linear(h, weight, bias), y, reduction="sum") for h, y in chunks) / len(
+        labels
+    )  # type: ignore[return-value]
 
 
 FUSED = Formulation("fused", ("hidden", "weight", "bias", "labels"), lambda: fused_cross_entropy)
-UNBIASED = Formulation("unbiased", ("hidden", "weight", "labels"), lambda: lambda h, w, y: F.cross_entropy(h @ w.t(), y))
+UNBIASED = Formulation(
+    "unbiased", ("hidden", "weight", "labels"), lambda: lambda h, w, y: F.cross_entropy(h @ w.t(), y)
+)
 CE = formulation("ce", {"fn": {"_target_": "torch.nn.CrossEntropyLoss"}, "args": ["logits", "labels"]})
 
 
@@ -198,11 +227,12 @@ def test_a_fused_loss_gives_the_gradients_of_cross_entropy_on_the_plain_module(e
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_head_without_bias_serves_a_fused_loss_that_takes_none(engine: str) -> None:
+@pytest.mark.parametrize("loss", [FUSED, UNBIASED], ids=["takes None", "takes no bias"])
+def test_a_head_without_bias_serves_a_fused_loss(loss: Formulation, engine: str) -> None:
     builder = ModelBuilder(headless, "headless", (2, 6, 6), 3)
     inputs, labels = batches(builder)
     stack = stack_of(builder, SEEDS, engine, torch.float64, "3")
-    objectives = Objectives([UNBIASED], [Replica("unbiased", seed) for seed in SEEDS], 3, CPU, torch.float64)
+    objectives = Objectives([loss], [Replica(loss.name, seed) for seed in SEEDS], 3, CPU, torch.float64)
     outputs = stack(inputs.movedim(0, stack.replica_axis).contiguous(), fused=True)
     torch.autograd.backward(objectives(outputs, labels, None))
     for ours, plain in zip(gradients(stack), plain_modules(builder, inputs, labels), strict=True):

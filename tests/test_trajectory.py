@@ -15,7 +15,14 @@ def random_weights(seed: int, *shape: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("last", "steps"),
-    [(1, [1]), (2, [1, 2]), (3, [1, 3]), (10, [1, 3, 10]), (99, [1, 3, 10, 30, 99]), (690, [1, 3, 10, 30, 100, 300, 690])],
+    [
+        (1, [1]),
+        (2, [1, 2]),
+        (3, [1, 3]),
+        (10, [1, 3, 10]),
+        (99, [1, 3, 10, 30, 99]),
+        (690, [1, 3, 10, 30, 100, 300, 690]),
+    ],
 )
 def test_snapshots_are_taken_at_1_3_10_30_and_the_end(last: int, steps: list[int]) -> None:
     assert snapshot_steps(last) == steps
@@ -28,7 +35,9 @@ def test_up_to_2048_parameters_the_sketch_is_the_parameters(size: int) -> None:
 
 
 def test_a_sketch_spans_all_tensors_in_float64_and_ignores_gradients() -> None:
-    made = sketch({"a": torch.ones(2, 3, requires_grad=True), "b": torch.full((4,), 2.0, dtype=torch.bfloat16)})
+    made = sketch(
+        {"a": torch.ones(2, 3, requires_grad=True), "b": torch.full((4,), 2.0, dtype=torch.bfloat16)}
+    )
     assert made.tolist() == [1.0] * 6 + [2.0] * 4
     assert made.dtype == torch.float64
     assert not made.requires_grad
@@ -56,7 +65,7 @@ def test_a_difference_in_any_one_parameter_shows() -> None:
 
 
 def test_distances_of_random_weights_are_right_to_the_stated_spread() -> None:
-    """A relative standard deviation of sqrt(2/2048) / 2 = 1.6 % of the norm: its estimate lies in [1.1 %, 2.2 %]."""
+    """The standard deviation is sqrt(2 / 2039) / 2 = 1.6 % of the norm; the estimate is in [1.1 %, 2.2 %]."""
     errors = []
     for seed in range(60):
         weights = random_weights(seed, 20_000)

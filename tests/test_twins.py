@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import twins
+from pipeline.models import mlp
 from pipeline.stack import choose_engine, unfit_to_fold
 from pipeline.twins import CannotFold, Dropout, DropoutStreams, fold_modules
 
@@ -73,7 +75,9 @@ def assert_close(ours: Tensor, plain: Tensor, what: str) -> None:
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12, msg=lambda text: f"{what}: {text}")
 
 
-def assert_faithful(folded: nn.Module, plains: Sequence[nn.Module], shape: tuple[int, ...], seed: int) -> None:
+def assert_faithful(
+    folded: nn.Module, plains: Sequence[nn.Module], shape: tuple[int, ...], seed: int
+) -> None:
     """Outputs, all gradients and all buffers are those of the plain layers, each on inputs of its own."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(5, len(plains), *shape, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -149,7 +153,7 @@ def test_a_frozen_parameter_stays_frozen() -> None:
 
 
 def test_layers_that_have_no_twin_or_disagree_are_refused_in_words() -> None:
-    with pytest.raises(CannotFold, match="PReLU .* has tensors and no twin"):
+    with pytest.raises(CannotFold, match=r"PReLU .* has tensors and no twin"):
         fold_modules([nn.Sequential(nn.PReLU()) for _ in range(2)])
     with pytest.raises(CannotFold, match="disagree about weight"):
         fold_modules([nn.Linear(6, 4), nn.Linear(5, 4)])
@@ -404,12 +408,25 @@ def test_a_model_of_the_users_own_folds() -> None:
     assert choose_engine("auto", seeded(UsersOwn), (2, 4, 4), 8)[0] == "fold"
 
 
+@pytest.mark.parametrize("width", [7, 16])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_shipped_mlp_folds_whatever_its_width(width: int, batch_norm: bool) -> None:
+    make = partial(mlp, (2, 4, 4), 3, hidden=[width, width], batch_norm=batch_norm, dropout=0.3)
+    assert choose_engine("auto", seeded(make), (2, 4, 4), 20) == (
+        "fold",
+        "passed the check against plain modules",
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "because"),
     [
         (Recurrent, "LSTM (lstm) has tensors and no twin"),
         (lambda: Foreign(lambda hidden: F.dropout(hidden, 0.5)), "global random state"),
-        (lambda: Foreign(lambda hidden: torch.cat([hidden, hidden.tanh()], 1), 32), "differs from the plain module's"),
+        (
+            lambda: Foreign(lambda hidden: torch.cat([hidden, hidden.tanh()], 1), 32),
+            "differs from the plain module's",
+        ),
         (lambda: Foreign(lambda hidden: hidden.softmax(1)), "differs from the plain module's"),
         (lambda: Foreign(nn.PReLU()), "PReLU (between) has tensors and no twin"),
         (lambda: Foreign(lambda hidden: hidden.view(-1, 16)), ""),

@@ -21,7 +21,9 @@ def examples(count: int = 200, num_classes: int = 5, replicas: int = 3) -> tuple
     return logits, labels, F.one_hot(labels, num_classes).float()
 
 
-def measured(logits: Tensor, labels: Tensor, target_probs: Tensor, sizes: list[int] | None = None) -> dict[str, Tensor]:
+def measured(
+    logits: Tensor, labels: Tensor, target_probs: Tensor, sizes: list[int] | None = None
+) -> dict[str, Tensor]:
     yardsticks = Yardsticks(len(logits), torch.device("cpu"))
     split = sizes or [len(labels)]
     batches = zip(logits.split(split, 1), labels.split(split), target_probs.split(split), strict=True)
@@ -106,7 +108,9 @@ def test_soft_targets_give_the_cross_entropy_and_the_distance_to_them() -> None:
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_a_replica_with_a_logit_that_is_not_finite_is_nan_and_the_others_keep_their_bits(poison: float) -> None:
+def test_a_replica_with_a_logit_that_is_not_finite_is_nan_and_the_others_keep_their_bits(
+    poison: float,
+) -> None:
     logits, labels, one_hot = examples()
     healthy = measured(logits, labels, one_hot, [150, 50])
     logits[1, 3, 2] = poison

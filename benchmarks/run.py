@@ -1,0 +1,169 @@
+"""What a trial and its step cost, side by side with the usual way, in one run: `make bench`.
+
+python -m benchmarks.run             a few minutes of CPU time; writes benchmarks/<date>-<device>.md
+python -m benchmarks.run --quick     half a minute: does it still run, and is it roughly as fast?
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import platform
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import steps
+from benchmarks.end_to_end import Usage, Workshop
+from benchmarks.timing import Spread, gain
+
+PACKAGES = ("torch", "pytorch-lightning", "mlflow", "hydra-core", "numpy", "pandas")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured."""
+
+    repetitions: int
+    trials: int
+    seeds: int
+    epochs: int
+
+
+FULL = Effort(repetitions=7, trials=3, seeds=30, epochs=30)
+QUICK = Effort(repetitions=3, trials=1, seeds=2, epochs=2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    given = _parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    effort = QUICK if given.quick else FULL
+    lines = [_header(device, effort), *step_rows(device, effort, given.quick)]
+    if not given.steps_only:
+        lines += trial_section(effort)
+    text = "\n".join(lines) + "\n"
+    print(text)
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    target = given.out / f"{datetime.date.today():%Y-%m-%d}-{slug}.md"
+    given.out.mkdir(parents=True, exist_ok=True)
+    target.write_text(text)
+    print(f"written to {target}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few repetitions of small trials")
+    parser.add_argument("--steps-only", action="store_true", help="no whole trials")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write the page to")
+    return parser
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor as Linux names it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return named[1] if named else platform.machine()
+
+
+HEADER = """\
+# Benchmarks on {device}
+
+{date}, Python {python}, {versions}; one thread.
+
+Gains are what counts: absolute times move with whatever else the machine does, which falls on both sides
+alike. Every number is the median of interleaved repetitions, with [lowest..highest].
+
+## A step of R replicas against R bare steps
+
+{clock}, {repetitions} repetitions. NLL, CE and KL in equal shares, batch {batch}, SGD with momentum,
+float32. A bare step is that of a hand-written loop over one `nn.Module` with the data in memory. A step
+without the losses is fed dL/dlogits.
+
+| model | engine | R | | bare step, us | our step, us | gain |
+|---|---|---|---|---|---|---|"""
+
+TRIAL_HEADER = """
+## A whole trial: 3 losses x {seeds} seeds on digits, {epochs} epochs, tracked in SQLite
+
+CPU seconds, user and system, of a fresh process, {trials} repetition(s). The conventional loop (Lightning
+module, `self.log`, DataLoader, MLFlowLogger) trained {trained} runs in one process each time; its time for
+{runs} runs is **extrapolated** from these. Both found the database ready: making it takes MLflow
+{database:.1f} s, once, its imports included.
+
+| | conventional | here | gain |
+|---|---|---|---|"""
+
+
+def _header(device: torch.device, effort: Effort) -> str:
+    return HEADER.format(
+        device=device_name(device),
+        date=datetime.date.today(),
+        python=platform.python_version(),
+        versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in _installed()),
+        clock="Wall time of finished work" if device.type == "cuda" else "CPU time of the process",
+        repetitions=effort.repetitions,
+        batch=steps.BATCH,
+    )
+
+
+def _installed() -> Iterator[str]:
+    present = {distribution.metadata["Name"].lower() for distribution in importlib.metadata.distributions()}
+    return (name for name in PACKAGES if name in present)
+
+
+def step_rows(device: torch.device, effort: Effort, quick: bool) -> Iterator[str]:
+    """The table of steps."""
+    for case in steps.cases(device, quick):
+        for row in steps.measure(case, device, effort.repetitions):
+            what = "with the losses" if row.with_losses else "without the losses"
+            times = f"{row.bare * 1e6:.0f} | {row.step * 1e6:.0f} | **{row.gain:.2f}**"
+            yield f"| {row.case} | {row.engine} | {row.replicas} | {what} | {times} |"
+
+
+def trial_section(effort: Effort) -> Iterator[str]:
+    """The table of whole trials."""
+    usual: list[Usage] = []
+    ours: list[Usage] = []
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop(Path(folder))
+        for _ in range(effort.trials):
+            usual.append(workshop.measure("conventional", 1, effort.epochs))
+            ours.append(workshop.measure("product", effort.seeds, effort.epochs))
+    runs = ours[0].num_runs
+    yield TRIAL_HEADER.format(
+        seeds=effort.seeds,
+        epochs=effort.epochs,
+        trials=effort.trials,
+        trained=usual[0].num_runs,
+        runs=runs,
+        database=workshop.database_seconds,
+    )
+    yield _comparison("the process", [_whole(u, runs) for u in usual], [_whole(u, runs) for u in ours])
+    yield _comparison("without imports", [_work(u, runs) for u in usual], [_work(u, runs) for u in ours])
+    yield _comparison("a run, without imports", [_work(u, 1) for u in usual], [_work(u, 1) for u in ours])
+
+
+def _work(usage: Usage, num_runs: int) -> float:
+    return usage.training / usage.num_runs * num_runs
+
+
+def _whole(usage: Usage, num_runs: int) -> float:
+    return usage.imports + _work(usage, num_runs)
+
+
+def _comparison(what: str, usual: Sequence[float], ours: Sequence[float]) -> str:
+    return f"| {what} | {Spread.of(usual):.2f} | {Spread.of(ours):.2f} | **{gain(usual, ours):.1f}** |"
+
+
+if __name__ == "__main__":
+    main()

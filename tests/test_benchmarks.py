@@ -1,0 +1,62 @@
+"""The benchmark runs at its smallest, and compares equal work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import run, steps
+from benchmarks.end_to_end import Usage
+from benchmarks.timing import Contender, Spread, gain, interleaved
+from pipeline.loaders import digits
+from pipeline.models import ModelBuilder, mlp
+
+CPU = torch.device("cpu")
+
+
+def test_a_gain_is_taken_repetition_by_repetition() -> None:
+    assert gain([2.0, 4.0, 9.0], [1.0, 2.0, 3.0], factor=10) == Spread(20.0, 20.0, 30.0)
+
+
+def test_contenders_take_turns_and_the_first_turn_is_not_timed() -> None:
+    turns: list[str] = []
+    contenders = {name: Contender(lambda name=name: turns.append(name), units=2) for name in "ab"}  # type: ignore[misc]
+    ticks = iter(range(100))
+    assert interleaved(contenders, 2, lambda: float(next(ticks))) == {"a": [0.5, 0.5], "b": [0.5, 0.5]}
+    assert turns == ["a", "b"] * 3
+
+
+@pytest.mark.parametrize(("engine", "with_losses"), [("fold", True), ("fold", False), ("loop", True)])
+def test_what_is_timed_trains(engine: str, with_losses: bool) -> None:
+    data = digits()
+    builder = ModelBuilder(mlp, "mlp", data.input_shape, data.num_classes)
+    module = steps.stacked(builder, data, CPU, engine, 3, with_losses)
+    before = module.stack.weights(2)
+    module.training_step(slice(0, 2), 0)
+    assert module.steps_done == 2
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in module.stack.weights(2).items())
+
+
+def test_the_page_states_device_gain_and_extrapolation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Workshop:
+        database_seconds = 1.0
+
+        def __init__(self, folder: Path) -> None: ...
+
+        def measure(self, kind: str, num_seeds: int, epochs: int) -> Usage:
+            return Usage(4.0, training=3.0 if kind == "conventional" else 2.0, num_runs=3 * num_seeds)
+
+    case = steps.Case("tiny", mlp, digits(), [("fold", 3, True)], steps=1)
+    monkeypatch.setattr(run, "Workshop", Workshop)
+    monkeypatch.setattr(steps, "cases", lambda device, quick: [case])
+    run.main(["--quick", "--out", str(tmp_path)])
+    (page,) = tmp_path.glob("*.md")
+    text = page.read_text()
+    assert run.device_name(CPU) in text
+    assert "| tiny | fold | 3 | with the losses |" in text
+    assert "extrapolated" in text
+    assert "| without imports | 6.00 [6.00..6.00] | 2.00 [2.00..2.00] | **3.0 [3.0..3.0]** |" in text
