@@ -105,9 +105,8 @@ def stacked(
     seeds = [replica.seed for replica in replicas]
     stack = build_stack(engine, [builder(seed).to(device) for seed in seeds], seeds).train()
     present = FORMULATIONS[: len({replica.arm for replica in replicas})]
-    objectives: Any = _FixedGradient()
-    if with_losses:
-        objectives = Objectives(present, replicas, data.num_classes, device, torch.float32)
+    make_objectives = Objectives if with_losses else _FixedGradient
+    objectives = make_objectives(present, replicas, data.num_classes, device, torch.float32)
     module = _WithoutTrainer(stack, objectives, replicas, data, builder.input_shape, recipe())
     module.snapshots = []  # a few in a whole training, too many in a short measurement
     module.on_fit_start()
@@ -128,10 +127,8 @@ class _WithoutTrainer(SideBySide):
         return self.configure_optimizers()
 
 
-class _FixedGradient:
+class _FixedGradient(Objectives):
     """In place of the losses: the same dL/dlogits whatever the logits are."""
-
-    fused = needs_target_probs = False
 
     def __call__(self, outputs: Outputs, labels: Tensor, target_probs: Tensor | None) -> list[Tensor]:
         return list(_Fixed.apply(outputs.logits).unbind())

@@ -24,7 +24,6 @@ CHUNK_BYTES = 2**26  # working memory of a pass over the pool
 SPLITS = ("train", "val", "test")
 
 
-
 class Normalisation(NamedTuple):
     """x -> (x - mean) / std per channel, both [C, 1, 1]."""
 

@@ -113,7 +113,9 @@ class ModelBuilder:
             colour = (3, *shape[1:])
             if shape[0] == 1 and self._takes(colour):
                 return colour
-            raise UsageError(f"model {self.name} does not take inputs of shape {list(shape)}: {first_line(error)}") from error
+            raise UsageError(
+                f"model {self.name} does not take inputs of shape {list(shape)}: {first_line(error)}"
+            ) from error
         return shape
 
     def _takes(self, shape: Shape) -> bool:
@@ -142,4 +144,3 @@ def _accepted(make: Callable[..., Any], offered: dict[str, Any]) -> list[str]:
     parameters = inspect.signature(make).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return [key for key in offered if key in parameters or (open_ended and key == "num_classes")]
-

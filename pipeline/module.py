@@ -101,7 +101,7 @@ class SideBySide(pl.LightningModule):
         device = next(stack.parameters()).device
         self._slots = self._slots.to(device)
         self._first_nonfinite = torch.zeros(len(self.replicas), dtype=torch.int64, device=device)
-        self._objective_sum = torch.zeros(len(self.replicas), dtype=torch.float64, device=device)
+        self._objectives: list[tuple[int, Tensor]] = []  # this epoch's: batch size, [R]
 
     # --- what Lightning calls
 
@@ -131,8 +131,7 @@ class SideBySide(pl.LightningModule):
             self._step(self._orders[:, step * size : (step + 1) * size])
 
     def on_train_epoch_end(self) -> None:
-        self._measure("train/objective", self._objective_sum / self.num_examples)
-        self._objective_sum = torch.zeros_like(self._objective_sum)
+        self._settle_objectives()
         self._evaluate("val")
 
     def on_train_end(self) -> None:
@@ -145,14 +144,16 @@ class SideBySide(pl.LightningModule):
         """One optimizer step of every replica on its own batch: indices [S, B], a row for each distinct seed."""
         self._set_rate()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
-            objectives = self._forward(indices)
-        torch.autograd.backward(objectives)
+            objectives = torch.stack(self._forward(indices))
+        objectives.backward(torch.ones_like(objectives))
         if self.recipe.clip_norm is not None:
             self.stack.clip_gradients(self.recipe.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
-        self._watch(torch.stack([objective.detach() for objective in objectives]).double(), indices.shape[1])
+        self._objectives.append((indices.shape[1], objectives.detach()))
+        if self.steps_done in self.snapshots:
+            self._snapshot()
 
     def _forward(self, indices: Tensor) -> list[Tensor]:
         layout = indices[self._slots].movedim(0, self.stack.replica_axis).contiguous()
@@ -172,15 +173,24 @@ class SideBySide(pl.LightningModule):
         for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * factor
 
-    def _watch(self, objectives: Tensor, batch_size: int) -> None:
-        self._objective_sum += objectives * batch_size
-        fresh = ~objectives.isfinite() & (self._first_nonfinite == 0)
-        self._first_nonfinite += fresh * self.steps_done
-        if self.steps_done in self.snapshots:
-            replicas = range(len(self.replicas))
-            self.sketches.append(torch.stack([sketch(self.stack.parameters_of(r)) for r in replicas]))
-
     # --- measuring
+
+    def _settle_objectives(self) -> None:
+        """The epoch's mean objective over examples, and the first step at which a replica's was not finite."""
+        sizes, objectives = zip(*self._objectives, strict=True)
+        values = torch.stack(objectives).double()  # [steps, R]
+        self._measure(
+            "train/objective", torch.einsum("s,sr->r", values.new_tensor(sizes), values) / self.num_examples
+        )
+        bad = ~values.isfinite()
+        first = self.steps_done - len(values) + 1 + bad.int().argmax(0)
+        fresh = bad.any(0) & (self._first_nonfinite == 0)
+        self._first_nonfinite = torch.where(fresh, first, self._first_nonfinite)
+        self._objectives.clear()
+
+    def _snapshot(self) -> None:
+        replicas = range(len(self.replicas))
+        self.sketches.append(torch.stack([sketch(self.stack.parameters_of(r)) for r in replicas]))
 
     def _measure(self, metric: str, values: Tensor) -> None:
         self._measured.append((metric, self.steps_done, values.clone()))
@@ -204,13 +214,16 @@ class SideBySide(pl.LightningModule):
         values = next(values for name, _, values in reversed(self._measured) if name == metric)
         arms = dict.fromkeys(replica.arm for replica in self.replicas)
         return {
-            arm: values[[i for i, replica in enumerate(self.replicas) if replica.arm == arm]].mean().item() for arm in arms
+            arm: values[[i for i, replica in enumerate(self.replicas) if replica.arm == arm]].mean().item()
+            for arm in arms
         }
 
     def history(self, replica: int) -> pd.DataFrame:
         """All that was measured of one replica: metric, step, value."""
         rows = [(metric, step, values[replica].item()) for metric, step, values in self._measured]
-        return pd.DataFrame(rows, columns=["metric", "step", "value"]).astype({"step": "int64", "value": "float64"})
+        return pd.DataFrame(rows, columns=["metric", "step", "value"]).astype(
+            {"step": "int64", "value": "float64"}
+        )
 
     def divergences(self) -> Iterator[Divergence | None]:
         """For each replica where and how it became non-finite, or None: objective, weights or yardsticks."""
@@ -236,7 +249,9 @@ def fit(module: SideBySide, callbacks: Sequence[pl.Callback], accelerator: str) 
     interrupted: list[Any] = []
 
     class Interrupt(pl.Callback):
-        def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        def on_exception(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+        ) -> None:
             interrupted.extend([exception] if isinstance(exception, KeyboardInterrupt) else [])
 
     trainer.callbacks.append(Interrupt())  # type: ignore[attr-defined]

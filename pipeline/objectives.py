@@ -60,7 +60,10 @@ class Objectives:
 
     def __call__(self, outputs: Outputs, labels: Tensor, target_probs: Tensor | None) -> list[Tensor]:
         """R scalars in replica order, from logits [R, B, C], labels [S, B] and target_probs [S, B, C] by seed."""
-        by_seed = {"labels": labels.unbind(), "target_probs": () if target_probs is None else target_probs.unbind()}
+        by_seed = {
+            "labels": labels.unbind(),
+            "target_probs": () if target_probs is None else target_probs.unbind(),
+        }
         objectives: list[Tensor] = []
         for arm, logits in zip(self.arms, outputs.logits.split(self.sizes), strict=True):
             mine = slice(len(objectives), len(objectives) + len(arm.fns))

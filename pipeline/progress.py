@@ -33,7 +33,9 @@ class Progress:
         self.bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bars.stop()
 
     def callback(self) -> pl.Callback:
@@ -53,4 +55,6 @@ class _EpochNews(pl.Callback):
         elapsed = time.perf_counter() - self.started
         rate = pl_module.steps_done * len(pl_module.replicas) / elapsed
         losses = "  ".join(f"{arm} {value:.4g}" for arm, value in pl_module.latest("val/nll").items())
-        self.progress.bars.update(self.progress.task, advance=1, news=f"{rate:,.0f} run-steps/s  val/nll {losses}")
+        self.progress.bars.update(
+            self.progress.task, advance=1, news=f"{rate:,.0f} run-steps/s  val/nll {losses}"
+        )

@@ -6,15 +6,14 @@ Both are kept in the trial's folder as `request.yaml`, so that a verdict can be 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from pipeline import config as conf
-from pipeline.cells import write_whole
+from pipeline.cells import read_yaml, write_whole, yaml_bytes
 from pipeline.errors import UsageError
 from pipeline.objectives import Replica
 from pipeline.setting import Setting
@@ -69,16 +68,20 @@ def check_resolution(request: Request, setting: Setting) -> None:
 def write_request(path: Path, request: Request, facts: Facts) -> None:
     """Keep the request in the trial's folder."""
     content = {"request": _listed(asdict(request)), "facts": asdict(facts)}
-    write_whole(path / "request.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+    write_whole(path / "request.yaml", yaml_bytes(content))
 
 
 def read_request(path: Path) -> tuple[Request, Facts]:
     """What the folder was last trained for."""
     try:
-        found = yaml.safe_load((path / "request.yaml").read_text())
+        found = read_yaml(path / "request.yaml")
     except OSError as error:
-        raise UsageError(f"{path} is not a trial's folder (no request.yaml in it); give a trial's folder") from error
-    request: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()}
+        raise UsageError(
+            f"{path} is not a trial's folder (no request.yaml in it); give a trial's folder"
+        ) from error
+    request: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()
+    }
     return Request(**request), Facts(**found["facts"])
 
 
@@ -92,7 +95,7 @@ def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spans(seeds: Sequence[int]) -> str:
-    """"seed 7", "seeds 0-9" for a run of them, else a list."""
+    """ "seed 7", "seeds 0-9" for a run of them, else a list."""
     ordered = sorted(seeds)
     if len(ordered) == 1:
         return f"seed {ordered[0]}"

@@ -242,7 +242,9 @@ def _trace(stack: Stack, inputs: Tensor, output_weights: Tensor) -> list[Trace]:
         (logits * output_weights).sum().backward()
     traces = []
     for replica in range(stack.num_replicas):
-        trace = {"output": logits[replica].detach()} | {f"state {k}": v for k, v in stack.weights(replica).items()}
+        trace = {"output": logits[replica].detach()} | {
+            f"state {k}": v for k, v in stack.weights(replica).items()
+        }
         traces.append(trace | {f"gradient {k}": g for k, g in _gradients(stack, replica)})
     return traces
 
@@ -271,7 +273,9 @@ def _unfaithful(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: 
     device = next(modules[0].parameters()).device
     copies = [_perturbed(modules[i % len(modules)], generator).double() for i in range(3)]
     if device.type == "cuda":  # plain dropout draws its masks with another kernel there
-        for layer in (layer for module in copies for layer in module.modules() if isinstance(layer, nn.Dropout)):
+        for layer in (
+            layer for module in copies for layer in module.modules() if isinstance(layer, nn.Dropout)
+        ):
             layer.p = 0.0
     num_classes = _num_classes(copies[0], shape, device)
     for training, size in ((True, batch_size), (True, max(2, batch_size // 2 - 1)), (False, batch_size)):
@@ -342,7 +346,11 @@ def choose_engine(
     if requested == "auto" and convolves(modules[0]) and next(modules[0].parameters()).device.type == "cpu":
         return "loop", "convolutions on a CPU gain nothing from folding"
     reason = unfit_to_fold(modules, shape, batch_size)
-    return ("loop", f"cannot be folded: {reason}") if reason else ("fold", "passed the check against plain modules")
+    return (
+        ("loop", f"cannot be folded: {reason}")
+        if reason
+        else ("fold", "passed the check against plain modules")
+    )
 
 
 def build_stack(
@@ -362,7 +370,7 @@ def tile_size(engine: str, module: nn.Module, batch_bytes: int, device: torch.de
     if device.type == "cuda":
         return max(1, min(16, 2**27 // batch_bytes)) if convolves(module) else 96
     largest = max(batch_bytes, *(p.numel() * p.element_size() for p in module.parameters()))
-    return max(1, min(32, TENSOR_BYTES // largest))
+    return max(1, min(96, TENSOR_BYTES // largest))
 
 
 def pads(device: torch.device) -> bool:

@@ -19,7 +19,9 @@ console = Console(highlight=False, soft_wrap=True)
 SHOWN = 6  # of a list that may be long
 
 
-def announce(setting: Setting, request: Request, missing: Sequence[Replica], stale: Sequence[Replica], aside: Path) -> None:
+def announce(
+    setting: Setting, request: Request, missing: Sequence[Replica], stale: Sequence[Replica], aside: Path
+) -> None:
     """What is about to be trained, on what, and how."""
     total = len(request.losses) * len(request.seeds)
     console.print(
@@ -41,7 +43,9 @@ def show_verdict(verdict: Mapping[str, Any]) -> None:
     if verdict["comparisons"]:
         console.print(_table(verdict))
     if verdict["reference_failures"]:
-        console.print(f"{verdict['reference']} (the reference) failed: {_failures(verdict['reference_failures'])}")
+        console.print(
+            f"{verdict['reference']} (the reference) failed: {_failures(verdict['reference_failures'])}"
+        )
     findings: dict[str, list[str]] = {}
     for entry in verdict["comparisons"]:
         failed = f" Failed: {_failures(entry['failures'])}." if entry["failures"] else ""

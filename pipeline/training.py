@@ -49,13 +49,22 @@ def train_tile(
     started = time.time()
     present = [f for f in setting.formulations if any(replica.arm == f.name for replica in replicas)]
     objectives = Objectives(present, replicas, setting.data.num_classes, setting.device, setting.dtype)
-    module = SideBySide(setting.stack(replicas), objectives, replicas, setting.data, setting.builder.input_shape, setting.recipe)
+    module = SideBySide(
+        setting.stack(replicas),
+        objectives,
+        replicas,
+        setting.data,
+        setting.builder.input_shape,
+        setting.recipe,
+    )
     _quiet_lightning()
     fit(module, callbacks, "gpu" if setting.device.type == "cuda" else "cpu")
     return [folder.write(*cell) for cell in _results(module, setting, started)]
 
 
-def _results(module: SideBySide, setting: Setting, started: float) -> Iterator[tuple[CellRecord, Any, dict[str, Any]]]:
+def _results(
+    module: SideBySide, setting: Setting, started: float
+) -> Iterator[tuple[CellRecord, Any, dict[str, Any]]]:
     for slot, (replica, divergence) in enumerate(zip(module.replicas, module.divergences(), strict=True)):
         weights = {name: tensor.cpu() for name, tensor in module.stack.weights(slot).items()}
         record = CellRecord(
@@ -72,7 +81,11 @@ def _results(module: SideBySide, setting: Setting, started: float) -> Iterator[t
             cause=None if divergence is None else divergence.cause,
         )
         sketches = torch.stack([snapshot[slot] for snapshot in module.sketches])
-        yield record, module.history(slot), {"weights": weights, "sketch_steps": module.snapshots, "sketches": sketches}
+        yield (
+            record,
+            module.history(slot),
+            {"weights": weights, "sketch_steps": module.snapshots, "sketches": sketches},
+        )
 
 
 @functools.cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,21 +24,11 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.view(-1)
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    """Identity whose gradient is contiguous: a bias gradient summed over a strided one depends on the slot."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.contiguous()
-
-
 def _with_contiguous_gradient(tensor: Tensor) -> Tensor:
-    same: Tensor = _ContiguousGradient.apply(tensor)
-    return same
+    """The tensor, whose gradient will be contiguous: sums over a strided one have bits that depend on the slot."""
+    if tensor.requires_grad:
+        tensor.register_hook(torch.Tensor.contiguous)
+    return tensor
 
 
 class Linear(nn.Linear):
@@ -48,12 +37,12 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         replicas, out_features, in_features = self.weight.shape
         columns = input.reshape(-1, replicas * in_features).t().unflatten(0, (replicas, in_features))
-        if self.bias is None:
-            out = torch.bmm(self.weight, columns)
-        else:
-            out = torch.baddbmm(self.bias.unsqueeze(-1), self.weight, columns)
-        out = _with_contiguous_gradient(out)
-        return out.flatten(0, 1).t().view(*input.shape[:-1], replicas * out_features)
+        out = torch.bmm(self.weight, columns)
+        if self.bias is not None:
+            out += self.bias.unsqueeze(-1)
+        return (
+            _with_contiguous_gradient(out).flatten(0, 1).t().view(*input.shape[:-1], replicas * out_features)
+        )
 
 
 class _Conv:

@@ -130,7 +130,9 @@ def confirms(expected: str, verdict: str, objective: str, outcome: str) -> bool:
     return verdict in SAME if expected == "same" else expected in (verdict, objective, outcome)
 
 
-def comparison(candidate: str, finding: OutcomeFinding, cells: Cells, request: Request, facts: Facts) -> dict[str, Any]:
+def comparison(
+    candidate: str, finding: OutcomeFinding, cells: Cells, request: Request, facts: Facts
+) -> dict[str, Any]:
     """One entry of `comparisons` in verdict.json."""
     objective = "not_run"
     verdict = word(request.about, objective, finding.word)
@@ -151,7 +153,10 @@ def comparison(candidate: str, finding: OutcomeFinding, cells: Cells, request: R
         "assay_sensitivity": None,
         "would_have_caught": would_have_caught(finding, request),
         "covered": [facts.scope],
-        "not_covered": ["the losses themselves were not audited", "other data, splits, hyperparameters and devices"],
+        "not_covered": [
+            "the losses themselves were not audited",
+            "other data, splits, hyperparameters and devices",
+        ],
         "failures": _failures(candidate, cells, request, facts),
         "metrics": {name: _metric(metric) for name, metric in finding.metrics.items()},
     }
@@ -165,8 +170,12 @@ def sentence(finding: OutcomeFinding, request: Request, facts: Facts) -> str:
         every = f"all {len(request.seeds)} pairs" if len(request.seeds) > 1 else "the one pair"
         said = f"Weights and yardsticks are equal bit for bit in {every} ({facts.scope})."
         both = finding.failures.both
-        return " ".join([said, f"Under {both} seeds both arms diverged." if both else "", unaudited]).replace("  ", " ")
-    effects = "; ".join(_effect(name, finding, request) for name in request.primary if name in finding.metrics)
+        return " ".join([said, f"Under {both} seeds both arms diverged." if both else "", unaudited]).replace(
+            "  ", " "
+        )
+    effects = "; ".join(
+        _effect(name, finding, request) for name in request.primary if name in finding.metrics
+    )
     known = {
         "equivalent": f"Equivalent within the margins over {pairs}: {effects}.",
         "different": f"Another model: {'; '.join(finding.reasons)}.",
@@ -188,7 +197,11 @@ def _advice(finding: OutcomeFinding) -> str:
     needed = finding.seeds_needed
     if needed is None:
         return ""
-    return " No affordable number of seeds would decide it." if needed == "unreachable" else f" About {needed} seeds would decide it."
+    return (
+        " No affordable number of seeds would decide it."
+        if needed == "unreachable"
+        else f" About {needed} seeds would decide it."
+    )
 
 
 def would_have_caught(finding: OutcomeFinding, request: Request) -> str | None:
@@ -216,7 +229,16 @@ def _failures(candidate: str, cells: Cells, request: Request, facts: Facts) -> l
 
 def _metric(finding: Any) -> dict[str, Any]:
     """A metric's entry; null for what was not computed."""
-    names = ("mean_difference", "ci_tost", "ci_difference", "level", "margin", "p_tost", "n", "pair_correlation")
+    names = (
+        "mean_difference",
+        "ci_tost",
+        "ci_difference",
+        "level",
+        "margin",
+        "p_tost",
+        "n",
+        "pair_correlation",
+    )
     return {name: _strict(getattr(finding, name)) for name in names}
 
 

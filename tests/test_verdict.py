@@ -12,12 +12,21 @@ import pytest
 from pipeline.objectives import Replica
 from pipeline.verdict import Facts, Request, confirms, decide, status_of, word
 
-FACTS = Facts(num_classes=10, label_entropy=math.log(10), scope="seeds 0-11, 5 steps", command="make equivalence")
+FACTS = Facts(
+    num_classes=10, label_entropy=math.log(10), scope="seeds 0-11, 5 steps", command="make equivalence"
+)
 REQUEST = Request(
     losses=("ce", "mine"), seeds=tuple(range(12)), reference="ce", about="objective", expect={},
     margins={"nll": 0.1, "brier": 0.01, "accuracy": 0.01}, primary=("nll", "brier"), alpha=0.05, max_seeds=100,
 )  # fmt: skip
-HEADER = {"sweep": "s", "dataset": "d", "model": "m", "optimizer": {}, "precision": "float32", "environment": {}}
+HEADER = {
+    "sweep": "s",
+    "dataset": "d",
+    "model": "m",
+    "optimizer": {},
+    "precision": "float32",
+    "environment": {},
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,9 @@ def test_without_margins_nothing_is_ever_equivalent() -> None:
         ("different", "different", "not_run", "different", True),
     ],
 )
-def test_an_expectation_holds_or_not(expected: str, verdict: str, objective: str, outcome: str, holds: bool) -> None:
+def test_an_expectation_holds_or_not(
+    expected: str, verdict: str, objective: str, outcome: str, holds: bool
+) -> None:
     assert confirms(expected, verdict, objective, outcome) is holds
 
 
@@ -154,7 +165,13 @@ def test_what_is_not_expected_is_neither_confirmed_nor_refuted() -> None:
 def test_the_protocol_is_hashed() -> None:
     hashes = {
         replace(REQUEST, **change).protocol_hash
-        for change in ({}, {"alpha": 0.01}, {"margins": {"nll": 0.2}}, {"expect": {"mine": "same"}}, {"about": "outcome"})
+        for change in (
+            {},
+            {"alpha": 0.01},
+            {"margins": {"nll": 0.2}},
+            {"expect": {"mine": "same"}},
+            {"about": "outcome"},
+        )
     }
     assert len(hashes) == 5
     assert verdict_of({})["protocol"]["hash"] == REQUEST.protocol_hash
