@@ -1,7 +1,7 @@
 """What a trial and its step cost, side by side with the usual way, in one run: `make bench`.
 
 python -m benchmarks.run             a few minutes of CPU time; writes benchmarks/<date>-<device>.md
-python -m benchmarks.run --quick     half a minute: does it still run, and is it roughly as fast?
+python -m benchmarks.run --quick     half a minute: two stacks, no whole trials, nothing written unless --out
 """
 
 from __future__ import annotations
@@ -27,16 +27,12 @@ PACKAGES = ("torch", "pytorch-lightning", "mlflow", "hydra-core", "numpy", "pand
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured."""
+    """How much is measured; no trials leaves the whole trials out."""
 
     repetitions: int
     trials: int
-    seeds: int
-    epochs: int
-
-
-FULL = Effort(repetitions=7, trials=3, seeds=30, epochs=30)
-QUICK = Effort(repetitions=3, trials=1, seeds=2, epochs=2)
+    seeds: int = 30
+    epochs: int = 30
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,24 +41,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    effort = QUICK if given.quick else FULL
+    whole = not (given.quick or given.steps_only)
+    effort = Effort(repetitions=5 if given.quick else 7, trials=3 if whole else 0)
     lines = [_header(device, effort), *step_rows(device, effort, given.quick)]
-    if not given.steps_only:
+    if effort.trials:
         lines += trial_section(effort)
     text = "\n".join(lines) + "\n"
     print(text)
+    out = given.out or (None if given.quick else Path(__file__).parent)
+    if out is not None:
+        print(f"written to {_write(out, device, text)}")
+
+
+def _write(folder: Path, device: torch.device, text: str) -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    target = given.out / f"{datetime.date.today():%Y-%m-%d}-{slug}.md"
-    given.out.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{datetime.date.today():%Y-%m-%d}-{slug}.md"
+    folder.mkdir(parents=True, exist_ok=True)
     target.write_text(text)
-    print(f"written to {target}")
+    return target
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few repetitions of small trials")
+    parser.add_argument("--quick", action="store_true", help="two stacks and no whole trials")
     parser.add_argument("--steps-only", action="store_true", help="no whole trials")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write the page to")
+    parser.add_argument("--out", type=Path, help="folder to write the page to (default: beside this file)")
     return parser
 
 

@@ -163,9 +163,7 @@ def _stepping(module: SideBySide, steps: int) -> Callable[[], None]:
     return run
 
 
-def _bare(
-    builder: ModelBuilder, data: Dataset, device: torch.device, arm: str, steps: int
-) -> Callable[[], None]:
+def _bare(builder: ModelBuilder, data: Dataset, device: torch.device, arm: str, steps: int) -> Callable[[], None]:
     model, loss = builder(0).to(device).train(), BARE_LOSSES[arm]
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     inputs, labels = data.take(data.splits["train"])

@@ -182,9 +182,7 @@ class TrialFolder:
                 for name, content in contents.items():
                     (draft / name).write_bytes(content)
                     _sync(draft / name)
-                shutil.rmtree(
-                    target, ignore_errors=True
-                )  # damaged leftovers: a whole cell is never written twice
+                shutil.rmtree(target, ignore_errors=True)  # damaged leftovers: a whole cell is never written twice
                 draft.rename(target)
             except BaseException:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -269,7 +267,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} is damaged: {first_line(error)}; move its folder away and train again"
-        ) from error
+        raise UsageError(f"{path} is damaged: {first_line(error)}; move its folder away and train again") from error
     return found

@@ -116,9 +116,7 @@ def _check_files(chosen: Mapping[str, list[Path]]) -> None:
         for file in files:
             keys = [str(key) for key in OmegaConf.load(file) if key != "defaults"]
             if keys != [stem]:
-                raise UsageError(
-                    f"{file} declares {', '.join(keys)}; give it the single key {stem}, its own name"
-                )
+                raise UsageError(f"{file} declares {', '.join(keys)}; give it the single key {stem}, its own name")
 
 
 def _check_loss(key: str, loss: Any) -> None:

@@ -161,9 +161,7 @@ def reference_of(config: Mapping[str, Any]) -> str:
     if reference is None:
         return "ce" if "ce" in chosen else str(chosen[0])
     if reference not in chosen:
-        raise UsageError(
-            f"reference={reference} is not among the chosen losses, {', '.join(chosen)}; add it to them"
-        )
+        raise UsageError(f"reference={reference} is not among the chosen losses, {', '.join(chosen)}; add it to them")
     return str(reference)
 
 

@@ -211,9 +211,7 @@ def _statistics(images: Tensor, train: Tensor) -> Normalisation:
     """
     total, squares = np.zeros(images.shape[1]), np.zeros(images.shape[1])
     for rows in _chunks(images, len(train)):
-        block = (
-            images.index_select(0, train[rows]).double().flatten(2).numpy()
-        )  # NumPy sums in one fixed order
+        block = images.index_select(0, train[rows]).double().flatten(2).numpy()  # NumPy sums in one fixed order
         total += block.sum((0, 2))
         squares += np.einsum("ncp,ncp->c", block, block)
     count = len(train) * images[0, 0].numel()

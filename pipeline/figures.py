@@ -104,10 +104,7 @@ def parameter_distances(verdict: Verdict, history: pd.DataFrame) -> list[Picture
 
 def _words(seen: Seen) -> list[str]:
     """What cannot be seen in a picture of curves, said."""
-    notes = [
-        f"One line, equal in every value: {listed([first, *hidden])}."
-        for first, hidden in seen.hidden.items()
-    ]
+    notes = [f"One line, equal in every value: {listed([first, *hidden])}." for first, hidden in seen.hidden.items()]
     if seen.ended:
         notes.append(f"A cross ends each seed that stopped being finite: {listed(seen.ended)}.")
         notes.append("Lines and bands go on over the other seeds.")
@@ -139,11 +136,7 @@ def _forest(metric: str, frame: pd.DataFrame, verdict: Verdict, margin: float | 
     with canvas(name, 1.05 + 0.31 * len(rows)) as drawing:
         forest(drawing.axes, rows, margin is not None)
     what = "logarithm of the ratio to the reference" if metric == "nll" else "difference to the reference"
-    band = (
-        f"Shaded: the margin, ±{margin:g}."
-        if margin
-        else "It has no margin: equivalence is not judged by it."
-    )
+    band = f"Shaded: the margin, ±{margin:g}." if margin else "It has no margin: equivalence is not judged by it."
     spoken = "; ".join(f"{row.name}: {row.note}" for row in rows)
     alt = f"{title}: paired differences to {verdict.get('reference')}, a row for each loss. {spoken}."
     return Picture(name, title, alt, [f"Dot: one seed's {what}. {band}"], described(drawing.svg, alt))

@@ -75,11 +75,7 @@ class Formulation:
         """The declared callable's scalar value on one replica's batch, given in the order of `args`."""
         value = fn(*batch)
         if not isinstance(value, Tensor) or value.ndim != 0:
-            got = (
-                f"a tensor of shape {list(value.shape)}"
-                if isinstance(value, Tensor)
-                else type(value).__name__
-            )
+            got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UsageError(
                 f"loss {self.name} returned {got} for a batch; the scalar objective is needed "
                 "(most losses take reduction='mean')"
@@ -134,13 +130,9 @@ def probe(
         raise
     except Exception as error:
         shapes = ", ".join(f"{arg} {list(inputs[arg].shape)}" for arg in formulation.args)
-        raise UsageError(
-            f"loss {formulation.name} failed when called with {shapes}: {first_line(error)}"
-        ) from error
+        raise UsageError(f"loss {formulation.name} failed when called with {shapes}: {first_line(error)}") from error
     if not value.requires_grad:
-        raise UsageError(
-            f"loss {formulation.name} passes no gradient to its inputs: it is detached from them"
-        )
+        raise UsageError(f"loss {formulation.name} passes no gradient to its inputs: it is detached from them")
     return ProbeFinding(draws_random_numbers=stream.moved)
 
 

@@ -37,9 +37,7 @@ def carve(pool: Indices, labels: Indices, size: int, draws: np.random.RandomStat
     members = [pool[labels[pool] == label] for label in np.unique(labels[pool])]
     counts, remainders = np.divmod(size * np.array([len(group) for group in members]), len(pool))
     counts[np.argsort(-remainders, kind="stable")[: size - counts.sum()]] += 1
-    drawn = np.concatenate(
-        [draws.permutation(group)[:count] for group, count in zip(members, counts, strict=True)]
-    )
+    drawn = np.concatenate([draws.permutation(group)[:count] for group, count in zip(members, counts, strict=True)])
     return np.setdiff1d(pool, drawn), np.sort(drawn)
 
 

@@ -179,9 +179,7 @@ class SideBySide(pl.LightningModule):
         """The epoch's mean objective over examples, and the first step at which a replica's was not finite."""
         sizes, objectives = zip(*self._objectives, strict=True)
         values = torch.stack(objectives).double()  # [steps, R]
-        self._measure(
-            "train/objective", torch.einsum("s,sr->r", values.new_tensor(sizes), values) / self.num_examples
-        )
+        self._measure("train/objective", torch.einsum("s,sr->r", values.new_tensor(sizes), values) / self.num_examples)
         bad = ~values.isfinite()
         first = self.steps_done - len(values) + 1 + bad.int().argmax(0)
         fresh = bad.any(0) & (self._first_nonfinite == 0)
@@ -221,9 +219,7 @@ class SideBySide(pl.LightningModule):
     def history(self, replica: int) -> pd.DataFrame:
         """All that was measured of one replica: metric, step, value."""
         rows = [(metric, step, values[replica].item()) for metric, step, values in self._measured]
-        return pd.DataFrame(rows, columns=["metric", "step", "value"]).astype(
-            {"step": "int64", "value": "float64"}
-        )
+        return pd.DataFrame(rows, columns=["metric", "step", "value"]).astype({"step": "int64", "value": "float64"})
 
     def divergences(self) -> Iterator[Divergence | None]:
         """For each replica where and how it became non-finite, or None: objective, weights or yardsticks."""
@@ -249,9 +245,7 @@ def fit(module: SideBySide, callbacks: Sequence[pl.Callback], accelerator: str) 
     interrupted: list[Any] = []
 
     class Interrupt(pl.Callback):
-        def on_exception(
-            self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-        ) -> None:
+        def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
             interrupted.extend([exception] if isinstance(exception, KeyboardInterrupt) else [])
 
     trainer.callbacks.append(Interrupt())  # type: ignore[attr-defined]

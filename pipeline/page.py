@@ -40,9 +40,7 @@ ASIDES = ("assay_sensitivity", "domain", "side_effects", "seeds_needed")
 
 def page(verdict: Verdict, history: pd.DataFrame, chapters: Mapping[str, Sequence[Any]], command: str) -> str:
     """The text of report.html; `chapters` are lists of pictures, empty where there is nothing to draw."""
-    environment = Environment(
-        autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(prose=prose, listed=listed, themed=themed)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
     return template.render(
@@ -168,9 +166,7 @@ def prose(value: Any) -> str:
     if isinstance(value, Mapping):
         return "; ".join(f"{key}: {prose(item)}" for key, item in value.items()) or "—"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return (", " if all(isinstance(item, int) for item in value) else "; ").join(
-            map(prose, value)
-        ) or "none"
+        return (", " if all(isinstance(item, int) for item in value) else "; ").join(map(prose, value)) or "none"
     return str(value) if value is not None and value != "" else "—"
 
 

@@ -75,10 +75,7 @@ class Pairs:
         """Bits and yardsticks agree in every complete pair, and both runs finished in one at least."""
         same_values = all(np.array_equal(*values) for values in self.values.values())
         return (
-            bool(same_bits[self.present].all())
-            and same_values
-            and self.num_valid > 0
-            and not self.failures.discordant
+            bool(same_bits[self.present].all()) and same_values and self.num_valid > 0 and not self.failures.discordant
         )
 
 

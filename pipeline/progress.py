@@ -23,10 +23,10 @@ class Progress:
     """One bar over all epochs of all tiles; silent where the configuration or the terminal says so."""
 
     def __init__(self, console: Console, groups: Sequence[Sequence[Replica]], setting: Setting) -> None:
-        self.bars = Bars(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[news]}"),
-            console=console, disable=not setting.config["trainer"]["progress"] or not console.is_terminal, transient=True,
-        )  # fmt: skip
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        silent = not setting.config["trainer"]["progress"] or not console.is_terminal
+        news = TextColumn("{task.fields[news]}")
+        self.bars = Bars(*columns, news, console=console, disable=silent, transient=True)
         self.task = self.bars.add_task("", total=len(groups) * setting.recipe.epochs, news="")
 
     def __enter__(self) -> Progress:
@@ -55,6 +55,4 @@ class _EpochNews(pl.Callback):
         elapsed = time.perf_counter() - self.started
         rate = pl_module.steps_done * len(pl_module.replicas) / elapsed
         losses = "  ".join(f"{arm} {value:.4g}" for arm, value in pl_module.latest("val/nll").items())
-        self.progress.bars.update(
-            self.progress.task, advance=1, news=f"{rate:,.0f} run-steps/s  val/nll {losses}"
-        )
+        self.progress.bars.update(self.progress.task, advance=1, news=f"{rate:,.0f} run-steps/s  val/nll {losses}")

@@ -15,7 +15,10 @@ import yaml
 from pipeline.errors import UsageError
 from pipeline.exit_codes import guarded
 
-USAGE = "usage: python -m pipeline.report DIR|sweep=ID [expect=same|{LOSS: WORD}] [about=objective|outcome] [reference=LOSS]"
+USAGE = (
+    "usage: python -m pipeline.report DIR|sweep=ID "
+    "[expect=same|{LOSS: WORD}] [about=objective|outcome] [reference=LOSS]"
+)
 
 
 def report(arguments: list[str]) -> int:
@@ -41,9 +44,7 @@ def report(arguments: list[str]) -> int:
     about = changes.get("about", request.about)
     if about not in conf.About.__members__:
         raise UsageError(f"about={about}; choose objective or outcome")
-    request = replace(
-        request, about=about, reference=conf.reference_of(asked), expect=conf.expectations_of(asked)
-    )
+    request = replace(request, about=about, reference=conf.reference_of(asked), expect=conf.expectations_of(asked))
     with folder.locked():
         return conclude(folder, request, facts, None)
 

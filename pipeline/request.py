@@ -76,12 +76,8 @@ def read_request(path: Path) -> tuple[Request, Facts]:
     try:
         found = read_yaml(path / "request.yaml")
     except OSError as error:
-        raise UsageError(
-            f"{path} is not a trial's folder (no request.yaml in it); give a trial's folder"
-        ) from error
-    request: dict[str, Any] = {
-        key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()
-    }
+        raise UsageError(f"{path} is not a trial's folder (no request.yaml in it); give a trial's folder") from error
+    request: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()}
     return Request(**request), Facts(**found["facts"])
 
 

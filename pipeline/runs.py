@@ -83,16 +83,12 @@ def gaps(cell: Cell, reference: Cell | None) -> pd.DataFrame:
             gap = abs(cell.yardsticks[f"test/{metric}"] - reference.yardsticks[f"test/{metric}"])
             rows.append((f"gap/{metric}", steps[-1], gap))
         rows += [(f"{metric}_log10", step, math.log10(gap)) for metric, step, gap in rows if gap > 0]
-    return pd.DataFrame(rows, columns=["metric", "step", "value"]).astype(
-        {"step": "int64", "value": "float64"}
-    )
+    return pd.DataFrame(rows, columns=["metric", "step", "value"]).astype({"step": "int64", "value": "float64"})
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested mappings as dotted keys with text values."""
     flat: dict[str, str] = {}
     for key, entry in value.items():
-        flat |= (
-            _flat(entry, f"{prefix}{key}.") if isinstance(entry, Mapping) else {f"{prefix}{key}": str(entry)}
-        )
+        flat |= _flat(entry, f"{prefix}{key}.") if isinstance(entry, Mapping) else {f"{prefix}{key}": str(entry)}
     return flat

@@ -218,9 +218,7 @@ def _head(formulations: tuple[Formulation, ...], builder: ModelBuilder) -> str |
         return None
     head = find_head(builder(0), torch.zeros(2, *builder.input_shape))
     if head is None:
-        raise UsageError(
-            f"loss {fused[0]} takes hidden and weight, but {builder.name} does not end in a linear layer"
-        )
+        raise UsageError(f"loss {fused[0]} takes hidden and weight, but {builder.name} does not end in a linear layer")
     return head
 
 
@@ -228,8 +226,7 @@ def _recipe(config: Mapping[str, Any]) -> Recipe:
     target = config["optimizer"]["_target_"]
     if target not in {f"torch.optim.{name}" for name in ELEMENTWISE}:
         raise UsageError(
-            f"optimizer {target} may mix the replicas of a stack; "
-            f"use one of torch.optim.{{{', '.join(ELEMENTWISE)}}}"
+            f"optimizer {target} may mix the replicas of a stack; use one of torch.optim.{{{', '.join(ELEMENTWISE)}}}"
         )
     make = _callable(config["optimizer"])
     try:

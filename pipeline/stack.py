@@ -115,14 +115,16 @@ class Fold(Stack):
         hidden, self._hidden = self._hidden, None
         if not fused:
             return Outputs(logits)
-        assert hidden is not None and self.head is not None  # noqa: S101 - the builder gave a head
-        layer = self.folded.get_submodule(self.head)
-        bias = None if layer.bias is None else layer.bias.unbind()  # type: ignore[union-attr, operator]
-        return Outputs(logits, self._by_replica(hidden), layer.weight.unbind(), bias)  # type: ignore[union-attr, operator]
+        layer = self.folded.get_submodule(self.head or "")
+        if hidden is None or not isinstance(layer, nn.Linear):
+            raise ValueError("a fused loss needs a stack that was built with its head's name")
+        bias = None if layer.bias is None else layer.bias.unbind()
+        return Outputs(logits, self._by_replica(hidden), layer.weight.unbind(), bias)
 
     def _by_replica(self, folded: Tensor) -> Tensor:
         """[B, R*F] as a contiguous [R, B, F]."""
-        return folded.unflatten(1, (self.num_replicas, -1)).transpose(0, 1).contiguous()
+        by_replica: Tensor = folded.unflatten(1, (self.num_replicas, -1)).transpose(0, 1)
+        return by_replica.contiguous()
 
     def weights(self, replica: int) -> dict[str, Tensor]:
         return {name: tensor[replica].clone() for name, tensor in self.folded.state_dict().items()}
@@ -134,7 +136,9 @@ class Fold(Stack):
         return (p.grad.flatten(1) for p in self.folded.parameters() if p.grad is not None)
 
     def gradient_norms(self) -> Tensor:
-        return torch.stack([torch.linalg.vector_norm(g, dim=1) for g in self._gradients()]).norm(dim=0)
+        norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in self._gradients()])
+        whole: Tensor = torch.linalg.vector_norm(norms, dim=0)
+        return whole
 
     def scale_gradients(self, factors: Tensor) -> None:
         for gradient in self._gradients():
@@ -242,9 +246,7 @@ def _trace(stack: Stack, inputs: Tensor, output_weights: Tensor) -> list[Trace]:
         (logits * output_weights).sum().backward()
     traces = []
     for replica in range(stack.num_replicas):
-        trace = {"output": logits[replica].detach()} | {
-            f"state {k}": v for k, v in stack.weights(replica).items()
-        }
+        trace = {"output": logits[replica].detach()} | {f"state {k}": v for k, v in stack.weights(replica).items()}
         traces.append(trace | {f"gradient {k}": g for k, g in _gradients(stack, replica)})
     return traces
 
@@ -273,9 +275,7 @@ def _unfaithful(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: 
     device = next(modules[0].parameters()).device
     copies = [_perturbed(modules[i % len(modules)], generator).double() for i in range(3)]
     if device.type == "cuda":  # plain dropout draws its masks with another kernel there
-        for layer in (
-            layer for module in copies for layer in module.modules() if isinstance(layer, nn.Dropout)
-        ):
+        for layer in (layer for module in copies for layer in module.modules() if isinstance(layer, nn.Dropout)):
             layer.p = 0.0
     num_classes = _num_classes(copies[0], shape, device)
     for training, size in ((True, batch_size), (True, max(2, batch_size // 2 - 1)), (False, batch_size)):
@@ -346,16 +346,10 @@ def choose_engine(
     if requested == "auto" and convolves(modules[0]) and next(modules[0].parameters()).device.type == "cpu":
         return "loop", "convolutions on a CPU gain nothing from folding"
     reason = unfit_to_fold(modules, shape, batch_size)
-    return (
-        ("loop", f"cannot be folded: {reason}")
-        if reason
-        else ("fold", "passed the check against plain modules")
-    )
+    return ("loop", f"cannot be folded: {reason}") if reason else ("fold", "passed the check against plain modules")
 
 
-def build_stack(
-    engine: str, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None
-) -> Stack:
+def build_stack(engine: str, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None) -> Stack:
     """The stack of these modules, replica i seeded with `seeds[i]`, in the engine that `choose_engine` named."""
     return ENGINES[engine](modules, seeds, head)
 

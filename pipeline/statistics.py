@@ -144,9 +144,7 @@ def _decided(finding: OutcomeFinding, primary: Sequence[str]) -> OutcomeFinding:
     return replace(finding, reasons=(*blocked, few), provisional=provisional)
 
 
-def _grounds_for_different(
-    finding: OutcomeFinding, primary: Sequence[str]
-) -> tuple[tuple[str, ...], float | None]:
+def _grounds_for_different(finding: OutcomeFinding, primary: Sequence[str]) -> tuple[tuple[str, ...], float | None]:
     """What shows a difference after Holm, in words; the smallest adjusted p (None where no test is needed).
 
     A metric without variance stays in the family with p = 1. Divergence joins it only when some seed diverged
@@ -239,9 +237,7 @@ def _check_request(
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha must lie in (0, 0.5), got {alpha}")
     if not primary or not set(primary) <= set(metrics) <= set(YARDSTICKS):
-        raise ValueError(
-            f"primary {list(primary)} must be among {list(metrics)}, these among {[*YARDSTICKS]}"
-        )
+        raise ValueError(f"primary {list(primary)} must be among {list(metrics)}, these among {[*YARDSTICKS]}")
     if margins and not set(primary) <= set(margins):
         raise ValueError(f"every primary metric of {list(primary)} needs a margin, got {list(margins)}")
     if not all(0 < margin < math.inf for margin in margins.values()):

@@ -43,9 +43,7 @@ def show_verdict(verdict: Mapping[str, Any]) -> None:
     if verdict["comparisons"]:
         console.print(_table(verdict))
     if verdict["reference_failures"]:
-        console.print(
-            f"{verdict['reference']} (the reference) failed: {_failures(verdict['reference_failures'])}"
-        )
+        console.print(f"{verdict['reference']} (the reference) failed: {_failures(verdict['reference_failures'])}")
     findings: dict[str, list[str]] = {}
     for entry in verdict["comparisons"]:
         failed = f" Failed: {_failures(entry['failures'])}." if entry["failures"] else ""

@@ -62,9 +62,7 @@ def train_tile(
     return [folder.write(*cell) for cell in _results(module, setting, started)]
 
 
-def _results(
-    module: SideBySide, setting: Setting, started: float
-) -> Iterator[tuple[CellRecord, Any, dict[str, Any]]]:
+def _results(module: SideBySide, setting: Setting, started: float) -> Iterator[tuple[CellRecord, Any, dict[str, Any]]]:
     for slot, (replica, divergence) in enumerate(zip(module.replicas, module.divergences(), strict=True)):
         weights = {name: tensor.cpu() for name, tensor in module.stack.weights(slot).items()}
         record = CellRecord(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class CannotFold(Exception):
+class CannotFoldError(Exception):
     """A model has a layer without a twin, or modules that differ."""
 
 
@@ -40,9 +40,7 @@ class Linear(nn.Linear):
         out = torch.bmm(self.weight, columns)
         if self.bias is not None:
             out += self.bias.unsqueeze(-1)
-        return (
-            _with_contiguous_gradient(out).flatten(0, 1).t().view(*input.shape[:-1], replicas * out_features)
-        )
+        return _with_contiguous_gradient(out).flatten(0, 1).t().view(*input.shape[:-1], replicas * out_features)
 
 
 class _Conv:
@@ -127,10 +125,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if len(self.normalized_shape) != 1:
-            raise CannotFold("LayerNorm over more than one axis has no twin")
-        out = F.layer_norm(
-            input.unflatten(-1, (-1, *self.normalized_shape)), self.normalized_shape, eps=self.eps
-        )
+            raise CannotFoldError("LayerNorm over more than one axis has no twin")
+        out = F.layer_norm(input.unflatten(-1, (-1, *self.normalized_shape)), self.normalized_shape, eps=self.eps)
         if self.elementwise_affine:
             out = out * self.weight
             out = out if self.bias is None else out + self.bias
@@ -151,9 +147,7 @@ class DropoutStreams:
             self.generators = [torch.Generator(like.device).manual_seed(seed) for seed in self.seeds]
         shape = (like.shape[0], like.shape[1] // len(self.slots), *like.shape[2:])
         masks = [
-            torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(
-                probability, generator=generator
-            )
+            torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(probability, generator=generator)
             for generator in self.generators
         ]
         return torch.stack([masks[slot] for slot in self.slots], 1).flatten(1, 2)
@@ -188,19 +182,17 @@ def fold_modules(modules: Sequence[nn.Module]) -> nn.Module:
     """A copy of the first module with twins for leaf layers and every tensor stacked to [R, ...].
 
     Raises:
-        CannotFold: a layer with tensors of its own has no twin, or the modules' tensors differ in name or shape.
+        CannotFoldError: a layer with tensors of its own has no twin, or the modules' tensors differ in name or shape.
     """
     folded = copy.deepcopy(modules[0])
     for name, layer in folded.named_modules():
         if type(layer) in TWINS:
             layer.__class__ = TWINS[type(layer)]
-        elif any(True for _ in layer.parameters(recurse=False)) or any(
-            True for _ in layer.buffers(recurse=False)
-        ):
-            raise CannotFold(f"{type(layer).__name__} ({name or 'the model itself'}) has tensors and no twin")
+        elif any(True for _ in layer.parameters(recurse=False)) or any(True for _ in layer.buffers(recurse=False)):
+            raise CannotFoldError(f"{type(layer).__name__} ({name or 'the model itself'}) has tensors and no twin")
     states = [dict([*m.named_parameters(), *m.named_buffers()]) for m in modules]
     for name, tensor in [*folded.named_parameters(), *folded.named_buffers()]:
         if any(name not in state or state[name].shape != tensor.shape for state in states):
-            raise CannotFold(f"the modules disagree about {name}")
+            raise CannotFoldError(f"the modules disagree about {name}")
         tensor.data = torch.stack([state[name].detach() for state in states])
     return folded

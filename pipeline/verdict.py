@@ -130,9 +130,7 @@ def confirms(expected: str, verdict: str, objective: str, outcome: str) -> bool:
     return verdict in SAME if expected == "same" else expected in (verdict, objective, outcome)
 
 
-def comparison(
-    candidate: str, finding: OutcomeFinding, cells: Cells, request: Request, facts: Facts
-) -> dict[str, Any]:
+def comparison(candidate: str, finding: OutcomeFinding, cells: Cells, request: Request, facts: Facts) -> dict[str, Any]:
     """One entry of `comparisons` in verdict.json."""
     objective = "not_run"
     verdict = word(request.about, objective, finding.word)
@@ -170,12 +168,8 @@ def sentence(finding: OutcomeFinding, request: Request, facts: Facts) -> str:
         every = f"all {len(request.seeds)} pairs" if len(request.seeds) > 1 else "the one pair"
         said = f"Weights and yardsticks are equal bit for bit in {every} ({facts.scope})."
         both = finding.failures.both
-        return " ".join([said, f"Under {both} seeds both arms diverged." if both else "", unaudited]).replace(
-            "  ", " "
-        )
-    effects = "; ".join(
-        _effect(name, finding, request) for name in request.primary if name in finding.metrics
-    )
+        return " ".join([said, f"Under {both} seeds both arms diverged." if both else "", unaudited]).replace("  ", " ")
+    effects = "; ".join(_effect(name, finding, request) for name in request.primary if name in finding.metrics)
     known = {
         "equivalent": f"Equivalent within the margins over {pairs}: {effects}.",
         "different": f"Another model: {'; '.join(finding.reasons)}.",

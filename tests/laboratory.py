@@ -42,9 +42,7 @@ def toy_data(
     images = torch.rand(count, *shape, generator=generator)
     splits = {"train": range(train), "val": range(train, train + 8), "test": range(train + 8, count)}
     labels = torch.arange(count).numpy() % num_classes
-    made = make_dataset(
-        "toy", images, labels, {k: list(v) for k, v in splits.items()}, [*"abcdefghij"][:num_classes]
-    )
+    made = make_dataset("toy", images, labels, {k: list(v) for k, v in splits.items()}, [*"abcdefghij"][:num_classes])
     return made.to(CPU, dtype)
 
 
@@ -63,9 +61,7 @@ def declared() -> dict[str, Any]:
 
 
 def formulation(name: str, declaration: dict[str, Any]) -> Formulation:
-    return Formulation(
-        name, tuple(declaration["args"]), lambda: instantiate(declaration["fn"], _convert_="all")
-    )
+    return Formulation(name, tuple(declaration["args"]), lambda: instantiate(declaration["fn"], _convert_="all"))
 
 
 def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -99,9 +95,7 @@ def untrained(
     replicas = [Replica(arm.name, seed) for arm in arms for seed in seeds]
     stack = stack_of(build, [replica.seed for replica in replicas], engine, data.dtype, head)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="reduction: 'mean' divides the total loss"
-        )  # kl_mean's very point
+        warnings.filterwarnings("ignore", message="reduction: 'mean' divides the total loss")  # kl_mean's very point
         objectives = Objectives(arms, replicas, data.num_classes, CPU, data.dtype)
     return SideBySide(stack, objectives, replicas, data, build.input_shape, how)
 

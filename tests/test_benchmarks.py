@@ -53,10 +53,10 @@ def test_the_page_states_device_gain_and_extrapolation(
     case = steps.Case("tiny", mlp, digits(), [("fold", 3, True)], steps=1)
     monkeypatch.setattr(run, "Workshop", Workshop)
     monkeypatch.setattr(steps, "cases", lambda device, quick: [case])
-    run.main(["--quick", "--out", str(tmp_path)])
+    run.main(["--out", str(tmp_path)])
     (page,) = tmp_path.glob("*.md")
     text = page.read_text()
     assert run.device_name(CPU) in text
     assert "| tiny | fold | 3 | with the losses |" in text
     assert "extrapolated" in text
-    assert "| without imports | 6.00 [6.00..6.00] | 2.00 [2.00..2.00] | **3.0 [3.0..3.0]** |" in text
+    assert "| without imports | 90.00 [90.00..90.00] | 2.00 [2.00..2.00] | **45.0 [45.0..45.0]** |" in text

@@ -121,9 +121,7 @@ def test_a_reference_that_is_not_chosen_is_refused(refusal: Refusal) -> None:
         (True, "expect=True; give a word such as same"),
     ],
 )
-def test_an_expectation_of_nobody_or_nothing_is_refused(
-    expect: object, reason: str, refusal: Refusal
-) -> None:
+def test_an_expectation_of_nobody_or_nothing_is_refused(expect: object, reason: str, refusal: Refusal) -> None:
     assert reason in refusal({"expect": expect})
 
 
@@ -180,9 +178,7 @@ def test_one_word_is_expected_of_every_candidate() -> None:
         ("model", {}, "model declares no _target_"),
     ],
 )
-def test_a_key_or_value_that_nothing_can_use_is_refused(
-    key: str, value: object, reason: str, refusal: Refusal
-) -> None:
+def test_a_key_or_value_that_nothing_can_use_is_refused(key: str, value: object, reason: str, refusal: Refusal) -> None:
     assert reason in refusal({key: value})
 
 
@@ -256,9 +252,7 @@ def test_a_loss_that_is_not_declared_whole_is_refused(loss: object, reason: str,
     assert reason in refusal({"loss.mine": loss})
 
 
-def test_a_module_that_fails_while_it_is_imported_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_that_fails_while_it_is_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "torn_module.py").write_text("def loss(:\n")
     with pytest.raises(UsageError, match=r"importing torn_module failed: SyntaxError"):

@@ -370,9 +370,7 @@ def test_cifar10_from_a_folder_without_it_is_refused(tmp_path: Path) -> None:
     refused(lambda: loaders.cifar10(root=str(tmp_path)), "cifar10", str(tmp_path))
 
 
-@pytest.mark.skipif(
-    not loaders.DEBIAN_FASHION_MNIST.is_dir(), reason="needs `apt-get install dataset-fashion-mnist`"
-)
+@pytest.mark.skipif(not loaders.DEBIAN_FASHION_MNIST.is_dir(), reason="needs `apt-get install dataset-fashion-mnist`")
 def test_debians_fashion_mnist_is_the_published_one() -> None:
     data = fashion_mnist()
     assert {part: len(indices) for part, indices in data.splits.items()} == {
@@ -469,9 +467,7 @@ def test_pictures_of_all_sizes_are_decoded_once(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
-def test_large_pictures_are_taken_from_the_memory_map(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_pictures_are_taken_from_the_memory_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(folder_of(tmp_path / "p"))
     pooled = image_folder(root, size=8)
     monkeypatch.setattr(datasets, "FLOAT_POOL_BYTES", 0)
@@ -530,9 +526,7 @@ def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     ids=["zero bytes", "text", "16 bit", "not an image", "stray file", "folder", "empty class", "link",
          "linked class", "dangling"],
 )  # fmt: skip
-def test_a_bad_file_is_refused_by_name(
-    tmp_path: Path, spoil: Callable[[Path], object], words: list[str]
-) -> None:
+def test_a_bad_file_is_refused_by_name(tmp_path: Path, spoil: Callable[[Path], object], words: list[str]) -> None:
     root = folder_of(tmp_path / "p")
     spoil(root)
     refused(lambda: image_folder(str(root), size=8), *words)
@@ -551,9 +545,7 @@ def test_a_decompression_bomb_is_refused_by_name(tmp_path: Path, monkeypatch: py
     refused(lambda: image_folder(str(root), size=8), ".png", "decompression bomb")
 
 
-def test_a_class_that_only_test_has_is_refused_before_decoding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_that_only_test_has_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder_of(tmp_path / "p" / "train", count=10)
     folder_of(tmp_path / "p" / "test", kinds=("cat", "dog"), count=1)
     monkeypatch.setattr(pictures, "decode", lambda *_: pytest.fail("decoded"))

@@ -26,13 +26,9 @@ from pipeline.equivalence import (
 MARGIN = 0.01
 
 
-def compare_accuracy(
-    differences: Floats, margin: float | None = MARGIN, *, alpha: float = 0.05
-) -> MetricFinding:
+def compare_accuracy(differences: Floats, margin: float | None = MARGIN, *, alpha: float = 0.05) -> MetricFinding:
     """Candidate and reference whose differences are exactly the given ones: the reference scores 0."""
-    return compare_metric(
-        np.stack([differences, np.zeros_like(differences)]), "difference", margin, alpha=alpha
-    )
+    return compare_metric(np.stack([differences, np.zeros_like(differences)]), "difference", margin, alpha=alpha)
 
 
 def noisy_pairs(seed: int, n: int) -> Floats:
@@ -70,9 +66,7 @@ def test_minimum_effect_at_margin_zero_is_the_paired_t_test() -> None:
     n=st.integers(2, 30),
     alpha=st.sampled_from([0.01, 0.025, 0.05]),
 )
-def test_each_word_of_a_metric_is_a_statement_about_its_interval(
-    mean: float, sd: float, n: int, alpha: float
-) -> None:
+def test_each_word_of_a_metric_is_a_statement_about_its_interval(mean: float, sd: float, n: int, alpha: float) -> None:
     draws = stats.norm.ppf((np.arange(n) + 0.5) / n)
     found = compare_accuracy(mean + sd * draws, margin=1.0, alpha=alpha)
     assert found.ci_tost is not None
@@ -270,9 +264,7 @@ def test_without_a_margin_equal_values_are_neither_equivalent_nor_different() ->
 
 def test_differences_are_candidate_minus_reference_and_likelihoods_compare_as_ratios() -> None:
     np.testing.assert_allclose(paired_differences([0.9, 0.8], [0.8, 0.9], "difference"), [0.1, -0.1])
-    np.testing.assert_allclose(
-        paired_differences([0.2, math.nan], [0.1, 0.1], "log_ratio"), [math.log(2), math.nan]
-    )
+    np.testing.assert_allclose(paired_differences([0.2, math.nan], [0.1, 0.1], "log_ratio"), [math.log(2), math.nan])
 
 
 def test_a_likelihood_of_certainty_compares_as_rounding() -> None:

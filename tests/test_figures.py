@@ -58,9 +58,7 @@ def test_tags_are_balanced_and_ids_unique_across_pictures(whole: Page) -> None:
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', whole.text)) <= ids.keys()
 
 
-def test_every_picture_is_a_file_and_has_a_text_for_those_who_cannot_see_it(
-    whole: Page, folder: Path
-) -> None:
+def test_every_picture_is_a_file_and_has_a_text_for_those_who_cannot_see_it(whole: Page, folder: Path) -> None:
     pictures = [attributes for tag, attributes in whole.tags if tag == "svg"]
     files = sorted(path.stem for path in (folder / "figures").iterdir())
     forests = ["difference-accuracy", "difference-brier", "difference-nll"]

@@ -71,11 +71,7 @@ def result(module: SideBySide, arm: str, seed: int) -> Weights:
     replica = module.replicas.index(Replica(arm, seed))
     history = module.history(replica)
     values = {f"{metric} at {step}": torch.tensor(v) for metric, step, v in history.itertuples(index=False)}
-    return (
-        weights_of(module, arm, seed)
-        | values
-        | {"sketch": torch.stack([s[replica] for s in module.sketches])}
-    )
+    return weights_of(module, arm, seed) | values | {"sketch": torch.stack([s[replica] for s in module.sketches])}
 
 
 # --- law 1: one seed, one beginning and one order
@@ -83,9 +79,7 @@ def result(module: SideBySide, arm: str, seed: int) -> Weights:
 
 @pytest.mark.parametrize("engine", ["fold", "loop"])
 @pytest.mark.parametrize("make", [DROPPING_MLP, DROPPING_CNN], ids=["mlp", "cnn"])
-def test_all_arms_of_a_seed_begin_with_the_same_bits_and_seeds_with_different_ones(
-    make: Make, engine: str
-) -> None:
+def test_all_arms_of_a_seed_begin_with_the_same_bits_and_seeds_with_different_ones(make: Make, engine: str) -> None:
     data = toy_data((1, 8, 8))
     build = builder(make, data)
     module = untrained(build, data, shipped("ce", "brier", "kl_literal"), (0, 1, 3), recipe(), engine)
@@ -180,16 +174,11 @@ def tile_with(arm: str, seed: int, seeds: int, engine: str, make: Make, data: Da
     ],
     ids=["mlp", "mlp with dropout and batch norm", "cnn", "cnn with dropout", "resnet18"],
 )
-def test_seed_3_alone_is_seed_3_among_30_bit_for_bit(
-    make: Make, engine: str, neighbours: int, epochs: int
-) -> None:
+def test_seed_3_alone_is_seed_3_among_30_bit_for_bit(make: Make, engine: str, neighbours: int, epochs: int) -> None:
     """In the engine that is chosen; of the thirty, those that share a tile with seed 3 are trained here."""
     data = toy_data((1, 8, 8), train=10)
     build, how = builder(make, data), recipe(epochs=epochs)
-    assert (
-        choose_engine("auto", [build(seed) for seed in range(3)], build.input_shape, how.batch_size)[0]
-        == engine
-    )
+    assert choose_engine("auto", [build(seed) for seed in range(3)], build.input_shape, how.batch_size)[0] == engine
     tile = tile_with("ce", 3, 30, engine, make, data)
     assert len(tile) == neighbours
     alone = trained(build, data, shipped("ce"), (3,), how, engine)
@@ -211,9 +200,7 @@ def all_side_by_side() -> SideBySide:
 
 
 @pytest.mark.parametrize("arm", EVERY_LOSS)
-def test_an_arm_alone_is_the_arm_beside_all_others_bit_for_bit(
-    arm: str, all_side_by_side: SideBySide
-) -> None:
+def test_an_arm_alone_is_the_arm_beside_all_others_bit_for_bit(arm: str, all_side_by_side: SideBySide) -> None:
     """One of which, kl_literal, is NaN from its first step on."""
     alone = run(DROPPING_MLP, shipped(arm))
     for seed in (0, 3):
@@ -227,9 +214,7 @@ def test_only_the_literal_divergence_is_nan(all_side_by_side: SideBySide) -> Non
 
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
 @pytest.mark.parametrize("engine", ["fold", "loop"])
-def test_a_neighbour_that_is_nan_changes_nothing_with_or_without_clipping(
-    engine: str, clip_norm: float | None
-) -> None:
+def test_a_neighbour_that_is_nan_changes_nothing_with_or_without_clipping(engine: str, clip_norm: float | None) -> None:
     data = toy_data((1, 8, 8))
     build, how = builder(DROPPING_MLP, data), recipe(clip_norm=clip_norm)
     alone = trained(build, data, shipped("ce"), (0, 3), how, engine)

@@ -27,9 +27,7 @@ SAME = ("ce", "ce_one_hot", "kl", "nll", "nll_logsumexp", "nll_softmax")
 SUMS = ("likelihood_product", "log_likelihood")
 CONTROLS = ("brier", "double_softmax", "kl_mean", "label_smoothing", "nll_on_probs", "reverse_kl")
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:reduction. 'mean' divides the total loss"
-)  # kl_mean's very point
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # kl_mean's very point
 
 
 def batch(count: int = 6, num_classes: int = 4, scale: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -51,9 +49,7 @@ def value(name: str, logits: Tensor, labels: Tensor, target_probs: Tensor | None
         "labels": labels,
         "target_probs": one_hot if target_probs is None else target_probs,
     }
-    return formulation.objective(
-        formulation.instance(CPU, logits.dtype), derive(formulation.args, logits) | given
-    )
+    return formulation.objective(formulation.instance(CPU, logits.dtype), derive(formulation.args, logits) | given)
 
 
 def value_and_gradient(name: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,14 +98,10 @@ def test_a_control_has_another_gradient(name: str) -> None:
 def test_a_uniform_model_among_ten_classes_has_the_values_of_the_textbook() -> None:
     logits, labels = torch.zeros(8, 10, dtype=torch.float64), torch.arange(8)
     uniform = math.log(10)
-    expected = dict.fromkeys([*SAME, "double_softmax", "label_smoothing"], uniform) | dict.fromkeys(
-        SUMS, 8 * uniform
-    )
+    expected = dict.fromkeys([*SAME, "double_softmax", "label_smoothing"], uniform) | dict.fromkeys(SUMS, 8 * uniform)
     expected |= {"kl_mean": uniform / 10, "brier": 0.9, "nll_on_probs": -0.1}
     expected["reverse_kl"] = -uniform - 0.9 * math.log(1e-6)
-    assert {name: value(name, logits, labels).item() for name in expected} == pytest.approx(
-        expected, rel=1e-14
-    )
+    assert {name: value(name, logits, labels).item() for name in expected} == pytest.approx(expected, rel=1e-14)
 
 
 def test_the_log_likelihood_is_what_is_maximised() -> None:
@@ -164,9 +156,7 @@ def test_the_articles_own_divergence_is_nan_for_every_one_hot_label() -> None:
 
 def test_the_default_reduction_of_torchs_divergence_divides_by_the_classes_too() -> None:
     logits, labels = batch()
-    (mean, mean_gradient), (right, gradient) = (
-        value_and_gradient(name, logits, labels) for name in ("kl_mean", "kl")
-    )
+    (mean, mean_gradient), (right, gradient) = (value_and_gradient(name, logits, labels) for name in ("kl_mean", "kl"))
     torch.testing.assert_close(mean, right / 4, rtol=1e-14, atol=0)
     torch.testing.assert_close(mean_gradient, gradient / 4, rtol=1e-13, atol=0)
 
@@ -182,9 +172,7 @@ def test_the_product_of_64_guesses_underflows_in_float32_and_not_in_float64() ->
 
 
 @pytest.mark.parametrize(("gap", "finite"), [(80.0, True), (103.0, True), (105.0, False)])
-def test_the_logarithm_of_a_rounded_probability_is_infinite_beyond_a_gap_of_103(
-    gap: float, finite: bool
-) -> None:
+def test_the_logarithm_of_a_rounded_probability_is_infinite_beyond_a_gap_of_103(gap: float, finite: bool) -> None:
     logits, labels = torch.tensor([[gap, 0.0]]), torch.tensor([1])
     assert value("nll_softmax", logits, labels).isfinite().item() is finite
     for name in ("nll", "ce", "nll_logsumexp"):

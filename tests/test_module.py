@@ -59,9 +59,7 @@ def assert_as_by_hand(
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", MODELS)
-def test_after_50_steps_a_replica_has_the_weights_of_a_plain_module_trained_alone(
-    name: str, engine: str
-) -> None:
+def test_after_50_steps_a_replica_has_the_weights_of_a_plain_module_trained_alone(name: str, engine: str) -> None:
     assert_as_by_hand(MODELS[name], engine, recipe(**FIFTY_STEPS))
 
 
@@ -134,9 +132,7 @@ def precision_of(dtype: torch.dtype, autocast: bool, engine: str) -> tuple[SideB
             return hidden
 
     def make(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(16, 8), Spy(), nn.BatchNorm1d(8), nn.Linear(8, num_classes)
-        )
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), Spy(), nn.BatchNorm1d(8), nn.Linear(8, num_classes))
 
     build = builder(make, data)
     seen.clear()

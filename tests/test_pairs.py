@@ -25,9 +25,7 @@ def pair_nll(
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (3, 5), (0, 6), (10, 1)])
 def test_mcnemar_agrees_with_statsmodels(b: int, c: int) -> None:
     expected = mcnemar([[7, b], [c, 2]], exact=True).pvalue
-    assert Failures(candidate_only=b, reference_only=c, both=2, missing=0).p_mcnemar == pytest.approx(
-        expected
-    )
+    assert Failures(candidate_only=b, reference_only=c, both=2, missing=0).p_mcnemar == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("seeds", "percent"), [(5, 45), (10, 26), (30, 9.5)])
@@ -70,9 +68,7 @@ def test_the_finite_value_of_a_diverged_run_is_not_taken_at_its_word() -> None:
 def test_failures_are_counted_by_arm_and_holes_are_left_out() -> None:
     candidate: list[Status] = ["ok", "diverged", "diverged", "ok", "missing", "ok", "infra"]
     reference: list[Status] = ["ok", "ok", "diverged", "diverged", "ok", "infra", "diverged"]
-    pairs = pair_nll(
-        [0.1, NAN, NAN, 0.1, NAN, 0.1, NAN], [0.1, 0.1, NAN, NAN, 0.1, NAN, NAN], candidate, reference
-    )
+    pairs = pair_nll([0.1, NAN, NAN, 0.1, NAN, 0.1, NAN], [0.1, 0.1, NAN, NAN, 0.1, NAN, NAN], candidate, reference)
     assert pairs.failures == Failures(candidate_only=1, reference_only=1, both=1, missing=3)
     assert pairs.failures.discordant == 2
     assert pairs.num_valid == 1

@@ -127,9 +127,7 @@ def test_the_first_step_of_every_optimizer_is_that_on_the_plain_module(name: str
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_replicas_weights_load_into_the_plain_module_and_give_the_same_outputs(
-    name: str, engine: str
-) -> None:
+def test_a_replicas_weights_load_into_the_plain_module_and_give_the_same_outputs(name: str, engine: str) -> None:
     stack, inputs = copy.deepcopy(after_backward(name, engine)).eval(), batches(build(name))[0][0]
     together = stack(stack.shared(inputs)).logits
     plain = build(name)(99).double().eval()
@@ -152,9 +150,7 @@ def test_weights_are_copies_and_parameters_of_are_not(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("max_norm", [1e-3, 0.5, 1e3])
-def test_a_replicas_gradient_is_clipped_by_its_own_norm_as_torch_clips_one_model(
-    engine: str, max_norm: float
-) -> None:
+def test_a_replicas_gradient_is_clipped_by_its_own_norm_as_torch_clips_one_model(engine: str, max_norm: float) -> None:
     builder = build("mlp")
     inputs, labels = batches(builder)
     inputs = inputs * torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1, 1, 1)  # norms of three magnitudes
@@ -192,9 +188,7 @@ def test_a_replica_that_is_nan_leaves_its_neighbours_bits_alone_under_clipping(e
 def fused_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
     """As the fused kernels do it: the logits are never handed over, and a chunk at a time."""
     chunks = zip(hidden.split(2), labels.split(2), strict=True)
-    return sum(F.cross_entropy(F.linear(h, weight, bias), y, reduction="sum") for h, y in chunks) / len(
-        labels
-    )  # type: ignore[return-value]
+    return sum(F.cross_entropy(F.linear(h, weight, bias), y, reduction="sum") for h, y in chunks) / len(labels)  # type: ignore[return-value]
 
 
 FUSED = Formulation("fused", ("hidden", "weight", "bias", "labels"), lambda: fused_cross_entropy)

@@ -301,9 +301,7 @@ def test_arms_are_corrected_together_by_holm() -> None:
     arms = {str(k): judge(retrained(reference, k, noise=0.8), reference) for k in range(12)}
     claimed = [name for name, f in arms.items() if f.word == "equivalent"]
     corrected = correct_for_arms(arms)
-    p = dict(
-        zip(arms, holm([f.p_equivalent for f in arms.values() if f.p_equivalent is not None]), strict=True)
-    )
+    p = dict(zip(arms, holm([f.p_equivalent for f in arms.values() if f.p_equivalent is not None]), strict=True))
     kept = [name for name, f in corrected.items() if f.word == "equivalent"]
     assert kept == [name for name in claimed if p[name] <= 0.05]
     assert 0 < len(kept) < len(claimed)

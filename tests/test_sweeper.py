@@ -222,9 +222,7 @@ def test_the_basic_sweeper_makes_a_job_of_every_combination(
 
 def test_an_experiment_declares_its_own_sweep(sweep: Sweep) -> None:
     answer = sweep("experiment=paired", "model=cnn")
-    assert [job["overrides"] for job in answer] == [
-        ["loss=[nll,ce]", "seed=[0,1,2]", "model=cnn", "experiment=paired"]
-    ]
+    assert [job["overrides"] for job in answer] == [["loss=[nll,ce]", "seed=[0,1,2]", "model=cnn", "experiment=paired"]]
     assert received(answer[0])["option"] == "cnn"
 
 

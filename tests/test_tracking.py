@@ -20,9 +20,7 @@ from pipeline.errors import UsageError
 from pipeline.tracking import Run, Tracker, git_state
 
 # MLflow's own queries use a loader that SQLAlchemy 2.1 deprecates.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
 
 DIGEST = "5e" * 32
 
@@ -75,9 +73,7 @@ def sweep(request: pytest.FixtureRequest) -> str:
 
 
 def test_importing_the_module_imports_no_mlflow() -> None:
-    check = (
-        "import sys, pipeline.tracking; sys.exit(not {'mlflow', 'pandas', 'torch'}.isdisjoint(sys.modules))"
-    )
+    check = "import sys, pipeline.tracking; sys.exit(not {'mlflow', 'pandas', 'torch'}.isdisjoint(sys.modules))"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
@@ -149,9 +145,7 @@ def test_the_latest_value_is_that_of_the_last_step_in_any_order(tracker: Tracker
 
 
 def test_a_report_without_metrics_or_dataset_is_a_run_too(tracker: Tracker, sweep: str) -> None:
-    tracker.record(
-        [make_run(sweep, metrics=history(), dataset=None, params={}, artifacts={"verdict.json": "{}"})]
-    )
+    tracker.record([make_run(sweep, metrics=history(), dataset=None, params={}, artifacts={"verdict.json": "{}"})])
     (run,) = stored(tracker, sweep)
     assert run.data.metrics == {}
     assert run.inputs.dataset_inputs == []

@@ -35,9 +35,7 @@ def test_up_to_2048_parameters_the_sketch_is_the_parameters(size: int) -> None:
 
 
 def test_a_sketch_spans_all_tensors_in_float64_and_ignores_gradients() -> None:
-    made = sketch(
-        {"a": torch.ones(2, 3, requires_grad=True), "b": torch.full((4,), 2.0, dtype=torch.bfloat16)}
-    )
+    made = sketch({"a": torch.ones(2, 3, requires_grad=True), "b": torch.full((4,), 2.0, dtype=torch.bfloat16)})
     assert made.tolist() == [1.0] * 6 + [2.0] * 4
     assert made.dtype == torch.float64
     assert not made.requires_grad

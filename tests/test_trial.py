@@ -113,9 +113,7 @@ def test_an_expectation_that_fails_is_exit_code_1(main_job: Path) -> None:
     before = (main_job / "cells" / "ce" / "s0" / "state.pt").stat().st_mtime_ns
     expect = "expect={nll: different}"
     assert trial(main_job, "loss=[nll,ce,kl]", "seed=[0,1,2]", expect) == ExitCode.REFUTED
-    assert (main_job / "cells" / "ce" / "s0" / "state.pt").stat().st_mtime_ns == before, (
-        "nothing was left to train"
-    )
+    assert (main_job / "cells" / "ce" / "s0" / "state.pt").stat().st_mtime_ns == before, "nothing was left to train"
 
 
 def test_more_seeds_train_only_the_new_ones_to_the_bits_of_a_trial_of_all(tmp_path: Path) -> None:
@@ -146,9 +144,7 @@ def test_killed_after_any_cell_the_same_command_trains_only_the_rest(
     with pytest.raises(KeyboardInterrupt):
         trial(tmp_path / "trial", *request)
     monkeypatch.setattr(TrialFolder, "write", write)
-    survivors = {
-        file: file.stat().st_mtime_ns for file in (tmp_path / "trial" / "cells").glob("*/*/state.pt")
-    }
+    survivors = {file: file.stat().st_mtime_ns for file in (tmp_path / "trial" / "cells").glob("*/*/state.pt")}
     assert len(survivors) == kept
     assert trial(tmp_path / "trial", *request) == ExitCode.HOLDS
     assert {file: file.stat().st_mtime_ns for file in survivors} == survivors
@@ -181,9 +177,7 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
         trial(tmp_path / "t", "loss=[ce]", "epochs=3")
 
 
-def test_a_single_run_without_comparison_asserts_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_single_run_without_comparison_asserts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert trial(tmp_path / "t", "loss=[brier]") == ExitCode.HOLDS
     assert "nothing was asserted" in capsys.readouterr().out
     assert verdict(tmp_path / "t")["reference"] == "brier"
@@ -197,9 +191,7 @@ def diverges_at_once_beside(path: Path) -> None:
         assert entries[name]["verdict"] in ("different", "inconclusive")  # two seeds are too few to be sure
 
 
-@pytest.mark.filterwarnings(
-    "ignore:reduction. .mean. divides the total loss"
-)  # torch warns of kl_mean, rightly
+@pytest.mark.filterwarnings("ignore:reduction. .mean. divides the total loss")  # torch warns of kl_mean, rightly
 def test_fifteen_losses_side_by_side(tmp_path: Path) -> None:
     trial(tmp_path / "all", f"loss=[{','.join(ALL_LOSSES)}]", "seed=[0,1]")
     diverges_at_once_beside(tmp_path / "all")
@@ -210,9 +202,7 @@ def test_fifteen_losses_side_by_side(tmp_path: Path) -> None:
     trial(tmp_path / "finite", f"loss=[{','.join(without)}]", "seed=[0,1]")
     for name in without:
         for seed in (0, 1):
-            assert same_bits(
-                weights(tmp_path / "all", name, seed), weights(tmp_path / "finite", name, seed)
-            ), name
+            assert same_bits(weights(tmp_path / "all", name, seed), weights(tmp_path / "finite", name, seed)), name
 
 
 @pytest.mark.slow

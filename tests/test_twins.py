@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline import twins
 from pipeline.models import mlp
 from pipeline.stack import choose_engine, unfit_to_fold
-from pipeline.twins import CannotFold, Dropout, DropoutStreams, fold_modules
+from pipeline.twins import CannotFoldError, Dropout, DropoutStreams, fold_modules
 
 Make = Callable[[], nn.Module]
 
@@ -75,9 +75,7 @@ def assert_close(ours: Tensor, plain: Tensor, what: str) -> None:
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12, msg=lambda text: f"{what}: {text}")
 
 
-def assert_faithful(
-    folded: nn.Module, plains: Sequence[nn.Module], shape: tuple[int, ...], seed: int
-) -> None:
+def assert_faithful(folded: nn.Module, plains: Sequence[nn.Module], shape: tuple[int, ...], seed: int) -> None:
     """Outputs, all gradients and all buffers are those of the plain layers, each on inputs of its own."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(5, len(plains), *shape, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -153,11 +151,11 @@ def test_a_frozen_parameter_stays_frozen() -> None:
 
 
 def test_layers_that_have_no_twin_or_disagree_are_refused_in_words() -> None:
-    with pytest.raises(CannotFold, match=r"PReLU .* has tensors and no twin"):
+    with pytest.raises(CannotFoldError, match=r"PReLU .* has tensors and no twin"):
         fold_modules([nn.Sequential(nn.PReLU()) for _ in range(2)])
-    with pytest.raises(CannotFold, match="disagree about weight"):
+    with pytest.raises(CannotFoldError, match="disagree about weight"):
         fold_modules([nn.Linear(6, 4), nn.Linear(5, 4)])
-    with pytest.raises(CannotFold, match="more than one axis"):
+    with pytest.raises(CannotFoldError, match="more than one axis"):
         fold_modules([nn.LayerNorm([6, 9])])(torch.zeros(2, 6, 9))
 
 

@@ -12,9 +12,7 @@ import pytest
 from pipeline.objectives import Replica
 from pipeline.verdict import Facts, Request, confirms, decide, status_of, word
 
-FACTS = Facts(
-    num_classes=10, label_entropy=math.log(10), scope="seeds 0-11, 5 steps", command="make equivalence"
-)
+FACTS = Facts(num_classes=10, label_entropy=math.log(10), scope="seeds 0-11, 5 steps", command="make equivalence")
 REQUEST = Request(
     losses=("ce", "mine"), seeds=tuple(range(12)), reference="ce", about="objective", expect={},
     margins={"nll": 0.1, "brier": 0.01, "accuracy": 0.01}, primary=("nll", "brier"), alpha=0.05, max_seeds=100,
@@ -152,9 +150,7 @@ def test_without_margins_nothing_is_ever_equivalent() -> None:
         ("different", "different", "not_run", "different", True),
     ],
 )
-def test_an_expectation_holds_or_not(
-    expected: str, verdict: str, objective: str, outcome: str, holds: bool
-) -> None:
+def test_an_expectation_holds_or_not(expected: str, verdict: str, objective: str, outcome: str, holds: bool) -> None:
     assert confirms(expected, verdict, objective, outcome) is holds
 
 

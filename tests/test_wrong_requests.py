@@ -44,9 +44,7 @@ def quick() -> Config:
 
 
 @pytest.fixture
-def refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """The one line that a command ends with, once it is clear that nothing else came of it."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.chdir(tmp_path)
@@ -100,9 +98,7 @@ def test_what_does_not_compose_is_refused_with_the_options(
         (["seed=[0,0]", "batch_size=8,16"], "error: seed repeats 0"),
     ],
 )
-def test_a_sweep_is_refused_before_its_first_job(
-    arguments: list[str], line: str, refused: Callable[..., str]
-) -> None:
+def test_a_sweep_is_refused_before_its_first_job(arguments: list[str], line: str, refused: Callable[..., str]) -> None:
     assert refused("-m", *arguments).startswith(line)
 
 
@@ -114,9 +110,7 @@ def test_what_only_the_data_tell_leaves_no_folder_either(refused: Callable[..., 
     assert refused("-m", *request, "hydra.sweep.dir=deep/down").endswith(reason)
 
 
-def test_a_torn_loss_file_is_named(
-    refused: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_torn_loss_file_is_named(refused: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("torn")
     (folder / "loss").mkdir()
     (folder / "loss" / "mine.yaml").write_text("mine: {fn: [\n")
@@ -302,9 +296,7 @@ def outcome(config: Config, folder: Path, capsys: pytest.CaptureFixture[str]) ->
     return int(code), capsys.readouterr().err
 
 
-def test_a_folder_in_use_is_refused(
-    quick: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_in_use_is_refused(quick: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with TrialFolder(tmp_path).locked():
         code, line = outcome(quick, tmp_path, capsys)
     assert (code, line.count("\n")) == (2, 1)
@@ -371,15 +363,12 @@ def test_a_full_disk_costs_one_line_and_the_same_command_ends_right_once_there_i
     assert not list(small_disk.rglob("*draft*"))
 
 
-def test_a_read_only_disk_costs_one_line(
-    quick: Config, small_disk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_read_only_disk_costs_one_line(quick: Config, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     remount(small_disk, "ro")
     code, line = outcome(quick, small_disk / "trial", capsys)
     assert (code, line) == (
         2,
-        f"error: cannot write to {small_disk / 'trial'}: Read-only file system; "
-        "free space or choose another folder\n",
+        f"error: cannot write to {small_disk / 'trial'}: Read-only file system; free space or choose another folder\n",
     )
     remount(small_disk, "rw,size=64m")
     assert outcome(quick, small_disk / "trial", capsys) == (0, "")

@@ -21,9 +21,7 @@ def examples(count: int = 200, num_classes: int = 5, replicas: int = 3) -> tuple
     return logits, labels, F.one_hot(labels, num_classes).float()
 
 
-def measured(
-    logits: Tensor, labels: Tensor, target_probs: Tensor, sizes: list[int] | None = None
-) -> dict[str, Tensor]:
+def measured(logits: Tensor, labels: Tensor, target_probs: Tensor, sizes: list[int] | None = None) -> dict[str, Tensor]:
     yardsticks = Yardsticks(len(logits), torch.device("cpu"))
     split = sizes or [len(labels)]
     batches = zip(logits.split(split, 1), labels.split(split), target_probs.split(split), strict=True)
