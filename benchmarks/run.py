@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        from pipeline.setting import keep_freed_memory
+
+        keep_freed_memory()  # as every trial does
     whole = not (given.quick or given.steps_only)
     effort = Effort(repetitions=5 if given.quick else 7, trials=3 if whole else 0)
     lines = [_header(device, effort), *step_rows(device, effort, given.quick)]

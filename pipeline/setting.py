@@ -90,7 +90,7 @@ def prepare(config: Mapping[str, Any]) -> Setting:
     """
     device = _device(config["trainer"]["accelerator"])
     dtype = DTYPES[config["precision"]]
-    _keep_freed_memory()
+    keep_freed_memory()
     _set_numerics(config["trainer"]["threads"])
     recipe = _recipe(config)
     data = _dataset(config["dataset"]).to(device, dtype)
@@ -104,7 +104,7 @@ def prepare(config: Mapping[str, Any]) -> Setting:
     for formulation in formulations:
         probe(formulation, data.num_classes, device, dtype)
     _check_batches(recipe.batch_size, builder, len(data.splits["train"]))
-    engine, reason, tile = _engine(config, builder, recipe.batch_size, device, dtype)
+    engine, reason, tile = _engine(config, builder, recipe, device, dtype)
     head = _head(formulations, builder)
     return Setting(
         config, device, dtype, data, builder, formulations, recipe, engine, reason, tile, head,
@@ -119,7 +119,7 @@ def _device(accelerator: str) -> torch.device:
     return torch.device("cuda:0" if available and accelerator != "cpu" else "cpu")
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Ask glibc not to give freed blocks back: a step allocates the same megabytes again, a page fault at a time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -196,17 +196,17 @@ def _last_batch(num_examples: int, batch_size: int) -> int:
 def _engine(
     config: Mapping[str, Any],
     builder: ModelBuilder,
-    batch_size: int,
+    recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[str, str, int]:
     """Engine, reason and tile; they depend on the configuration alone, never on which cells are missing."""
     requested, first = config["trainer"]["engine"], builder(0).to(device, dtype)
-    batch_bytes = batch_size * math.prod(builder.input_shape) * dtype.itemsize
+    batch_bytes = recipe.batch_size * math.prod(builder.input_shape) * dtype.itemsize
     tile = config["trainer"]["tile"] or tile_size("fold", first, batch_bytes, device)
     static_loop = requested == "loop" or (requested == "auto" and convolves(first) and device.type == "cpu")
     modules = [first] if static_loop else [builder(seed).to(device, dtype) for seed in range(tile)]
-    engine, reason = choose_engine(requested, modules, builder.input_shape, batch_size)
+    engine, reason = choose_engine(requested, modules, builder.input_shape, recipe.batch_size, recipe.make_optimizer)
     if engine == "loop" and requested == "fold":
         raise UsageError(f"trainer.engine=fold, but {builder.name} {reason}; use trainer.engine=auto")
     return engine, reason, config["trainer"]["tile"] or tile_size(engine, first, batch_bytes, device)

@@ -12,7 +12,8 @@ Both take and give the same shapes. Replica i of a stack is `stack.weights(i)`, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -221,16 +222,22 @@ def find_head(module: nn.Module, example: Tensor) -> str | None:
     return next((name for name, output in outputs.items() if output is logits), None)
 
 
-def unfit_to_fold(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int) -> str | None:
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+PLAIN_SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def unfit_to_fold(
+    modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int, make_optimizer: MakeOptimizer = PLAIN_SGD
+) -> str | None:
     """Why a full tile of these modules must not be folded, or None: what every fold passes before it trains.
 
     In float64, three perturbed copies on inputs of their own must give the outputs, gradients and buffers that
     the plain modules give (relative 1e-9), in training at two batch sizes and in evaluation, and must leave the
-    global random state alone. In the working precision a replica must give the same bits in any slot, and,
-    where tiles are not padded, alone.
+    global random state alone. In the working precision a replica must keep its bits in any slot through two steps
+    of the optimizer, and, where tiles are not padded, among any number of neighbours.
     """
     try:
-        return _unfaithful(modules, shape, batch_size) or _slot_dependent(modules, shape, batch_size)
+        return _unfaithful(modules, shape, batch_size) or _slot_dependent(modules, shape, batch_size, make_optimizer)
     except Exception as error:  # a twin that the model's own code cannot work with; the loop can
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -297,28 +304,35 @@ def _unfaithful(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: 
     return None
 
 
-def _slot_dependent(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int) -> str | None:
+def _slot_dependent(
+    modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int, make_optimizer: MakeOptimizer
+) -> str | None:
+    """Copies of one module on one batch must stay equal, bit for bit, through two steps in stacks of several sizes."""
     generator = torch.Generator().manual_seed(1)
     first = next(modules[0].parameters())
-    copies = [_perturbed(module, generator) for module in modules]
-    num_classes = _num_classes(copies[0], shape, first.device)
-    inputs = torch.randn(len(copies), batch_size, *shape, generator=generator).to(first)
-    weights = torch.randn(len(copies), batch_size, num_classes, generator=generator).to(first)
-
-    def traces(slots: Sequence[int]) -> list[Trace]:
-        fold = Fold([copies[s] for s in slots], slots).train()
-        return _trace(fold, inputs[list(slots)], weights[list(slots)])
-
-    together, moved = traces(range(len(copies)))[0], traces([*range(1, len(copies)), 0])[-1]
-    alone = together if pads(first.device) else traces([0])[0]
-    for name, bits in together.items():
-        if not (_same_bits(bits, moved[name]) and _same_bits(bits, alone[name])):
+    module = _perturbed(modules[0], generator)
+    inputs = torch.randn(batch_size, *shape, generator=generator).to(first)
+    weights = torch.randn(batch_size, _num_classes(module, shape, first.device), generator=generator).to(first)
+    tile = len(modules)
+    traces = []
+    for count in {tile} if pads(first.device) else {1, tile // 3 + 1, max(1, tile - 1), tile}:
+        fold = Fold([module] * count, [0] * count).train()
+        optimizer = make_optimizer(fold.parameters())
+        for step, size in ((1, batch_size), (2, max(2, 3 * batch_size // 4 + 1))):  # a short last batch too
+            batch, upstream = inputs[:size], weights[:size]
+            found = _trace(fold, batch.expand(count, *batch.shape), upstream.expand(count, *upstream.shape))
+            optimizer.step()
+            traces += [{f"{name} at step {step}": bits for name, bits in trace.items()} for trace in found]
+        traces += [{f"{name} after step 2": bits for name, bits in fold.weights(r).items()} for r in range(count)]
+    seen: Trace = {}
+    for name, bits in (item for trace in traces for item in trace.items()):
+        if not _same_bits(seen.setdefault(name, bits), bits):
             return f"the bits of {name} depend on the slot or on the number of neighbours"
     return None
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.nan_to_num(), b.nan_to_num())
+    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
 
 
 def _num_classes(module: nn.Module, shape: Sequence[int], device: torch.device) -> int:
@@ -334,7 +348,11 @@ def convolves(module: nn.Module) -> bool:
 
 
 def choose_engine(
-    requested: str, modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int
+    requested: str,
+    modules: Sequence[nn.Module],
+    shape: Sequence[int],
+    batch_size: int,
+    make_optimizer: MakeOptimizer = PLAIN_SGD,
 ) -> tuple[str, str]:
     """The engine to use and the reason, by a static rule; timing would change bits from machine to machine.
 
@@ -345,7 +363,7 @@ def choose_engine(
         return "loop", "as configured"
     if requested == "auto" and convolves(modules[0]) and next(modules[0].parameters()).device.type == "cpu":
         return "loop", "convolutions on a CPU gain nothing from folding"
-    reason = unfit_to_fold(modules, shape, batch_size)
+    reason = unfit_to_fold(modules, shape, batch_size, make_optimizer)
     return ("loop", f"cannot be folded: {reason}") if reason else ("fold", "passed the check against plain modules")
 
 
