@@ -28,7 +28,7 @@ from torchvision.models import resnet18
 
 from pipeline.datasets import Dataset
 from pipeline.formulations import Formulation
-from pipeline.models import cnn, mlp
+from pipeline.models import ModelBuilder, cnn, mlp
 from pipeline.module import SideBySide
 from pipeline.objectives import Replica
 from pipeline.stack import choose_engine, tile_size, unfit_to_fold
