@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from pipeline import losses
 from pipeline.errors import UsageError
 from pipeline.formulations import INPUTS, Formulation, ProbeFinding, code_digest, derive, probe
+from pipeline.objectives import Objectives, Replica
+from pipeline.stack import Outputs
 
 Fn = Callable[..., Any]
 
@@ -46,9 +48,11 @@ def test_log_probs_and_probs_are_made_of_the_logits_and_only_where_asked_for() -
 
 
 def test_the_callable_receives_its_arguments_in_its_own_order() -> None:
-    given = {name: torch.tensor(float(i)) for i, name in enumerate(INPUTS)}
-    swapped = declared(lambda: None, "labels", "logits")
-    assert swapped.objective(lambda *tensors: torch.stack(tensors) @ torch.tensor([10.0, 1.0]), given) == 60.0
+    swapped = declared(lambda: lambda labels, logits: F.cross_entropy(logits, labels), "labels", "logits")
+    logits, labels = torch.randn(1, 4, 3), torch.tensor([[0, 1, 2, 0]])
+    objectives = Objectives([swapped], [Replica(swapped.name, 0)], 3, CPU, torch.float32)
+    (found,) = objectives(Outputs(logits), labels, None)
+    assert found == F.cross_entropy(logits[0], labels[0])
 
 
 @pytest.mark.parametrize("args", [("logit",), ("logits", "labels", "y")])

@@ -49,7 +49,9 @@ def value(name: str, logits: Tensor, labels: Tensor, target_probs: Tensor | None
         "labels": labels,
         "target_probs": one_hot if target_probs is None else target_probs,
     }
-    return formulation.objective(formulation.instance(CPU, logits.dtype), derive(formulation.args, logits) | given)
+    inputs = derive(formulation.args, logits) | given
+    fn = formulation.instance(CPU, logits.dtype)
+    return formulation.objective(fn, [inputs[arg] for arg in formulation.args])
 
 
 def value_and_gradient(name: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
