@@ -39,6 +39,7 @@ class CellRecord:
     made_from: dict[str, Any]  # what the fingerprint is the digest of
     environment: dict[str, Any]
     engine: str
+    initial_sha256: str  # of the weights before the first step
     weights_sha256: str
     started: float
     ended: float
@@ -104,24 +105,28 @@ class TrialFolder:
             yield
         finally:
             lock.release()
+            if [entry.name for entry in self.path.iterdir()] == [".lock"]:  # a request that was refused after all
+                shutil.rmtree(self.path, ignore_errors=True)
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """State what the folder is for, or refuse where it is for something else."""
+        """State what the folder is for."""
+        self.check_claim(identity)
+        write_whole(self.path / "trial.yaml", yaml_bytes(dict(identity)))
+
+    def check_claim(self, identity: Mapping[str, Any]) -> None:
+        """Refuse a folder that is for something else."""
         statement = self.path / "trial.yaml"
-        if statement.exists():
-            found = read_yaml(statement)
-            differing = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
-            if differing:
-                raise UsageError(
-                    f"{self.path} holds a trial with another {', '.join(differing)}; choose another folder "
-                    "(hydra.run.dir=DIR) or give the configuration that it was made with"
-                )
+        if not statement.exists():
+            if (self.path / "cells").exists():
+                raise UsageError(f"{self.path} holds cells but no trial.yaml: it is no trial's folder; choose another")
             return
-        if (self.path / "cells").exists():
+        found = read_yaml(statement)
+        differing = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
+        if differing:
             raise UsageError(
-                f"{self.path} holds cells but no trial.yaml, so it is not a trial's folder; choose another"
+                f"{self.path} holds a trial with another {', '.join(differing)}; choose another folder "
+                "(hydra.run.dir=DIR) or give the configuration that it was made with"
             )
-        write_whole(statement, yaml_bytes(dict(identity)))
 
     def cell_path(self, replica: Replica) -> Path:
         return self.path / "cells" / replica.arm / f"s{replica.seed}"

@@ -73,7 +73,13 @@ class Formulation:
 
     def objective(self, fn: LossFn, batch: Sequence[Tensor | None]) -> Tensor:
         """The declared callable's scalar value on one replica's batch, given in the order of `args`."""
+        versions = [_version(tensor) for tensor in batch]
         value = fn(*batch)
+        for arg, before, tensor in zip(self.args, versions, batch, strict=True):
+            if _version(tensor) != before:
+                raise UsageError(
+                    f"loss {self.name} overwrites its input {arg}, which other losses share; clone it first"
+                )
         if not isinstance(value, Tensor) or value.ndim != 0:
             got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UsageError(
@@ -84,13 +90,23 @@ class Formulation:
 
 
 def derive(args: Iterable[str], logits: Tensor) -> dict[str, Tensor]:
-    """The logits [..., C] themselves, their log_softmax and softmax, as far as `args` ask for them."""
+    """The logits [..., C] themselves, their log_softmax and softmax, as far as `args` ask for them.
+
+    The last two are in float32 at least, on every device: torch's autocast does it on a GPU and not on a CPU.
+    """
+    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     made: dict[str, Callable[[], Tensor]] = {
         "logits": lambda: logits,
-        "log_probs": lambda: F.log_softmax(logits, -1),
-        "probs": lambda: F.softmax(logits, -1),
+        "log_probs": lambda: F.log_softmax(wide, -1),
+        "probs": lambda: F.softmax(wide, -1),
     }
-    return {arg: made[arg]() for arg in args if arg in made}
+    with torch.autocast(logits.device.type, enabled=False):
+        return {arg: made[arg]() for arg in args if arg in made}
+
+
+def _version(tensor: Tensor | None) -> int:
+    """Torch's count of in-place changes."""
+    return 0 if tensor is None else tensor._version
 
 
 @dataclass(frozen=True)

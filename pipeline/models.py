@@ -31,6 +31,8 @@ def mlp(
     batch_norm: bool = False,
 ) -> nn.Module:
     """Linear layers with ReLU between them, optionally BatchNorm before and dropout after each ReLU."""
+    if min(hidden, default=1) < 1:
+        raise UsageError(f"model.hidden={list(hidden)}; a layer has 1 feature or more")
     layers: list[nn.Module] = [nn.Flatten()]
     width = _size(input_shape)
     for features in hidden:

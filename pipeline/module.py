@@ -146,6 +146,10 @@ class SideBySide(pl.LightningModule):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
             objectives = torch.stack(self._forward(indices))
         objectives.backward(torch.ones_like(objectives))
+        if self.objectives.fused:  # one that ignores the bias must not depend on a neighbour that does not
+            for parameter in self.stack.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         if self.recipe.clip_norm is not None:
             self.stack.clip_gradients(self.recipe.clip_norm)
         self._optimizer.step()
@@ -226,7 +230,9 @@ class SideBySide(pl.LightningModule):
         final = {metric: values for metric, _, values in self._measured}
         for replica, step in enumerate(self._first_nonfinite.tolist()):
             weights = self.stack.weights(replica)
-            if step:
+            if replica in self.objectives.raised:
+                yield Divergence(*self.objectives.raised[replica])
+            elif step:
                 yield Divergence(step, "the objective is not finite")
             elif not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
                 yield Divergence(self.last_step, "the weights are not finite")

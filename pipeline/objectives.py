@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pipeline.errors import UsageError, first_line
 from pipeline.formulations import FUSED_INPUTS, Formulation, LossFn, derive, probe
 from pipeline.randomness import RandomStream, derive_seed
 from pipeline.stack import Outputs
+
+_NOTHING = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Objectives:
     ) -> None:
         self.seeds = list(dict.fromkeys(replica.seed for replica in replicas))
         self.slots = [self.seeds.index(replica.seed) for replica in replicas]
+        self.raised: dict[int, tuple[int, str]] = {}  # replica -> the call at which its loss first raised, and what
+        self.calls = 0
         self.arms: list[_Arm] = []
         for formulation in formulations:
             seeds = [replica.seed for replica in replicas if replica.arm == formulation.name]
@@ -65,6 +71,7 @@ class Objectives:
             "target_probs": () if target_probs is None else target_probs.unbind(),
         }
         objectives: list[Tensor] = []
+        self.calls += 1
         for arm, logits in zip(self.arms, outputs.logits.split(self.sizes), strict=True):
             mine = slice(len(objectives), len(objectives) + len(arm.fns))
             given: dict[str, Sequence[Tensor | None]] = {
@@ -75,7 +82,23 @@ class Objectives:
                     given[name] = [by_seed[name][slot] for slot in self.slots[mine]]
                 elif name in FUSED_INPUTS:
                     given[name] = _of_fused(outputs, name, mine)
-            objectives += _of_arm(arm, given)
+            objectives += self._of_arm(arm, given, logits, mine.start)
+        return objectives
+
+    def _of_arm(self, arm: _Arm, given: dict[str, Sequence[Tensor | None]], logits: Tensor, first: int) -> list[Tensor]:
+        batches = zip(*(given[name] for name in arm.formulation.args), strict=True)
+        objectives = []
+        for i, (fn, batch) in enumerate(zip(arm.fns, batches, strict=True)):
+            try:
+                with arm.streams[i].resumed() if arm.streams else _NOTHING:
+                    objectives.append(arm.formulation.objective(fn, batch))
+            except UsageError:
+                raise
+            except Exception as error:  # this replica has failed; its neighbours go on
+                self.raised.setdefault(
+                    first + i, (self.calls, f"the loss raised {type(error).__name__}: {first_line(error)}")
+                )
+                objectives.append(logits[i].sum() * torch.nan)
         return objectives
 
 
@@ -83,14 +106,3 @@ def _of_fused(outputs: Outputs, name: str, mine: slice) -> Sequence[Tensor | Non
     """An arm's share of `hidden`, `weight` or `bias`; a head may have no bias."""
     tensors: Sequence[Tensor] | None = getattr(outputs, name)
     return [None] * (mine.stop - mine.start) if tensors is None else tensors[mine]
-
-
-def _of_arm(arm: _Arm, given: dict[str, Sequence[Tensor | None]]) -> list[Tensor]:
-    batches = zip(*(given[name] for name in arm.formulation.args), strict=True)
-    if arm.streams is None:
-        return [arm.formulation.objective(fn, batch) for fn, batch in zip(arm.fns, batches, strict=True)]
-    objectives = []
-    for fn, stream, batch in zip(arm.fns, arm.streams, batches, strict=True):
-        with stream.resumed():
-            objectives.append(arm.formulation.objective(fn, batch))
-    return objectives

@@ -29,6 +29,11 @@ class RandomStream:
             torch.manual_seed(seed)
             self._start = self._state = self._read()
 
+    def restarted(self) -> RandomStream:
+        """The same stream, back where it began."""
+        self._state = self._start
+        return self
+
     @property
     def moved(self) -> bool:
         """Whether anything was drawn from it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,18 +29,19 @@ def report(arguments: list[str]) -> int:
     from pipeline.request import read_request
     from pipeline.trial import conclude
 
-    folders = [a for a in arguments if "=" not in a]
-    changes = dict(a.split("=", 1) for a in arguments if "=" in a)
+    known = {"expect", "about", "reference", "sweep"}
+    changes = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in known and "=" in a)
+    folders = [a for a in arguments if a.partition("=")[0] not in known]
     if "sweep" in changes:
         folders.append(str(Path("outputs") / changes.pop("sweep")))
-    if len(folders) != 1 or set(changes) - {"expect", "about", "reference"}:
+    if len(folders) != 1:
         raise UsageError(USAGE)
     folder = TrialFolder(Path(folders[0]))
     request, facts = read_request(folder.path)
     asked = {
         "loss": dict.fromkeys(request.losses),
         "reference": changes.get("reference", request.reference),
-        "expect": yaml.safe_load(changes["expect"]) if "expect" in changes else dict(request.expect),
+        "expect": _mapping(changes["expect"]) if "expect" in changes else dict(request.expect),
     }
     about = changes.get("about", request.about)
     if about not in conf.About.__members__:
@@ -47,6 +49,13 @@ def report(arguments: list[str]) -> int:
     request = replace(request, about=about, reference=conf.reference_of(asked), expect=conf.expectations_of(asked))
     with folder.locked():
         return conclude(folder, request, facts, None)
+
+
+def _mapping(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"expect={text} cannot be read; give same, or a mapping such as '{{nll: same}}'") from error
 
 
 def main() -> None:

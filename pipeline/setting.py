@@ -26,7 +26,7 @@ from pipeline.objectives import Replica
 from pipeline.stack import Stack, build_stack, choose_engine, convolves, find_head, pads, tile_size
 from pipeline.targets import locate
 
-ENGINE_VERSION = 1  # raised whenever the bits of a cell change
+ENGINE_VERSION = 2  # raised whenever the bits of a cell change
 
 # Optimizers that update a weight by looking at it alone, so that replicas stacked in one tensor stay apart.
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
@@ -104,7 +104,8 @@ def prepare(config: Mapping[str, Any]) -> Setting:
     for formulation in formulations:
         probe(formulation, data.num_classes, device, dtype)
     _check_batches(recipe.batch_size, builder, len(data.splits["train"]))
-    engine, reason, tile = _engine(config, builder, recipe, device, dtype)
+    lonely = _last_batch(len(data.splits["train"]), recipe.batch_size) == 1
+    engine, reason, tile = _engine(config, builder, recipe, device, dtype, lonely)
     head = _head(formulations, builder)
     return Setting(
         config, device, dtype, data, builder, formulations, recipe, engine, reason, tile, head,
@@ -199,9 +200,13 @@ def _engine(
     recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
+    lonely: bool,
 ) -> tuple[str, str, int]:
     """Engine, reason and tile; they depend on the configuration alone, never on which cells are missing."""
     requested, first = config["trainer"]["engine"], builder(0).to(device, dtype)
+    _check_pairing(builder)
+    if lonely and requested == "auto":
+        return "loop", "a batch of one example has other bits when folded", config["trainer"]["tile"] or 4
     batch_bytes = recipe.batch_size * math.prod(builder.input_shape) * dtype.itemsize
     tile = config["trainer"]["tile"] or tile_size("fold", first, batch_bytes, device)
     static_loop = requested == "loop" or (requested == "auto" and convolves(first) and device.type == "cpu")
@@ -210,6 +215,17 @@ def _engine(
     if engine == "loop" and requested == "fold":
         raise UsageError(f"trainer.engine=fold, but {builder.name} {reason}; use trainer.engine=auto")
     return engine, reason, config["trainer"]["tile"] or tile_size(engine, first, batch_bytes, device)
+
+
+def _check_pairing(builder: ModelBuilder) -> None:
+    """The same seed must give the same initial bits, or there are no pairs."""
+    first, again = builder(0).state_dict(), builder(0).state_dict()
+    unequal = [name for name in first if not torch.equal(first[name], again[name])]
+    if unequal:
+        raise UsageError(
+            f"model {builder.name} draws other initial weights ({unequal[0]}) each time it is built with one seed; "
+            "draw them from torch's generator alone"
+        )
 
 
 def _head(formulations: tuple[Formulation, ...], builder: ModelBuilder) -> str | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.randomness import RandomStream
+from pipeline.randomness import RandomStream, derive_seed
 from pipeline.twins import Dropout, DropoutStreams, fold_modules
 
 
@@ -156,6 +156,7 @@ class Loop(Stack):
         self.replicas = nn.ModuleList(modules)
         device = next(modules[0].parameters()).device
         self.streams = [RandomStream(seed, device) for seed in seeds]
+        self.evaluation_streams = [RandomStream(derive_seed(seed, "evaluation"), device) for seed in seeds]
         self._hidden: list[Tensor] = []
         if head is not None:
             for module in modules:
@@ -166,9 +167,8 @@ class Loop(Stack):
 
     def _run(self, replica: int, inputs: Tensor) -> Tensor:
         module = self.replicas[replica]
-        if not self.training:
-            return module(inputs)  # type: ignore[no-any-return]
-        with self.streams[replica].resumed():
+        stream = self.streams[replica] if self.training else self.evaluation_streams[replica].restarted()
+        with stream.resumed():
             return module(inputs)  # type: ignore[no-any-return]
 
     def forward(self, inputs: Tensor, fused: bool = False) -> Outputs:

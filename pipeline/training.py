@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -31,15 +30,18 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
 
 
 def tiles(missing: Sequence[Replica], arms: Sequence[str], size: int) -> list[list[Replica]]:
-    """The missing cells in groups of at most `size`, as even as can be; whole seeds together, sorted by arm."""
-    by_seed = sorted(missing, key=lambda replica: (replica.seed, arms.index(replica.arm)))
-    count = -(-len(by_seed) // size)
-    if not count:
-        return []
-    return [
-        sorted((by_seed[i] for i in chunk), key=lambda replica: arms.index(replica.arm))
-        for chunk in np.array_split(np.arange(len(by_seed)), count)
-    ]
+    """The missing cells in groups of at most `size`, sorted by arm; a seed's arms stay together where they fit."""
+    by_seed: dict[int, list[Replica]] = {}
+    for replica in sorted(missing, key=lambda r: (r.seed, arms.index(r.arm))):
+        by_seed.setdefault(replica.seed, []).append(replica)
+    groups: list[list[Replica]] = []
+    for replicas in by_seed.values():
+        for part in (replicas[i : i + size] for i in range(0, len(replicas), size)):
+            if groups and len(groups[-1]) + len(part) <= size:
+                groups[-1] += part
+            else:
+                groups.append(part)
+    return [sorted(group, key=lambda r: (arms.index(r.arm), r.seed)) for group in groups]
 
 
 def train_tile(
@@ -57,12 +59,15 @@ def train_tile(
         setting.builder.input_shape,
         setting.recipe,
     )
+    initial = [weights_sha256(module.stack.weights(slot)) for slot in range(len(replicas))]
     _quiet_lightning()
     fit(module, callbacks, "gpu" if setting.device.type == "cuda" else "cpu")
-    return [folder.write(*cell) for cell in _results(module, setting, started)]
+    return [folder.write(*cell) for cell in _results(module, setting, started, initial)]
 
 
-def _results(module: SideBySide, setting: Setting, started: float) -> Iterator[tuple[CellRecord, Any, dict[str, Any]]]:
+def _results(
+    module: SideBySide, setting: Setting, started: float, initial: Sequence[str]
+) -> Iterator[tuple[CellRecord, Any, dict[str, Any]]]:
     for slot, (replica, divergence) in enumerate(zip(module.replicas, module.divergences(), strict=True)):
         weights = {name: tensor.cpu() for name, tensor in module.stack.weights(slot).items()}
         record = CellRecord(
@@ -72,6 +77,7 @@ def _results(module: SideBySide, setting: Setting, started: float) -> Iterator[t
             made_from=setting.fingerprint_parts(replica.arm),
             environment=dict(setting.environment),
             engine=f"{setting.engine} ({setting.engine_reason})",
+            initial_sha256=initial[slot],
             weights_sha256=weights_sha256(weights),
             started=started,
             ended=time.time(),

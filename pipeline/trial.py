@@ -41,8 +41,10 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
     facts = facts_of(setting, request, command)
     folder = TrialFolder(path)
     with folder.locked():
-        folder.claim({"name": conf.trial_name(config), **conf.identity(config)})
+        identity = {"name": conf.trial_name(config), **conf.identity(config)}
+        folder.check_claim(identity)
         tracker = _tracker(config["tracking"])
+        folder.claim(identity)
         write_request(path, request, facts)
         train(setting, request, folder, tracker)
         return conclude(folder, request, facts, tracker)
@@ -67,11 +69,16 @@ def train(setting: Setting, request: Request, folder: TrialFolder, tracker: Trac
         unsent = [replica for replica in done if fingerprints[replica] not in present]
         _record(tracker, folder, request, list(_read(folder, unsent).values()))
     groups = tiles(missing, list(request.losses), setting.tile)
+    waiting: list[Cell] = []  # for the reference of their seed: their distance to it is recorded with them
     with Progress(console, groups, setting) as progress:
         for group in groups:
-            cells = train_tile(setting, group, folder, [progress.callback()])
+            waiting += train_tile(setting, group, folder, [progress.callback()])
+            ready = [cell for cell in waiting if folder.read(Replica(request.reference, cell.record.seed))]
+            waiting = [cell for cell in waiting if cell not in ready]
             if tracker:
-                _record(tracker, folder, request, cells)
+                _record(tracker, folder, request, ready)
+    if tracker:
+        _record(tracker, folder, request, waiting)
 
 
 def _record(tracker: Tracker, folder: TrialFolder, request: Request, cells: Sequence[Cell]) -> None:

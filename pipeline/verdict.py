@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,12 @@ def _outcome(candidate: str, cells: Cells, request: Request, facts: Facts) -> Ou
         a is not None and b is not None and a.record.weights_sha256 == b.record.weights_sha256
         for a, b in zip(mine, theirs, strict=True)
     ]
-    return compare(
+    unpaired = [
+        seed
+        for seed, a, b in zip(request.seeds, mine, theirs, strict=True)
+        if a is not None and b is not None and a.record.initial_sha256 != b.record.initial_sha256
+    ]
+    found = compare(
         _finals(mine),
         _finals(theirs),
         primary=request.primary,
@@ -103,6 +108,27 @@ def _outcome(candidate: str, cells: Cells, request: Request, facts: Facts) -> Ou
         alpha=request.alpha,
         max_seeds=request.max_seeds,
     )
+    if unpaired:
+        return _undecided(found, f"the pairs did not begin with equal weights (seeds {', '.join(map(str, unpaired))})")
+    if any(map(_never_moved, (*mine, *theirs))):
+        return _undecided(found, "the weights of some runs never moved")
+    finished = [cell for cell in theirs if cell is not None and cell.record.diverged_at is None]
+    if found.word == "equivalent" and all(_learned_nothing(cell, facts) for cell in finished):
+        return _undecided(found, "the reference learned nothing: it does no better than the classes' frequencies")
+    return found
+
+
+def _undecided(finding: OutcomeFinding, reason: str) -> OutcomeFinding:
+    """Fail closed: two dead models agree about everything, which says nothing."""
+    return replace(finding, word="inconclusive", reasons=(reason,), provisional=False, seeds_needed=None)
+
+
+def _never_moved(cell: Cell | None) -> bool:
+    return cell is not None and cell.record.weights_sha256 == cell.record.initial_sha256
+
+
+def _learned_nothing(cell: Cell, facts: Facts) -> bool:
+    return cell.yardsticks["test/nll"] >= facts.label_entropy
 
 
 def _finals(cells: Sequence[Cell | None]) -> dict[str, list[float]]:

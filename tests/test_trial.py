@@ -278,3 +278,41 @@ def test_every_cell_and_the_report_are_runs_in_mlflow(tmp_path: Path) -> None:
     assert {"train/objective", "val/nll", "test/accuracy", "gap/parameters"} <= set(metrics)
     assert trained["ce/s0"].data.metrics["gap/parameters"] == 0
     assert trained["brier/s0"].data.params["loss"] == "brier"
+
+
+def smoothing_in_place(log_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
+    """Label smoothing that overwrites the targets that it was handed."""
+    target_probs.mul_(0.7).add_(0.03)
+    return torch.nn.functional.kl_div(log_probs, target_probs, reduction="batchmean")
+
+
+def raising_on_short_batches(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    if 10 < len(labels) < 64:
+        raise ValueError(f"cannot do {len(labels)}")
+    return torch.nn.functional.cross_entropy(logits, labels)
+
+
+def with_loss(function: str, args: list[str], *overrides: str) -> dict[str, Any]:
+    config = compose("loss=[ce]", "reference=ce", *overrides)
+    declared = {"fn": {"_target_": f"{__name__}.{function}", "_partial_": True}, "args": args}
+    return config | {"loss": config["loss"] | {"mine": declared}}
+
+
+def test_a_loss_that_overwrites_what_others_share_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="overwrites its input target_probs"):
+        run(with_loss("smoothing_in_place", ["log_probs", "target_probs"]), tmp_path / "t", "x")
+
+
+def test_a_loss_that_raises_in_training_is_a_failed_run_beside_sound_ones(main_job: Path, tmp_path: Path) -> None:
+    run(with_loss("raising_on_short_batches", ["logits", "labels"], "seed=[0,1]"), tmp_path / "t", "x")
+    (entry,) = verdict(tmp_path / "t")["comparisons"]
+    assert {(f["step"], f["cause"]) for f in entry["failures"]} == {(18, "the loss raised ValueError: cannot do 49")}
+    assert same_bits(weights(tmp_path / "t", "ce", 1), weights(main_job, "ce", 1))
+
+
+def test_models_that_never_moved_are_not_called_the_same(tmp_path: Path) -> None:
+    code = trial(tmp_path / "t", "loss=[ce,brier]", "optimizer.lr=0", "expect=same")
+    assert code == ExitCode.REFUTED
+    (entry,) = verdict(tmp_path / "t")["comparisons"]
+    assert entry["verdict"] == "inconclusive"
+    assert "never moved" in entry["sentence"]

@@ -29,6 +29,7 @@ HEADER = {
 
 @dataclass(frozen=True)
 class Record:
+    initial_sha256: str = "initial"
     weights_sha256: str = "equal"
     diverged_at: int | None = None
     cause: str | None = None
@@ -63,7 +64,7 @@ def entry(mine: dict[int, StubCell], request: Request = REQUEST, **reference: An
 def shifted(seed: int, nll: float = 0.2) -> StubCell:
     """Another model with about this NLL; the differences vary a little from seed to seed."""
     wobble = 0.001 * (seed % 5 - 2)
-    return StubCell(nll=nll * (1 + wobble), brier=0.1 + 0.1 * wobble, record=Record(f"other {seed}"))
+    return StubCell(nll=nll * (1 + wobble), brier=0.1 + 0.1 * wobble, record=Record(weights_sha256=f"other {seed}"))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_equal_bits_in_every_pair_are_identical_with_their_scope_and_their_blind
 
 
 def test_one_pair_with_other_bits_is_not_identical() -> None:
-    mine = {seed: StubCell() for seed in REQUEST.seeds} | {3: StubCell(record=Record("other"))}
+    mine = {seed: StubCell() for seed in REQUEST.seeds} | {3: StubCell(record=Record(weights_sha256="other"))}
     assert entry(mine)["outcome"] == "equivalent"
 
 
@@ -119,7 +120,9 @@ def test_a_missing_cell_is_a_failure_and_rules_out_sameness() -> None:
 
 
 def test_a_diverged_arm_is_reported_seed_by_seed_and_is_different() -> None:
-    dead = StubCell(nll=math.nan, brier=math.nan, record=Record("nan", diverged_at=1, cause="not finite"))
+    dead = StubCell(
+        nll=math.nan, brier=math.nan, record=Record(weights_sha256="nan", diverged_at=1, cause="not finite")
+    )
     found = entry(dict.fromkeys(REQUEST.seeds, dead))
     assert found["verdict"] == "different"
     assert [f["seed"] for f in found["failures"]] == list(REQUEST.seeds)
