@@ -26,7 +26,7 @@ from pipeline.objectives import Replica
 from pipeline.stack import Stack, build_stack, choose_engine, convolves, find_head, pads, tile_size
 from pipeline.targets import locate
 
-ENGINE_VERSION = 2  # raised whenever the bits of a cell change
+ENGINE_VERSION = 1  # raised whenever the bits of a cell change
 
 # Optimizers that update a weight by looking at it alone, so that replicas stacked in one tensor stay apart.
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
