@@ -92,6 +92,7 @@ class TrialFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder; it is made where absent."""
+        new = not self.path.exists()
         with refusing_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.path / ".lock")
@@ -105,7 +106,9 @@ class TrialFolder:
             yield
         finally:
             lock.release()
-            if [entry.name for entry in self.path.iterdir()] == [".lock"]:  # a request that was refused after all
+            if new and [entry.name for entry in self.path.iterdir()] == [
+                ".lock"
+            ]:  # a request that was refused after all
                 shutil.rmtree(self.path, ignore_errors=True)
 
     def claim(self, identity: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import subprocess
@@ -378,10 +379,10 @@ def test_a_disk_that_fills_up_under_a_cell_leaves_no_part_of_it(
     quick: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cells.torch, "save", full)
+        patch.setattr(cells, "_sync", full)
         code, line = outcome(quick, tmp_path, capsys)
     assert (code, line.count("\n")) == (2, 1)
     assert TrialFolder(tmp_path).cells() == []
