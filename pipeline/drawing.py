@@ -35,15 +35,19 @@ Centre = Literal["mean", "median"]
 
 @dataclass
 class Canvas:
-    """One figure: draw on `axes` inside the context, read `svg` after it."""
+    """One figure: draw on `axes`, the first of its `panels`, inside the context, read `svg` after it."""
 
-    axes: Axes
+    panels: Sequence[Axes]
     svg: str = ""
+
+    @property
+    def axes(self) -> Axes:
+        return self.panels[0]
 
 
 @contextmanager
-def canvas(name: str, height: float) -> Iterator[Canvas]:
-    """An empty figure, the same whatever the user's matplotlibrc says; equal input gives equal bits."""
+def canvas(name: str, height: float, grid: tuple[int, int] = (1, 1)) -> Iterator[Canvas]:
+    """An empty figure of rows x columns, whatever the user's matplotlibrc says; equal input gives equal bits."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -53,7 +57,7 @@ def canvas(name: str, height: float) -> Iterator[Canvas]:
         mpl.rcdefaults()
         mpl.rcParams.update(_style(name))  # type: ignore[arg-type]
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        drawn = Canvas(figure.add_subplot())
+        drawn = Canvas(figure.subplots(*grid, squeeze=False).ravel().tolist())
         yield drawn
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -170,7 +174,7 @@ def label_ends(axes: Axes) -> None:
             "shrinkA": 0,
             "color": line.get_color(),
         }
-        name = _short(str(line.get_label()))
+        name = short(str(line.get_label()))
         axes.annotate(name, end, (1.05, height), arrowprops=tie, annotation_clip=False, **text)
 
 
@@ -236,7 +240,7 @@ def forest(axes: Axes, rows: Sequence[Row], margin: bool) -> None:
     axes.set(xlim=(low, high) if low < high else (-1, 1), xlabel=label)
     axes.axvline(0, color=MUTED, linewidth=0.8)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}".replace("-", MINUS))
-    _row_names(axes, rows)
+    row_names(axes, [row.name for row in rows], [row.note for row in rows])
 
 
 def _forest_row(axes: Axes, height: int, row: Row) -> None:
@@ -251,12 +255,12 @@ def _forest_row(axes: Axes, height: int, row: Row) -> None:
         axes.plot(0, height, "D", color=INK, markersize=6.5, markerfacecolor=PAPER, markeredgewidth=1.3)
 
 
-def _row_names(axes: Axes, rows: Sequence[Row]) -> None:
-    """Names at the left, notes at the right."""
+def row_names(axes: Axes, names: Sequence[str], notes: Sequence[str]) -> None:
+    """Rows from the top down, names at the left, notes at the right."""
     right = axes.secondary_yaxis("right")
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
-    right.set_yticks(range(len(rows)), [row.note for row in rows], fontsize=8)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
+    right.set_yticks(range(len(notes)), list(notes), fontsize=8)
     for side in (axes, right):
         side.tick_params(axis="y", length=0)
         side.spines[["left", "right"]].set_visible(False)
@@ -269,5 +273,5 @@ def _joint_name(names: Sequence[str]) -> str:
     return joint if len(joint) <= LONGEST_NAME else f"{names[0]} +{len(names) - 1}"
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"

@@ -1,0 +1,170 @@
+"""Calling a loss on a batch in some precision, and what comes of it: a value, and a gradient for every input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.auditing.batches import Batch
+from pipeline.errors import first_line
+from pipeline.formulations import FUSED_INPUTS, LossFn, derive
+
+NO_GRADIENT = "passes no gradient"
+_FROM_LOGITS = frozenset({"logits", "log_probs", "probs"})
+_CLASSES_SECOND = (F.cross_entropy, F.nll_loss)  # torch wants classes in the second dimension
+_CLASSES_SECOND_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A callable and what it receives, in its own order."""
+
+    fn: LossFn
+    args: tuple[str, ...]
+
+    @property
+    def fused(self) -> bool:
+        """Whether it takes the last layer's input and weights."""
+        return bool(FUSED_INPUTS & set(self.args))
+
+    @property
+    def flattens(self) -> bool:
+        """Whether [B, T, V] is handed to it as [B * T, V]: to torch's own, which want classes second."""
+        target = getattr(self.fn, "func", self.fn)
+        return target in _CLASSES_SECOND or isinstance(self.fn, _CLASSES_SECOND_MODULES)
+
+    def __call__(self, given: Mapping[str, Tensor | None]) -> Any:
+        """The callable's own answer."""
+        tensors = [given[arg] for arg in self.args]
+        if self.flattens and given["labels"] is not None and given["labels"].ndim > 1:
+            dims = {"labels": 0}
+            tensors = [
+                t if t is None else t.flatten(0, dims.get(arg, -2)) if arg != "labels" else t.flatten()
+                for arg, t in zip(self.args, tensors, strict=True)
+            ]
+        return self.fn(*tensors)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one call came to.
+
+    Attributes:
+        value: the objective, a scalar; None where there is none.
+        gradients: by input, divided by nothing: the upstream gradient is still in them. None where none arrived.
+        error: why there is no value or no gradient.
+        overwritten: the inputs whose bits were others afterwards.
+    """
+
+    value: Tensor | None = None
+    gradients: Mapping[str, Tensor | None] = field(default_factory=dict)
+    error: str | None = None
+    upstream: float = 1.0
+    overwritten: tuple[str, ...] = ()
+
+    def exact(self, name: str) -> Tensor:
+        """The gradient of the objective itself, in float64."""
+        return cast(Tensor, self.gradients[name]).double() / self.upstream
+
+
+def differentiable(batch: Batch) -> tuple[str, ...]:
+    """The inputs whose gradients are judged."""
+    if batch.hidden is None:
+        return ("logits",)
+    return ("hidden", "weight") if batch.bias is None else ("hidden", "weight", "bias")
+
+
+def inputs(
+    batch: Batch, args: tuple[str, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """(leaves, given): tensors to differentiate by, and what the loss is handed: copies, never the leaves themselves.
+
+    A loss that overwrites what it is handed can therefore be told by comparing the two.
+    """
+    leaves = {
+        name: _laid_out(getattr(batch, name), batch.layout).to(device, dtype).requires_grad_()
+        for name in differentiable(batch)
+    }
+    given: dict[str, Tensor | None] = {name: _seen(leaf, batch.layout) for name, leaf in leaves.items()}
+    if batch.hidden is not None:
+        given.setdefault("bias", None)
+        if _FROM_LOGITS & set(args):
+            given["logits"] = F.linear(*(given[name] for name in ("hidden", "weight", "bias")))  # type: ignore[arg-type]
+    labels = batch.labels
+    if batch.layout == "strided":
+        labels = torch.stack([labels, labels], -1)[..., 0]
+    given["labels"] = labels.to(device)
+    given["target_probs"] = batch.target_probs.to(device, dtype) if "target_probs" in args else None
+    if (logits := given.get("logits")) is not None:
+        given |= {name: tensor for name, tensor in derive(args, logits).items() if name != "logits"}
+    return leaves, given
+
+
+def _laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """A copy that lies in memory as asked; "strided" has a column of zeros behind every one of its own."""
+    if layout == "transposed":
+        return tensor.detach().mT.contiguous().mT if tensor.ndim > 1 else tensor.detach().clone()
+    if layout == "strided" and tensor.ndim > 1:
+        return torch.stack([tensor.detach(), torch.zeros_like(tensor)], -1).flatten(-2)
+    return tensor.detach().clone()
+
+
+def _seen(leaf: Tensor, layout: str) -> Tensor:
+    copy = leaf.clone()
+    return copy[..., ::2] if layout == "strided" and leaf.ndim > 1 else copy
+
+
+def scalar(answer: Any) -> Tensor:
+    """The objective in a loss's answer: the answer itself, or the first of several.
+
+    Raises:
+        TypeError: it is no scalar tensor; the message says what it is.
+    """
+    value = answer[0] if isinstance(answer, tuple | list) and answer else answer
+    if not isinstance(value, Tensor):
+        raise TypeError(f"returned {type(value).__name__}, not a scalar tensor")
+    if value.numel() != 1:
+        raise TypeError(f"returned shape {list(value.shape)}; the scalar objective is needed (reduction='mean')")
+    return value.reshape(())
+
+
+def evaluate(loss: Loss, batch: Batch, dtype: torch.dtype, device: torch.device) -> Evaluation:
+    """Call a loss on a batch whose inputs are in `dtype`; what it raises is told, not raised."""
+    leaves, given = inputs(batch, loss.args, dtype, device)
+    handed = {name: given[name] for name in dict.fromkeys(loss.args)}
+    before = {name: None if tensor is None else tensor.detach().clone() for name, tensor in handed.items()}
+    try:
+        value = scalar(loss(given))
+        found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        outside = torch.full_like(value, batch.upstream)
+        if value.requires_grad:
+            found = torch.autograd.grad(value, list(leaves.values()), outside, allow_unused=True)
+    except Exception as raised:  # whatever a user's loss raises is what is told of it
+        return Evaluation(error=f"{type(raised).__name__}: {first_line(raised)}")
+    step = 2 if batch.layout == "strided" else 1
+    gradients = {
+        name: None if g is None else g.detach().cpu()[..., :: step if g.ndim > 1 else 1]
+        for name, g in zip(leaves, found, strict=True)
+    }
+    missing = [name for name, g in gradients.items() if g is None]
+    return Evaluation(
+        value.detach().cpu(),
+        gradients,
+        f"{NO_GRADIENT} to {', '.join(missing)}" if missing else None,
+        outside.item(),  # as the precision rounds it
+        tuple(name for name in before if not same_bits(handed[name], before[name])),
+    )
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors hold the same numbers, NaN equal to NaN and the sign of a zero aside."""
+    if a is None or b is None:
+        return a is b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))

@@ -1,0 +1,95 @@
+"""In which precision a loss really computes, and whether what it is off by there is noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.auditing.batches import Batch, Shape, make_batch
+from pipeline.auditing.calls import Evaluation, Loss, differentiable, evaluate, same_bits
+from pipeline.auditing.judging import Standard
+from pipeline.numerics import systematic
+
+COARSER = (torch.bfloat16, torch.float16, torch.float32)  # the coarsest first
+JITTERS = 16
+NOISY_FAMILIES = ("ordinary", "random", "trained")
+_INPUTS = ("logits", "hidden", "weight", "bias")
+
+
+def computes_in(loss: Loss, shape: Shape, device: torch.device) -> torch.dtype | None:
+    """The coarsest precision that float64 inputs may be rounded to without a bit of value or gradient changing.
+
+    None where even float32 is too coarse, where the loss does not take float64, and where it does not notice its
+    inputs at all.
+    """
+    draw = torch.Generator().manual_seed(1)
+    lead = (2, 4) if shape.tokens else (8,)
+    batch = make_batch("random", lead, shape.num_classes[0], shape, draw)
+    noise = lambda t: t + 1e-3 * torch.randn(t.shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    batch = _mapped(batch, noise)
+    found = evaluate(loss, batch, torch.float64, device)
+    if found.error is not None or _same(found, evaluate(loss, _mapped(batch, noise), torch.float64, device)):
+        return None
+    for dtype in COARSER:
+        rounded = _mapped(batch, lambda t, d=dtype: t.to(d).double())  # type: ignore[misc]
+        if _same(found, evaluate(loss, rounded, torch.float64, device)):
+            return dtype
+    return None
+
+
+def systematic_part(loss: Loss, standard: Standard, shape: Shape, dtype: torch.dtype) -> float:
+    """How far the error of a loss that computes in float32 is from noise: the largest ratio over some batches.
+
+    Each batch is asked `JITTERS` times with inputs one unit in the last place apart. The residual to the exact
+    gradient, one factor a batch removed, is averaged: rounding averages out, a small mathematical difference stays.
+    The number of rows is a power of two, since 1/N would otherwise be rounded too.
+
+    Args:
+        dtype: of the inputs handed over; float64 where the loss takes it.
+    """
+    draw = torch.Generator().manual_seed(2)
+    lead = (2, 8) if shape.tokens else (16,)
+    classes = next((c for c in shape.num_classes if c >= 10), shape.num_classes[0])
+    asked = replace(shape, ignore_index=None)
+    largest = 0.0
+    for family in NOISY_FAMILIES:
+        batch = make_batch(family, lead, classes, asked, draw)
+        residuals = [
+            _residual(loss, standard, _mapped(batch, lambda t: _jittered(t, draw)), dtype) for _ in range(JITTERS)
+        ]
+        largest = max(largest, systematic(torch.stack(residuals)))
+    return largest
+
+
+def _residual(loss: Loss, standard: Standard, batch: Batch, dtype: torch.dtype) -> Tensor:
+    name = differentiable(batch)[0]
+    found = evaluate(loss, batch, dtype, standard.device)
+    exact = evaluate(standard.loss, batch, torch.float64, standard.device).exact(name)
+    if found.error is not None:
+        return torch.full_like(exact, torch.nan)
+    mine = found.exact(name)
+    return mine - exact * ((mine * exact).sum() / exact.square().sum())
+
+
+def _mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """A batch whose inputs are changed; logits of a fused one are made anew."""
+    changed: dict[str, Any] = {name: change(t) for name in _INPUTS if (t := getattr(batch, name)) is not None}
+    if batch.hidden is not None:
+        bias = changed.get("bias")
+        changed["logits"] = torch.nn.functional.linear(changed["hidden"], changed["weight"], bias)
+    return replace(batch, **changed)
+
+
+def _jittered(tensor: Tensor, draw: torch.Generator) -> Tensor:
+    single = tensor.float()
+    steps = torch.randint(-1, 2, tensor.shape, generator=draw)
+    return torch.nextafter(single, torch.where(steps == 0, single, steps * torch.inf)).double()
+
+
+def _same(a: Evaluation, b: Evaluation) -> bool:
+    both = [(a.value, b.value), *((a.gradients[name], b.gradients.get(name)) for name in a.gradients)]
+    return all(x is not None and same_bits(x, y) for x, y in both)
