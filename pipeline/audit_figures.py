@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,19 @@ if TYPE_CHECKING:
 Audit = Mapping[str, Any]
 
 PRECISIONS = {"float32": "r32", "float64": "r64"}
-SAME = frozenset({"identical", "rounding"})
+SAME = frozenset({"identical", "rounding", "offset"})  # the same gradient, up to rounding
+TIMES = "\N{MULTIPLICATION SIGN}"
 COLUMNS = 3  # of small multiples: names stay readable
-ZERO_COLUMN = 2.2  # decades wide
-REACH = 1.6  # axis of p - y, in units of the reference's largest component
+REACH = 1.75  # half the axis of p - y, in units of the reference's largest component
+SLIVER = 0.01  # of that half: a bar lower than this cannot be seen
+LINE = 78  # characters of a caption
+LONGEST_FORMULA = 8  # characters
 SMALL = 7.5  # points
+LABEL: dict[str, Any] = {
+    "textcoords": "offset points",
+    "fontsize": SMALL,
+    "bbox": {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8},
+}
 
 
 @dataclass(frozen=True)
@@ -62,10 +71,10 @@ def _read(name: str, found: Mapping[str, Any]) -> _Loss:
     evidence = found.get("evidence") or {}
     example = evidence.get("example") or {}
     gradient = example.get("gradient")
-    word, formula = found.get("objective") or "not_run", (found.get("scale") or {}).get("formula")
+    word, formula = found.get("objective") or "not_run", (found.get("scale") or {}).get("formula") or ""
     return _Loss(
         name=name,
-        words=short(word.replace("_", " ") + (f", {formula}" if formula else "")),
+        words=word.replace("_", " ") + (f", {formula}" if 0 < len(formula) <= LONGEST_FORMULA else ""),
         colour=COLOURS[0] if word in SAME else COLOURS[1],
         distances={precision: _number(evidence.get(key)) for precision, key in PRECISIONS.items()},
         measured=bool(example),
@@ -84,21 +93,23 @@ def _number(value: float | None) -> float:
 
 def _strip(losses: Sequence[_Loss], reference: str) -> str:
     """A row for each loss: r in float32 and in float64 on one axis of decades, joined by a line."""
-    with canvas("audit_strip", 1.45 + 0.25 * len(losses)) as drawing:
+    with canvas("audit_strip", 1.5 + 0.25 * len(losses)) as drawing:
         axes = drawing.axes
         zero = _decades(axes, [value for loss in losses for value in loss.distances.values()])
         for height, loss in enumerate(losses):
             _strip_row(axes, height, loss, zero)
         row_names(axes, [loss.name for loss in losses], [loss.words for loss in losses])
         axes.grid(True, axis="x")
-        _key(axes)
-        _caption(
-            axes,
-            f"Distance of the gradient from that of {short(reference)}, relative to its norm.",
+        rings = [axes.plot([], [], color=INK, label=precision, **_marker(precision))[0] for precision in PRECISIONS]
+        axes.figure.legend(handles=rings, loc="outside upper right", ncols=len(rings), frameon=False, borderpad=0)
+        lines = [
+            f"Gradients: norm of the difference to {short(reference)} over its norm, median over batches.",
             "Nine decades long is rounding; a dot is mathematics. 0: equal in every bit.",
-        )
+            "Colour: identical, rounding and offset have the same gradient.",
+        ]
+        _caption(axes, lines)
     spoken = "; ".join(f"{loss.name}: {loss.words}, {_spoken(loss)}" for loss in losses)
-    alt = f"Relative distance of gradients from those of {reference}, in float32 and float64, logarithmic. {spoken}."
+    alt = f"Relative distance of gradients, float32 and float64, logarithmic. {' '.join(lines)} {spoken}."
     return described(drawing.svg, alt)
 
 
@@ -106,17 +117,18 @@ def _decades(axes: Axes, distances: Sequence[float]) -> float:
     """An axis of log10 r with a column for r = 0 at its left, whose place is returned."""
     powers = [math.log10(value) for value in distances if 0 < value < math.inf]
     low, high = math.floor(min([-17.0, *powers])), math.ceil(max([1.0, *powers]))
-    zero = low - ZERO_COLUMN / 2
-    step = max(1, round((high - low) / 6))
-    ticks = range(math.ceil(low / step) * step, high + 1, step)
-    axes.set_xticks([zero, *ticks], ["0", *(f"1e{power}" for power in ticks)])
-    axes.set_xlim(zero - ZERO_COLUMN / 2, high + 0.3)
-    axes.axvspan(zero - ZERO_COLUMN / 2, low, color=MUTED, alpha=0.18, linewidth=0)
+    column = (high - low) / 9
+    zero = low - column / 2
+    step = 3 if high - low <= 20 else 5 * math.ceil((high - low) / 30)
+    ticks = range(math.ceil((low + column / 2) / step) * step, high + 1, step)
+    axes.set_xticks([zero, *ticks], ["0", *(f"1e{power}" for power in ticks)], fontsize=8)
+    axes.set_xlim(low - column, high + column / 3)
+    axes.axvspan(low - column, low, color=MUTED, alpha=0.18, linewidth=0)
     top = axes.get_xaxis_transform()
-    for bits, precision in (("32", np.float32), ("64", np.float64)):
-        epsilon = float(np.log10(np.finfo(precision).eps))
+    for precision, side in (("float64", "right"), ("float32", "left")):
+        epsilon = math.log10(np.finfo(precision).eps)
         axes.axvline(epsilon, color=MUTED, linewidth=1, linestyle="--")
-        axes.text(epsilon, 1.0, f"eps of float{bits}", transform=top, ha="center", va="bottom", fontsize=SMALL)
+        axes.text(epsilon, 1.0, f"eps of {precision}", transform=top, ha=side, va="bottom", fontsize=SMALL)
     return zero
 
 
@@ -131,10 +143,9 @@ def _strip_row(axes: Axes, height: int, loss: _Loss, zero: float) -> None:
         axes.plot(place, height, color=loss.colour, **_marker(precision))
     if missing := _missing(loss):
         left, right = axes.get_xlim()
-        after = max(places.values(), default=zero + ZERO_COLUMN / 2)
-        flip = after > (left + right) / 2
-        text: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
-        axes.annotate(missing, (after, height), (-8 if flip else 8, 0), ha="right" if flip else "left", **text)
+        last = max(places.values(), default=2 * zero - left)  # right of the column for 0
+        side, shift = ("right", -9) if last > (left + right) / 2 else ("left", 9)
+        axes.annotate(missing, (last, height), (shift, 0), va="center", ha=side, **LABEL)
 
 
 def _marker(precision: str) -> dict[str, Any]:
@@ -149,24 +160,20 @@ def _missing(loss: _Loss) -> str:
     absent = {name: value for name, value in loss.distances.items() if not math.isfinite(value)}
     if len(absent) == len(loss.distances) and loss.gradient is None:
         return loss.nothing
-    said = {math.inf: "infinite", -math.inf: MINUS + "infinite"}
-    return ", ".join(f"{name}: {said.get(value, 'not a number')}" for name, value in absent.items())
+    said = {name: "infinite" if math.isinf(value) else "no number" for name, value in absent.items()}
+    if len(said) == len(loss.distances) and len(set(said.values())) == 1:
+        return said.popitem()[1]
+    return ", ".join(f"{name}: {word}" for name, word in said.items())
 
 
 def _spoken(loss: _Loss) -> str:
-    drawn = [f"{name} {value:.1e}" if value else f"{name} 0" for name, value in loss.distances.items() if value >= 0]
-    return ", ".join(filter(None, [*(text for text in drawn if "inf" not in text), _missing(loss)]))
+    finite = {name: value for name, value in loss.distances.items() if math.isfinite(value)}
+    return ", ".join(filter(None, [*(f"{name} {value:.1g}" for name, value in finite.items()), _missing(loss)]))
 
 
-def _key(axes: Axes) -> None:
-    rings = [axes.plot([], [], color=INK, label=precision, **_marker(precision))[0] for precision in PRECISIONS]
-    axes.legend(handles=rings, loc="lower right", bbox_to_anchor=(1, 1.06), ncols=2, frameon=False, borderaxespad=0)
-
-
-def _caption(axes: Axes, *lines: str) -> None:
-    figure = axes.get_figure(root=True)
-    assert figure is not None  # noqa: S101
-    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=8)
+def _caption(axes: Axes, lines: Sequence[str]) -> None:
+    wrapped = "\n".join(textwrap.fill(line, LINE) for line in lines)
+    axes.figure.supxlabel(wrapped, x=0.01, ha="left", fontsize=8)
 
 
 # ---------------------------------------------------------------- p - y
@@ -177,7 +184,7 @@ def _multiples(losses: Sequence[_Loss], audit: Audit) -> str:
     columns = min(COLUMNS, len(losses))
     rows = -(-len(losses) // columns)
     reach = REACH * max([abs(value) for loss in losses for value in loss.expected if math.isfinite(value)] or [1.0])
-    with canvas("p_minus_y", 0.6 + 1.05 * rows, (rows, columns)) as drawing:
+    with canvas("p_minus_y", 0.75 + 1.05 * rows, (rows, columns)) as drawing:
         for place, axes in enumerate(drawing.panels):
             if place >= len(losses):
                 axes.set_axis_off()
@@ -185,7 +192,7 @@ def _multiples(losses: Sequence[_Loss], audit: Audit) -> str:
             _panel(axes, losses[place], reach)
             axes.tick_params(labelleft=place % columns == 0, labelbottom=place + columns >= len(losses))
         lines = [*_example(audit), f"Bars: gradient in the logits; outline: that of {short(audit['reference'])}."]
-        _caption(drawing.axes, *lines)
+        _caption(drawing.axes, lines)
     spoken = "; ".join(f"{loss.name}: {_listed(loss)}" for loss in losses)
     alt = f"p {MINUS} y: the gradient of each loss at one example. {' '.join(lines)} {spoken}."
     return described(drawing.svg, alt)
@@ -197,7 +204,7 @@ def _example(audit: Audit) -> list[str]:
         if example := (found.get("evidence") or {}).get("example"):
             chances = ", ".join(f"{name} {p:g}" for name, p in zip(example["classes"], example["probs"], strict=True))
             label = example["classes"][example["label"]]
-            return [f"A 256 × 256 picture in, three probabilities out: {chances}; the label is {label}."]
+            return [f"A 256 {TIMES} 256 picture, label {label}; probabilities: {chances}."]
     return []
 
 
@@ -207,28 +214,38 @@ def _panel(axes: Axes, loss: _Loss, reach: float) -> None:
     axes.set_xticks(range(len(loss.classes)), loss.classes)
     axes.tick_params(labelsize=SMALL, length=0)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}".replace("-", MINUS))
-    axes.axhline(0, color=MUTED, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.grid(False, axis="x")
+    axes.axhline(0, color=MUTED, linewidth=0.8, zorder=0.5)
+    axes.bar(range(len(loss.expected)), loss.expected, 0.66, facecolor="none", edgecolor=INK, linewidth=1.2, zorder=2)
     for place, value in enumerate(loss.gradient or ()):
-        _bar(axes, place, value, loss.colour, reach)
-    outline: dict[str, Any] = {"facecolor": "none", "edgecolor": INK, "linewidth": 1.2}
-    axes.bar(range(len(loss.expected)), loss.expected, 0.66, **outline)
+        _bar(axes, place, value, loss.colour)
+        _figure(axes, place, value, above=place < len(loss.expected) and loss.expected[place] < 0)
     if loss.gradient is None:
-        axes.text(0.5, 0.04, loss.nothing, transform=axes.transAxes, ha="center", fontsize=SMALL)
+        axes.annotate(loss.nothing, (0, 1), (4, -3), xycoords="axes fraction", va="top", **LABEL)
 
 
-def _bar(axes: Axes, place: int, value: float, colour: str, reach: float) -> None:
-    """A bar; in figures what no bar can show: exact zero, no number, and a value beyond the axis."""
-    if math.isfinite(value):
-        axes.bar(place, max(-reach, min(value, reach)), 0.66, color=colour, linewidth=0)
-    if not math.isfinite(value) or value == 0 or abs(value) > reach:
-        below = value < 0
-        height = 0.0 if value == 0 or math.isnan(value) else math.copysign(reach, value)
-        text: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": SMALL}
-        axes.annotate(_figures(value), (place, height), (0, 2), va="bottom" if below else "top", **text)
+def _bar(axes: Axes, place: int, value: float, colour: str) -> None:
+    axes.bar(place, np.clip(value, *axes.get_ylim()), 0.66, color=colour, linewidth=0)
+
+
+def _figure(axes: Axes, place: int, value: float, above: bool) -> None:
+    """The value in figures where its bar cannot show it: too low to be seen, beyond the axis, no number."""
+    high = axes.get_ylim()[1]
+    if SLIVER * high <= abs(value) <= high:
+        return
+    beyond = abs(value) > high
+    height = math.copysign(high, value) if beyond else 0.0
+    above = value < 0 if beyond else above  # a figure stays within the axis, and off the outline
+    axes.annotate(
+        _figures(value), (place, height), (0, 3 if above else -3), ha="center", va="bottom" if above else "top", **LABEL
+    )
 
 
 def _figures(value: float) -> str:
-    return f"{value:.2g}".replace("-", MINUS).replace("nan", "NaN")
+    """Two digits, or one where the exponent needs the room."""
+    digits = 2 if 0.01 <= abs(value) < 1000 else 1
+    return f"{value:.{digits}g}".replace("-", MINUS).replace("nan", "NaN")
 
 
 def _listed(loss: _Loss) -> str:

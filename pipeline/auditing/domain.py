@@ -25,6 +25,7 @@ POINTS = {
 CORE = {"gap": 80.0, "confidence": 80.0, "offset": 100.0, "masked": 0.0, "rows": math.inf}
 RESOLUTION = 1e-3
 ROWS = 4
+APART = 12.0
 
 
 @dataclass(frozen=True)
@@ -36,23 +37,27 @@ class Limit:
         limit: the smallest value found at which they differ, in the axis' unit: logits, classes or rows.
         behaviour: what the loss does there.
         core: whether that lies inside the core domain.
+        of_gradient: whether it is the gradient that is wrong there, not the value alone.
+        value_limit: where the value is no longer finite, if the gradient fails first.
     """
 
     axis: str
     limit: float
     behaviour: str
     core: bool
+    of_gradient: bool
+    value_limit: float | None = None
 
 
 def limits(
-    candidate: Loss, standard: Standard, shape: Shape, dtype: torch.dtype, allowed_in: torch.dtype, up_to_scale: bool
+    candidate: Loss, standard: Standard, shape: Shape, dtype: torch.dtype, allowed_in: torch.dtype, scale: float | None
 ) -> list[Limit]:
     """Every axis along which the candidate parts from the reference, those within the core first.
 
     Args:
         dtype: the precision of the inputs.
         allowed_in: the precision that its rounding is judged by.
-        up_to_scale: whether a factor between the gradients, another one in each batch, is left out of account.
+        scale: the largest factor between the gradients, where there is one other than 1: it is left out of account.
     """
     classes = next((c for c in shape.num_classes if c >= 10), shape.num_classes[0])
     axes = [axis for axis in POINTS if axis != "rows" or dtype in (torch.float16, torch.bfloat16)]
@@ -62,14 +67,20 @@ def limits(
     for axis in axes:
         if axis == "masked" and classes < 4:
             continue
-        ask = _asker(candidate, standard, shape, axis, classes, dtype, allowed_in, up_to_scale)
+        ask = _asker(candidate, standard, shape, axis, classes, dtype, allowed_in, scale)
         limit = _search(axis, ask)
-        if limit is not None:
-            found.append(limit)
+        if limit is None:
+            continue
+        if limit.of_gradient:
+            of_value = _asker(candidate, standard, shape, axis, classes, dtype, allowed_in, scale, value_alone=True)
+            later = _search(axis, of_value)
+            limit = replace(limit, value_limit=None if later is None else later.limit)
+        found.append(limit)
     return sorted(found, key=lambda limit: not limit.core)
 
 
 Ask = Callable[[float], str | None]
+VALUE = "value"
 
 
 def _search(axis: str, ask: Ask) -> Limit | None:
@@ -85,13 +96,13 @@ def _search(axis: str, ask: Ask) -> Limit | None:
             middle = (low + high) / 2
             said = ask(middle)
             low, high, behaviour = (middle, high, behaviour) if said is None else (low, middle, said)
-        return Limit(axis, high, behaviour, high <= CORE[axis])
+        return Limit(axis, high, behaviour, high <= CORE[axis], not behaviour.startswith(VALUE))
     return None
 
 
 def _asker(
     candidate: Loss, standard: Standard, shape: Shape, axis: str, classes: int, dtype: torch.dtype,
-    allowed_in: torch.dtype, up_to_scale: bool,
+    allowed_in: torch.dtype, scale: float | None, value_alone: bool = False,
 ) -> Ask:  # fmt: skip
     def ask(value: float) -> str | None:
         batch = _batch(axis, value, classes, shape).at(dtype)
@@ -101,15 +112,22 @@ def _asker(
             return None  # the reference itself gives nothing to hold the candidate to
         found = evaluate(candidate, batch, dtype, standard.device)
         if found.error:
-            return f"raises {found.error}"
+            return f"loss raises {found.error}"
+        if value_alone:
+            return None if found.value is None else _of_value(found.value)
         judgement = compare(found, fresh, batch, dtype, allowed_in)
-        return _behaviour(found, judgement, up_to_scale)
+        return _behaviour(found, judgement, scale)
 
     return ask
 
 
-def _behaviour(found: Evaluation, judgement: Judgement, up_to_scale: bool) -> str | None:
-    right = judgement.parallel if up_to_scale else judgement.same
+def _behaviour(found: Evaluation, judgement: Judgement, scale: float | None) -> str | None:
+    if scale is None:
+        right = judgement.same
+    elif judgement.interval.determined:
+        right = judgement.parallel
+    else:
+        right = judgement.growth <= CONSTANT * max(1.0, scale)
     if not right:
         gradients = [g for g in found.gradients.values() if g is not None]
         if any(g.isnan().any() for g in gradients):
@@ -118,10 +136,14 @@ def _behaviour(found: Evaluation, judgement: Judgement, up_to_scale: bool) -> st
             return "gradient is infinite"
         first = gradients[0].flatten(0, -2)
         return "gradient is exactly 0" if (first == 0).all(-1).any() else "gradient is wrong"
-    value = found.value
-    if value is not None and not value.isfinite():
-        return f"value is {'NaN' if value.isnan() else 'infinite'}"
-    return "value is wrong" if not up_to_scale and judgement.value_units > CONSTANT else None
+    said = None if found.value is None else _of_value(found.value)
+    if said is not None:
+        return said
+    return "value is wrong" if scale is None and judgement.value_units > CONSTANT else None
+
+
+def _of_value(value: Tensor) -> str | None:
+    return None if value.isfinite() else f"value is {'NaN' if value.isnan() else 'infinite'}"
 
 
 def _finite(found: Evaluation) -> bool:
@@ -136,10 +158,10 @@ def _batch(axis: str, value: float, classes: int, shape: Shape) -> Batch:
     if shape.fused:
         return _fused(axis, value, labels, classes, shape, draw)
     logits = torch.randn(rows, classes, generator=draw, dtype=torch.float64)
-    if axis in ("gap", "confidence"):
-        others = logits.scatter(1, labels[:, None], -math.inf).amax(1)
+    if axis in ("gap", "confidence"):  # one other class alone matters, so that a gap is -log p_y to three digits
         sign = 1 if axis == "confidence" else -1
-        logits = logits.scatter(1, labels[:, None], (others + sign * value)[:, None])
+        rival = (labels + 1) % classes
+        logits = (logits - APART).scatter(1, rival[:, None], 0.0).scatter(1, labels[:, None], sign * value)
     elif axis == "offset":
         logits = logits + value * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(rows)[:rows, None]
     elif axis == "masked":

@@ -38,6 +38,7 @@ class Judgement:
         surprise: -log p_y of the rows [N].
         interval: the factor between the gradients.
         residual: as `units`, once the factor is taken out.
+        growth: the largest factor by which a row exceeds the reference's own size and its tolerance.
         distance: ||g_B - g_A|| / ||g_A||, both in this precision.
         value_error: value minus the exact one.
         value_units: the same, in units of its own.
@@ -53,6 +54,7 @@ class Judgement:
     surprise: Tensor = field(default_factory=lambda: torch.empty(0))
     interval: ScaleInterval = UNKNOWN_SCALE
     residual: float = torch.inf
+    growth: float = torch.inf
     distance: float = torch.nan
     value_error: float = torch.nan
     value_units: float = torch.inf
@@ -75,9 +77,14 @@ class Judgement:
         return (self.surprise >= low) & (self.surprise <= high) & (not far)
 
     @property
+    def dtype_name(self) -> str:
+        """float32, say."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def where(self) -> str:
         """The batch and the precision in words."""
-        return f"{str(self.dtype).removeprefix('torch.')}, {self.batch.where}"
+        return f"{self.dtype_name}, {self.batch.where}"
 
 
 class Standard:
@@ -111,13 +118,17 @@ class Standard:
             self._rows[id(batch)] = batch, rows
         return self._rows[id(batch)][1]
 
-    def allowed(self, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The unit of every row of every gradient, in `dtype`."""
-        rows, own, exact = self.rows(batch), self.at(batch, dtype), self.exact(batch)
+    def rounding(self, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What rounding in `dtype` must cost every row of every gradient, whoever computes it."""
         flat = {"hidden": None if batch.hidden is None else batch.hidden.flatten(0, -2), "weight": batch.weight}
+        rows, u = self.rows(batch), unit_roundoff(dtype)
+        return {name: units(rows, u, name, **flat) for name in differentiable(batch)}
+
+    def allowed(self, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The unit of every row of every gradient: `rounding`, or the reference's own error where that is larger."""
+        own, exact = self.at(batch, dtype), self.exact(batch)
         found = {}
-        for name in differentiable(batch):
-            unit = units(rows, unit_roundoff(dtype), name, **flat)
+        for name, unit in self.rounding(batch, dtype).items():
             if own.error is None:
                 mine = row_errors(_flat(own.exact(name), name), _flat(exact.exact(name), name))
                 unit = torch.maximum(unit, torch.where(mine.isfinite(), mine, 0.0))
@@ -179,6 +190,7 @@ def compare(
         surprise=standard.rows(batch).surprise[known[first]],
         interval=interval,
         residual=_largest(rests),
+        growth=_largest(_size(mine[name]) / (_size(truth[name]) + CONSTANT * allowed[name]) for name in names),
     )
     if own.error is None:
         judgement = replace(judgement, distance=relative_distance(found.exact(first), own.exact(first)))
@@ -193,6 +205,10 @@ def compare(
 def _flat(gradient: Tensor, name: str) -> Tensor:
     """Rows first: [N, ...] for logits and hidden, whatever shape the rows had."""
     return gradient.flatten(0, -2) if name in ("logits", "hidden") else gradient
+
+
+def _size(gradient: Tensor) -> Tensor:
+    return row_errors(gradient, torch.zeros_like(gradient))
 
 
 def _largest(parts: Iterable[Tensor]) -> float:

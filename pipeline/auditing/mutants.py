@@ -5,8 +5,6 @@ Each takes logits [..., C] and target_probs [..., C], zero in ignored rows, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +25,11 @@ _NEWTON_STEPS = 8
 def cross_entropies(logits: Tensor, target_probs: Tensor) -> Tensor:
     """-sum_c y_c log p_c of every row, [...]."""
     return -(target_probs * F.log_softmax(logits, -1)).sum(-1)
+
+
+def mean_cross_entropy(logits: Tensor, target_probs: Tensor) -> Tensor:
+    """What every mutant is at d = 0."""
+    return _mean(cross_entropies(logits, target_probs), target_probs)
 
 
 def _mean(losses: Tensor, target_probs: Tensor) -> Tensor:
@@ -135,15 +138,3 @@ MUTANTS: dict[str, Mutant] = {
     "entmax 1 + d": entmax,
     "gradient noise": gradient_noise,
 }
-
-
-def smallest_caught(caught: Callable[[Any], bool], mutant: Mutant) -> float | None:
-    """The smallest d of the ladder at which `caught(loss)` holds, if it holds at all; found by bisection."""
-    low, high = 0, len(LADDER)  # caught below `low`, not from `high` on
-    while low < high:
-        middle = (low + high) // 2
-        if caught(partial(mutant, d=LADDER[middle])):
-            low = middle + 1
-        else:
-            high = middle
-    return LADDER[low - 1] if low else None

@@ -1,0 +1,125 @@
+"""What all candidates of an audit share: the reference, the batches, and what the reference makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from pipeline.auditing import oracle
+from pipeline.auditing.batches import CLASSES, VOCABULARIES, Batch, Shape, grid
+from pipeline.auditing.calls import NO_GRADIENT, Loss
+from pipeline.auditing.judging import Standard
+from pipeline.auditing.normaliser import Normaliser, normaliser
+from pipeline.auditing.power import smallest_differences
+from pipeline.errors import UsageError
+from pipeline.numerics import in_units, row_errors
+
+BOTH = (torch.float32, torch.float64)
+LOW = (torch.bfloat16, torch.float16)
+ORACLE_LOGITS = 600  # in the batches that mpmath is asked about
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """float32, for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass
+class Audit:
+    """One reference on one grid, ready for any number of candidates.
+
+    Attributes:
+        dtypes: float32 and float64, or the one low precision that was declared.
+        own_batches: batches of the user's, asked besides the grid.
+    """
+
+    reference: Loss
+    shape: Shape
+    dtypes: tuple[torch.dtype, ...] = BOTH
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    own_batches: Sequence[Batch] = ()
+
+    def __post_init__(self) -> None:
+        """Make the grid and ask the reference; both once for all candidates."""
+        self.standard = Standard(self.reference, self.device)
+        asked = [*grid(self.shape), *self.own_batches]
+        self.cells = [(batch.at(dtype), dtype) for batch in asked for dtype in self.dtypes]
+        usable = [(batch, dtype) for batch, dtype in self.cells if self.standard.exact(batch).error is None]
+        if not usable:
+            error = self.standard.exact(self.cells[0][0]).error or ""
+            hint = "it has to return a scalar that is differentiable" if NO_GRADIENT in error else "check args"
+            raise UsageError(f"the reference cannot be called on any batch: {error}; {hint}")
+        self.refused = len(self.cells) - len(usable)
+        self.cells = usable
+
+    @property
+    def low(self) -> torch.dtype | None:
+        """The declared low precision, where one is."""
+        return self.dtypes[0] if self.dtypes[0] in LOW else None
+
+    @cached_property
+    def normaliser(self) -> Normaliser:
+        """What the reference divides by."""
+        return normaliser(self.reference, self.shape, self.device, self.low or torch.float64, None)
+
+    @cached_property
+    def power(self) -> Mapping[str, Mapping[str, float | None]]:
+        """The smallest difference of each kind that this grid catches, by precision."""
+        return smallest_differences(self.shape, self.cells, self.device)
+
+    @cached_property
+    def oracle_units(self) -> float | None:
+        """How far the reference in float64 is from the mean cross-entropy in 50 digits, in float64's units.
+
+        None where it is no mean cross-entropy, or no batch is small enough.
+        """
+        largest = None
+        for batch, dtype in self.cells:
+            if batch.hidden is not None or batch.logits.numel() > ORACLE_LOGITS or dtype != self.dtypes[-1]:
+                continue
+            valid = batch.valid.flatten()
+            logits, targets = (t.flatten(0, -2)[valid] for t in (batch.logits, batch.target_probs))
+            exact = oracle.cross_entropy(logits.tolist(), targets.tolist())
+            found = self.standard.exact(batch).exact("logits").flatten(0, -2)[valid]
+            unit = self.standard.rounding(batch, torch.float64)["logits"][valid]
+            units = in_units(row_errors(found, exact.gradient), unit).max().item()
+            largest = units if largest is None else max(largest, units)
+        return largest
+
+
+def audit_of(
+    reference: Loss,
+    candidate_args: Sequence[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ignore_index: int | None = None,
+    soft_targets: bool = False,
+    tokens: bool = False,
+    num_classes: Sequence[int] | None = None,
+    batches: Sequence[Batch] = (),
+) -> Audit:
+    """An audit for candidates that take `candidate_args`; a fused one makes every batch a fused one.
+
+    Raises:
+        UsageError: the reference cannot be called, or an argument is out of its range.
+    """
+    if dtype is not None and dtype not in (*LOW, *BOTH):
+        raise UsageError(f"dtype={dtype}; give one of torch.bfloat16, float16, float32 and float64, or nothing")
+    args = {*reference.args, *candidate_args}
+    fused = bool(args & {"hidden", "weight", "bias"})
+    if num_classes is None:
+        classes: tuple[int, ...] = VOCABULARIES if fused or tokens else CLASSES
+    else:
+        classes = tuple(num_classes)
+    if not classes or any(c < 2 for c in classes):
+        raise UsageError(f"num_classes={list(classes)}; give numbers of classes, each at least 2")
+    shape = Shape(classes, tokens, fused, "bias" in args, soft_targets, ignore_index)
+    return Audit(reference, shape, BOTH if dtype is None else (dtype,), torch.device(device), batches)
+
+
+MEAN_CROSS_ENTROPY = Loss(F.cross_entropy, ("logits", "labels"))

@@ -1,0 +1,122 @@
+"""Batches of a user's own run: what reaches the loss while a model trains, kept for the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pipeline.auditing.batches import Batch
+from pipeline.errors import UsageError
+
+MOST = 4  # batches that are kept
+_WITH_LOGITS = (F.cross_entropy,)
+_WITH_LOG_PROBS = (F.nll_loss, F.kl_div)
+
+
+class Captured(list[Batch]):
+    """The batches kept so far; a list that `check(..., batches=...)` takes as it is."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.head: tuple[Tensor, nn.Linear] | None = None
+
+    def add(self, logits: Tensor, target: Tensor, ignore_index: int = -100) -> None:
+        """Keep a batch: logits [..., C], and labels int64 [...] or target probabilities [..., C].
+
+        Where the logits are what the model's last linear layer has just given, its input and weights are kept too.
+
+        Raises:
+            UsageError: the shapes do not fit each other.
+        """
+        if len(self) >= self.most:
+            return
+        classes = logits.shape[-1]
+        logits, target = logits.detach().cpu().double(), target.detach().cpu()
+        hard = not target.is_floating_point()
+        if (hard and target.shape != logits.shape[:-1]) or (not hard and target.shape != logits.shape):
+            raise UsageError(
+                f"capture: logits {list(logits.shape)} and target {list(target.shape)} do not fit; "
+                "give labels [...] or target probabilities [..., C] for logits [..., C]"
+            )
+        valid = target != ignore_index if hard else torch.ones(logits.shape[:-1], dtype=torch.bool)
+        if hard:
+            probs = F.one_hot(target.where(valid, 0), classes).double() * valid[..., None]
+            labels = target.long()
+        else:
+            probs, labels = target.double(), target.argmax(-1)
+        self.append(Batch("captured", logits, labels, probs, valid, *self._fused(logits)))
+
+    def _fused(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self.head is None:
+            return None, None, None
+        hidden, layer = self.head
+        made = F.linear(*(None if t is None else t.detach().cpu().double() for t in (hidden, layer.weight, layer.bias)))
+        if made.shape != logits.shape or not torch.allclose(made, logits, rtol=1e-2, atol=1e-2):
+            return None, None, None
+        bias = None if layer.bias is None else layer.bias.detach().cpu().double()
+        return hidden.detach().cpu().double(), layer.weight.detach().cpu().double(), bias
+
+
+class _Listening(TorchFunctionMode):
+    """Keeps what torch's own losses are called with."""
+
+    def __init__(self, captured: Captured) -> None:
+        super().__init__()
+        self.captured = captured
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _WITH_LOGITS or func in _WITH_LOG_PROBS:
+            given = dict(zip(("input", "target"), args, strict=False)) | kwargs
+            self._keep(given["input"], given["target"], kwargs.get("ignore_index", -100))
+        return func(*args, **kwargs)
+
+    def _keep(self, logits: Tensor, target: Tensor, ignore_index: int) -> None:
+        if logits.ndim > 2:  # torch has classes second
+            logits = logits.movedim(1, -1)
+            target = target.movedim(1, -1) if target.is_floating_point() else target
+        self.captured.add(logits, target, ignore_index)
+
+
+@contextmanager
+def capture(model: nn.Module, most: int = MOST) -> Iterator[Captured]:
+    """Keep the first batches that reach a loss inside the block.
+
+    torch's `cross_entropy`, `nll_loss` and `kl_div`, and the modules over them, are listened to; for any other loss
+    call `.add(logits, target)`. Log-probabilities serve as logits: they are logits of the same probabilities. Of a
+    model whose last linear layer gives the logits, (hidden, weight, bias) are kept too, for fused losses.
+
+    Example:
+        with capture(model) as batches:
+            F.cross_entropy(model(x), y).backward()
+        assert_same_loss(mine, F.cross_entropy, batches=batches)
+
+    Raises:
+        UsageError: no loss was seen.
+    """
+    captured = Captured(most)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+    def remember(layer: nn.Module, given: tuple[Any, ...], _: Any) -> None:
+        if isinstance(layer, nn.Linear):
+            captured.head = given[0], layer
+
+    hooks = [layer.register_forward_hook(remember) for layer in layers[-1:]]
+    try:
+        with _Listening(captured):
+            yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not captured:
+        raise UsageError(
+            "capture saw no call of cross_entropy, nll_loss or kl_div; "
+            "call .add(logits, target) where your own loss is computed"
+        )

@@ -1,0 +1,170 @@
+"""From what every batch showed to one word of the objective axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.auditing.judging import Judgement
+from pipeline.numerics import CONSTANT, ScaleInterval, best, overlap
+
+SAMENESS = ("identical", "rounding", "offset")
+DIGITS = 12
+SHARP = 1e-10
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The factor between two gradients.
+
+    Attributes:
+        formula: the factor in terms of C where one fits ("1/C", "0.1"), else "by C"; of a reweighted loss "by batch".
+        by_classes: the factor for each C; of a reweighted loss the smallest and the largest that was met.
+    """
+
+    formula: str
+    by_classes: Mapping[int, float | tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A word, why, and the smallest batch that speaks against sameness."""
+
+    word: str
+    reason: str
+    scale: Scale | None = None
+    worst: Judgement | None = None
+    broken: Sequence[Judgement] = field(default=(), repr=False)
+
+
+def decide(cells: Sequence[Judgement]) -> Decision:
+    """The word for a candidate whose gradients were judged in these cells, in the order of protocol section 2."""
+    failing = [cell for cell in cells if not cell.same]
+    if not failing:
+        if all(cell.bitwise for cell in cells):
+            return Decision("identical", f"gradients equal bit for bit in {len(cells)} of {len(cells)} batches")
+        largest = max(cell.units for cell in cells)
+        return Decision("rounding", f"gradients equal up to rounding: errors of {largest:.2g} units at most")
+    worst = failing[0]
+    if not any(cell.finite for cell in cells):
+        return Decision("different", "gradients are not finite in any batch", worst=worst, broken=failing)
+    if _ordinary_rows_hold(cells):
+        return Decision("domain", "", worst=worst, broken=failing)
+    return _scaled(cells, failing)
+
+
+def _ordinary_rows_hold(cells: Sequence[Judgement]) -> bool:
+    """Rows with .1 <= -log p_y <= 1 are right wherever they occur, whatever shares the batch with them."""
+    for dtype in {cell.dtype for cell in cells}:
+        asked = [cell for cell in cells if cell.dtype == dtype]
+        if not any(cell.ordinary.any() for cell in asked):
+            return False
+        if any((cell.row_units[cell.ordinary] > CONSTANT).any() for cell in asked):
+            return False
+    return all(cell.same for cell in cells if cell.batch.family == "ordinary")
+
+
+def _scaled(cells: Sequence[Judgement], failing: Sequence[Judgement]) -> Decision:
+    """Parallel to the reference in every batch where that can be told, or not at all."""
+    worst = failing[0]
+    finite = [cell for cell in cells if cell.finite]
+    known = [cell for cell in finite if cell.interval.determined]
+    crooked = [cell for cell in known if not cell.parallel]
+    if not known or crooked:
+        reason = _apart(cells, failing, known, crooked)
+        return Decision("different", reason, worst=crooked[0] if crooked else worst, broken=failing)
+    factors = [cell.interval.factor for cell in known]
+    if min(factors) < 0:
+        turned = "points the other way" if max(factors) < 0 else "points the other way in some batches"
+        reason = f"the gradient {turned}: k from {min(factors):.4g} to {max(factors):.4g}"
+        return Decision("different", reason, worst=worst, broken=failing)
+    if any(cell.growth > CONSTANT * max(factors) for cell in finite if not cell.interval.determined):
+        return Decision(
+            "different", "parallel in most batches, finite and wrong in others", worst=worst, broken=failing
+        )
+    missing = [cell for cell in cells if not cell.finite]
+    by_classes: dict[int, list[ScaleInterval]] = {}
+    for cell in known:
+        by_classes.setdefault(cell.batch.num_classes, []).append(cell.interval)
+    if all(overlap(intervals) for intervals in by_classes.values()):
+        scale = _constant({c: best(intervals) for c, intervals in sorted(by_classes.items())})
+        return Decision("scaled", f"k = {scale.formula} in every batch", scale, worst, missing)
+    spans = {c: _span(intervals) for c, intervals in sorted(by_classes.items())}
+    reason = f"parallel in every batch, k from {min(factors):.4g} to {max(factors):.4g}"
+    return Decision("reweighted", reason, Scale("by batch", spans), worst, missing)
+
+
+def _span(intervals: Sequence[ScaleInterval]) -> tuple[float, float]:
+    sharp = [interval for interval in intervals if interval.tolerance < SHARP * abs(interval.factor)] or intervals
+    factors = [interval.factor for interval in sharp]
+    return min(factors), max(factors)
+
+
+def _constant(by_classes: Mapping[int, float]) -> Scale:
+    """One formula for all C, where there is one to DIGITS digits."""
+    rounded = {c: float(f"{k:.{DIGITS}g}") for c, k in by_classes.items()}
+    powers = {"{}": 0, "{}/C": 1, "{}*C": -1} if len(by_classes) > 1 else {"{}": 0}
+    for form, power in powers.items():
+        values = [k * float(c) ** power for c, k in by_classes.items()]
+        if all(math.isclose(value, values[0], rel_tol=10.0**-DIGITS) for value in values):
+            formula = form.format(f"{values[0]:.{DIGITS}g}")
+            return Scale("C" if formula == "1*C" else formula, rounded)
+    return Scale("by C", rounded)
+
+
+# --- what tells the batches where a candidate is right from those where it is wrong
+
+Trait = tuple[str, Callable[[Judgement], bool]]
+
+
+def _apart(
+    cells: Sequence[Judgement],
+    failing: Sequence[Judgement],
+    known: Sequence[Judgement],
+    crooked: Sequence[Judgement],
+) -> str:
+    where = separating(cells, failing)
+    if where is not None:
+        return f"wrong {where}"
+    if not known:
+        return "gradients bear no relation to the reference's"
+    largest = max(crooked, key=lambda cell: cell.residual if math.isfinite(cell.residual) else 0.0)
+    return (
+        f"not parallel to the reference: off by {largest.distance:.2g} relative to it, "
+        f"{largest.residual:.2g} units of rounding, where {CONSTANT:g} are allowed ({largest.where})"
+    )
+
+
+def separating(cells: Sequence[Judgement], failing: Sequence[Judgement]) -> str | None:
+    """The one trait that all failing batches share and no other has, in words."""
+    failed = {id(cell) for cell in failing}
+    if len(failed) == len(cells):
+        return None
+    for words, holds in _traits(cells):
+        if all(holds(cell) == (id(cell) in failed) for cell in cells):
+            return words
+    return None
+
+
+def _traits(cells: Sequence[Judgement]) -> list[Trait]:
+    traits: list[Trait] = [
+        ("on inputs that are not contiguous", lambda cell: cell.batch.layout != "contiguous"),
+        ("where a gradient other than 1 reaches it from outside", lambda cell: cell.batch.upstream != 1),
+        ("where some targets are ignored", lambda cell: not bool(cell.batch.valid.all())),
+        ("in a batch of one row", lambda cell: cell.batch.num_rows == 1),
+    ]
+    traits += [(f"in {dtype}", _is(lambda cell: cell.dtype_name, dtype)) for dtype in {c.dtype_name for c in cells}]
+    for rows in sorted({cell.batch.num_rows for cell in cells})[:-1]:
+        traits.append((f"in batches of more than {rows} rows", _above(lambda cell: cell.batch.num_rows, rows)))
+    for classes in sorted({cell.batch.num_classes for cell in cells})[:-1]:
+        traits.append((f"for more than {classes} classes", _above(lambda cell: cell.batch.num_classes, classes)))
+    return traits
+
+
+def _is(read: Callable[[Judgement], str], value: str) -> Callable[[Judgement], bool]:
+    return lambda cell: read(cell) == value
+
+
+def _above(read: Callable[[Judgement], int], value: int) -> Callable[[Judgement], bool]:
+    return lambda cell: read(cell) > value

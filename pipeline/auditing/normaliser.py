@@ -1,0 +1,236 @@
+"""What a loss divides by, told from the loss alone by how rows weigh in batches and by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.auditing.batches import Batch, Shape, make_batch
+from pipeline.auditing.calls import Loss, differentiable, evaluate
+
+CLASSES = 5
+SHAPES = ((12,), (7,), (8,), (1,), (5,))
+TOKEN_SHAPES = ((3, 4), (2, 6), (5, 2), (1, 6), (4, 1))
+EXACT, SINGLE, LOW = 1e-8, 1e-4, 5e-2
+WORDS = ("a constant", "valid targets", "rows", "B", "T", "sum of class weights", "means of groups")
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """What a loss divides the sum over its rows by.
+
+    Attributes:
+        divides_by: one of `WORDS`; "not a sum over rows"; or the divisor found, where it is none of these.
+        accumulation: for two micro-batches, by how they are put together, the relative distance to the gradient of
+            the whole batch: {"sum": d, "mean": d, "mean of unequal": d}. Means over data-parallel ranks are the same.
+        cosine: of the mean over micro-batches of unequal valid counts with the whole batch.
+    """
+
+    divides_by: str
+    accumulation: Mapping[str, float] = field(default_factory=dict)
+    cosine: float | None = None
+
+    @property
+    def survives(self) -> str:
+        """Which way of putting micro-batches together gives the whole batch's gradient."""
+        kept = [way for way, distance in self.accumulation.items() if distance < SINGLE]
+        names = {"sum": "a sum", "mean": "a mean of equal micro-batches", "mean of unequal": "a mean of unequal ones"}
+        return ", ".join(names[way] for way in kept) or "none"
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """alpha_i = <g_i, a_i> / <a_i, a_i> of each valid row: g_i its gradient in the batch, a_i by itself."""
+
+    batch: Batch
+    alpha: Tensor
+    rest: float  # the largest part of a g_i, relative to it, that does not lie along a_i
+
+    @property
+    def labels(self) -> list[int]:
+        return [int(label) for label in self.batch.labels.flatten()[self.batch.valid.flatten()]]
+
+
+def normaliser(
+    loss: Loss, shape: Shape, device: torch.device, dtype: torch.dtype, computes_in: torch.dtype | None
+) -> Normaliser:
+    """Name the divisor of a loss.
+
+    A row's gradient by itself is compared with its gradient in batches of several sizes, mixes of classes and numbers
+    of ignored rows: a sum over rows divided by D gives alpha_i = D(row) / D(batch).
+
+    Args:
+        computes_in: a coarser precision than `dtype` that the loss is known to compute in.
+    """
+    tolerance = {torch.float64: EXACT, torch.float32: SINGLE}.get(computes_in or dtype, LOW)
+    draw = torch.Generator().manual_seed(5)
+    classes = CLASSES if min(shape.num_classes) <= CLASSES <= max(shape.num_classes) else shape.num_classes[0]
+    found = []
+    for place, lead in enumerate(TOKEN_SHAPES if shape.tokens else SHAPES):
+        batch = _batch(lead, classes, shape, draw, place).at(dtype)
+        weights = _weights(loss, batch, dtype, device)
+        if isinstance(weights, str):
+            return Normaliser(weights)
+        found.append(weights)
+    survival = _survival(loss, classes, shape, dtype, device)
+    return Normaliser(_named(found, tolerance), *survival)
+
+
+def _batch(lead: Sequence[int], classes: int, shape: Shape, draw: torch.Generator, place: int) -> Batch:
+    """Every class more than once where there is room; where rows may be ignored, unevenly spread ones are."""
+    batch = make_batch("random", lead, classes, shape, draw, first=1)
+    if shape.ignore_index is None or batch.num_rows == 1:
+        return batch
+    ignored = torch.arange(batch.num_rows) % 5 == 2
+    ignored[: place % 3] = True
+    return ignoring(batch, ignored.view(batch.labels.shape), shape.ignore_index)
+
+
+def ignoring(batch: Batch, ignored: Tensor, ignore_index: int) -> Batch:
+    """The batch with some of its rows to be ignored."""
+    labels = batch.labels.masked_fill(ignored, ignore_index)
+    targets = batch.target_probs.masked_fill(ignored[..., None], 0.0)
+    return replace(batch, labels=labels, target_probs=targets, valid=batch.valid & ~ignored)
+
+
+def _weights(loss: Loss, batch: Batch, dtype: torch.dtype, device: torch.device) -> _Weights | str:
+    whole = evaluate(loss, batch, dtype, device)
+    if whole.error is not None:
+        return f"not measured: {whole.error}"
+    name = differentiable(batch)[0]
+    together = whole.exact(name).flatten(0, -2)
+    alphas, rests = [], [0.0]
+    for i in torch.nonzero(batch.valid.flatten())[:, 0].tolist():
+        single = evaluate(loss, single_row(batch, i), dtype, device)
+        if single.error is not None:
+            return f"not measured: refuses a batch of one row ({single.error})"
+        alone = single.exact(name).flatten(0, -2)[0]
+        alpha = (together[i] @ alone) / (alone @ alone)
+        alphas.append(alpha)
+        rests.append(((together[i] - alpha * alone).norm() / (alpha * alone).norm()).item())
+    return _Weights(batch, torch.stack(alphas), max(r if r == r else torch.inf for r in rests))
+
+
+def single_row(batch: Batch, i: int) -> Batch:
+    """Row i by itself, in as many dimensions."""
+    lead = (1,) * batch.labels.ndim
+    taken = {name: getattr(batch, name).flatten(0, -2)[i].view(*lead, -1) for name in ("logits", "target_probs")}
+    hidden = None if batch.hidden is None else batch.hidden.flatten(0, -2)[i].view(*lead, -1)
+    labels, valid = (t.flatten()[i].view(lead) for t in (batch.labels, batch.valid))
+    return replace(batch, labels=labels, valid=valid, hidden=hidden, **taken)
+
+
+# --- naming
+
+
+def _named(found: Sequence[_Weights], tolerance: float) -> str:
+    if any(not weights.alpha.isfinite().all() or weights.rest > tolerance for weights in found):
+        return "not a sum over rows"
+
+    def near(value: float, other: float) -> bool:
+        return abs(value - other) <= tolerance * max(1.0, abs(other))
+
+    if all(near(a, weights.alpha[0].item()) for weights in found for a in weights.alpha.tolist()):
+        divisors = [1 / weights.alpha[0].item() for weights in found]
+        return _counted(divisors, [weights.batch for weights in found], near)
+    if _by_class(found, near):
+        return "sum of class weights"
+    return "means of groups" if _in_groups(found, near) else "a different weight for every row"
+
+
+Near = Callable[[float, float], bool]
+
+
+def _counted(divisors: Sequence[float], batches: Sequence[Batch], near: Near) -> str:
+    """The count that all divisors are; of several that fit, the plainest."""
+    counts: dict[str, Callable[[Batch], int]] = {
+        "a constant": lambda _: 1,
+        "rows": lambda batch: batch.num_rows,
+        "valid targets": lambda batch: int(batch.valid.sum()),
+        "B": lambda batch: batch.labels.shape[0],
+        "T": lambda batch: batch.labels.shape[-1],
+    }
+    for word, count in counts.items():
+        if all(near(divisor / count(batch), 1.0) for divisor, batch in zip(divisors, batches, strict=True)):
+            return word
+    shown = ", ".join(f"{d:.6g} for {batch.num_rows} rows" for d, batch in zip(divisors[:2], batches[:2], strict=True))
+    return f"another count ({shown})"
+
+
+def _by_class(found: Sequence[_Weights], near: Near) -> bool:
+    """alpha_i = w_y / sum_j w_y_j: alphas sum to 1 and have one ratio between two classes in every batch."""
+    relative: dict[int, float] = {}
+    for weights in found:
+        alpha, labels = weights.alpha.tolist(), weights.labels
+        if not near(sum(alpha), 1.0):
+            return False
+        shared = next((i for i, label in enumerate(labels) if label in relative), None)
+        size = alpha[shared] / relative[labels[shared]] if shared is not None else alpha[0]
+        for a, label in zip(alpha, labels, strict=True):
+            if not near(a / size / relative.setdefault(label, a / size), 1.0):
+                return False
+    return True
+
+
+def _in_groups(found: Sequence[_Weights], near: Near) -> bool:
+    """Neighbouring rows weigh alike, and every such run weighs a whole multiple of one share."""
+    for weights in found:
+        totals = []
+        for _, run in groupby(weights.alpha.tolist(), key=lambda a: float(f"{a:.4g}")):
+            totals.append(sum(run))
+        share = min(totals)
+        if share <= 0 or any(not near(total / share, round(total / share)) for total in totals):
+            return False
+    return True
+
+
+# --- micro-batches
+
+
+def _survival(
+    loss: Loss, classes: int, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, float], float | None]:
+    """How far sums and means over two micro-batches are from the gradient of the whole batch."""
+    draw = torch.Generator().manual_seed(6)
+    lead = (4, 3) if shape.tokens else (12,)
+    batch = make_batch("random", lead, classes, replace(shape, ignore_index=None), draw)
+    half = batch.labels.shape[0] // 2
+    cut = half // 2 if shape.ignore_index is None else half
+    uneven = batch
+    if shape.ignore_index is not None:  # most of the first half is ignored
+        ignored = torch.zeros(batch.num_rows, dtype=torch.bool)
+        ignored[: batch.num_rows // 2 - 1] = True
+        uneven = ignoring(batch, ignored.view(batch.labels.shape), shape.ignore_index)
+    name = differentiable(batch)[0]
+
+    def gradient(part: Batch) -> Tensor | None:
+        found = evaluate(loss, part.at(dtype), dtype, device)
+        return None if found.error is not None else found.exact(name)
+
+    distances: dict[str, float] = {}
+    cosine = None
+    for way, whole, split in (("mean", batch, half), ("mean of unequal", uneven, cut)):
+        kept = torch.arange(whole.labels.shape[0]) < split
+        parts = [gradient(whole), gradient(whole.rows(kept)), gradient(whole.rows(~kept))]
+        if any(part is None for part in parts):
+            return {}, None
+        full, joined = parts[0], torch.cat([part for part in parts[1:] if part is not None])
+        if full is None:
+            return {}, None
+        if way == "mean of unequal":
+            distances["sum"] = max(distances["sum"], _distance(joined, full))
+            cosine = F.cosine_similarity(joined.flatten(), full.flatten(), dim=0).item()
+        else:
+            distances["sum"] = _distance(joined, full)
+        distances[way] = _distance(joined / 2, full)
+    return distances, cosine
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    distance = ((a - b).norm() / b.norm()).item()
+    return distance if distance == distance else torch.inf

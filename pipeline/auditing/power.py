@@ -1,0 +1,67 @@
+"""How small a difference the grid catches: the ladder of mutants, asked through the same gate as any candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.auditing.batches import Batch, Shape
+from pipeline.auditing.calls import Loss
+from pipeline.auditing.judging import Standard, judge
+from pipeline.auditing.mutants import LADDER, MUTANTS, Mutant, mean_cross_entropy
+from pipeline.auditing.precision import systematic_part
+from pipeline.numerics import SYSTEMATIC
+
+LARGEST = 8192  # logits in a batch that the ladder is tried on: what it misses there, larger batches may still catch
+INSIDE = "float32 inside float64"
+_ARGS = ("logits", "target_probs")
+
+Cells = Sequence[tuple[Batch, torch.dtype]]
+
+
+def smallest_differences(shape: Shape, cells: Cells, device: torch.device) -> Mapping[str, Mapping[str, float | None]]:
+    """{mutant: {precision: the smallest d that is caught}}; None where not even 0.1 is.
+
+    "float32 inside float64" is a mutant that computes in float32 though it is given float64.
+    """
+    standard = Standard(Loss(mean_cross_entropy, _ARGS), device)
+    small = [(batch, dtype) for batch, dtype in cells if batch.logits.numel() <= LARGEST]
+    dtypes = list(dict.fromkeys(dtype for _, dtype in small))
+    found: dict[str, dict[str, float | None]] = {}
+    for name, mutant in MUTANTS.items():
+        entry: dict[str, float | None] = {}
+        for dtype in dtypes:
+            caught = partial(_differs, standard, [batch for batch, asked in small if asked is dtype], dtype)
+            entry[str(dtype).removeprefix("torch.")] = smallest_caught(caught, mutant)
+        if torch.float64 in dtypes:
+            entry[INSIDE] = smallest_caught(partial(_systematic, standard, shape), mutant)
+        found[name] = entry
+    return found
+
+
+def smallest_caught(caught: Any, mutant: Mutant) -> float | None:
+    """The smallest d of the ladder at which `caught(mutant, d)` holds, if it does at all; found by bisection."""
+    low, high = 0, len(LADDER)  # caught below `low`, not from `high` on
+    while low < high:
+        middle = (low + high) // 2
+        if caught(mutant, LADDER[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    return LADDER[low - 1] if low else None
+
+
+def _differs(standard: Standard, batches: Sequence[Batch], dtype: torch.dtype, mutant: Mutant, d: float) -> bool:
+    loss = Loss(partial(mutant, d=d), _ARGS)
+    return any(not judge(loss, standard, batch, dtype).same for batch in batches)
+
+
+def _systematic(standard: Standard, shape: Shape, mutant: Mutant, d: float) -> bool:
+    def inside(logits: Tensor, target_probs: Tensor) -> Tensor:
+        return mutant(logits.float(), target_probs.float(), d)
+
+    return systematic_part(Loss(inside, _ARGS), standard, shape, torch.float64) >= SYSTEMATIC

@@ -1,0 +1,144 @@
+"""The audit as a Python call: is this loss the same function as that one?
+
+    from likelihood_lab import assert_same_loss
+    assert_same_loss(my_cross_entropy, torch.nn.functional.cross_entropy)
+
+Neither Hydra, Lightning nor MLflow is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pipeline.auditing.audit import Audit, audit_of
+from pipeline.auditing.batches import Batch
+from pipeline.auditing.calls import Loss
+from pipeline.auditing.capture import capture
+from pipeline.auditing.examination import examine
+from pipeline.auditing.finding import Finding
+from pipeline.auditing.reproduction import reproduction
+from pipeline.errors import UsageError, did_you_mean, first_line
+from pipeline.formulations import INPUTS, LossFn
+
+__all__ = ["Finding", "assert_same_loss", "capture", "check"]
+
+LOGITS_AND_LABELS = ("logits", "labels")
+_audits: dict[tuple[Any, ...], Audit] = {}
+
+
+def check(
+    fn: LossFn,
+    reference: LossFn = F.cross_entropy,
+    *,
+    args: Sequence[str] = LOGITS_AND_LABELS,
+    reference_args: Sequence[str] = LOGITS_AND_LABELS,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ignore_index: int | None = None,
+    soft_targets: bool = False,
+    tokens: bool = False,
+    num_classes: Sequence[int] | None = None,
+    batches: Sequence[Batch] = (),
+) -> Finding:
+    r"""Whether `fn` is the same function as `reference`, judged by gradients and values, without training anything.
+
+    Both are called on a grid of batches in float32 and float64; an error is measured in units of what rounding must
+    cost that row, max(the reference's own error, u (1 + max_j max(|z_j|, |log p_j|)) s), u the unit roundoff and s
+    the row's weight; 8 units are allowed.
+
+    Args:
+        fn: returns the scalar objective, or a tuple that begins with it.
+        reference: what it is compared with; usually the mean cross-entropy in nats.
+        args, reference_args: what each receives, in its own order: logits [N, C], log_probs, probs, labels int64 [N],
+            target_probs [N, C], or hidden [N, D], weight [C, D] and bias [C] of fused losses. A reference that takes
+            logits is compared with a fused loss through a linear layer.
+        dtype: judge in this precision alone, such as torch.bfloat16; by default in float32 and float64.
+        ignore_index: the label of rows that count for nothing; some rows then bear it.
+        soft_targets: target_probs are distributions, not one-hot.
+        tokens: logits are [B, T, C] and labels [B, T].
+        num_classes: the C to try; by default 2 to 50 000, and for fused and token losses 2 to 128 256.
+        batches: batches of your own, from `capture`, asked besides the grid.
+
+    Raises:
+        UsageError: the request is wrong; one line that says what to do.
+    """
+    for key, names in (("args", args), ("reference_args", reference_args)):
+        _check_args(key, names)
+    settings: dict[str, Any] = {
+        "dtype": dtype, "device": device, "ignore_index": ignore_index, "soft_targets": soft_targets, "tokens": tokens,
+        "num_classes": None if num_classes is None else tuple(num_classes),
+    }  # fmt: skip
+    if ignore_index is not None and reference is F.cross_entropy:
+        reference = _ignoring(ignore_index)
+    audit = _audit(Loss(reference, tuple(reference_args)), tuple(args), settings, batches)
+    return examined(audit, Loss(fn, tuple(args)))
+
+
+def examined(audit: Audit, loss: Loss) -> Finding:
+    """`examine`, with what the loss prints among the side effects."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        finding = examine(audit, loss)
+    line = next((line for line in printed.getvalue().splitlines() if line.strip()), None)
+    if line is None:
+        return finding
+    return replace(finding, side_effects=(*finding.side_effects, f"prints: {line.strip()[:80]}"))
+
+
+def assert_same_loss(fn: LossFn, reference: LossFn = F.cross_entropy, **settings: Any) -> None:
+    """Fail unless `fn` is identical to `reference`, equal up to rounding, or off by a constant in its value alone.
+
+    Args:
+        settings: as for `check`.
+
+    Raises:
+        AssertionError: with the finding's sentence and a few lines that show the difference.
+    """
+    finding = check(fn, reference, **settings)
+    if not finding.same:
+        message = f"{finding.objective}: {finding.sentence}"
+        raise AssertionError("\n\n".join(filter(None, [message, reproduction(fn, reference, finding, settings)])))
+
+
+def _check_args(key: str, names: Sequence[str]) -> None:
+    if isinstance(names, str):
+        raise UsageError(f"{key}={names!r}; give a tuple such as ('logits', 'labels')")
+    for name in names:
+        if name not in INPUTS:
+            raise UsageError(f"{key} names {name!r}{did_you_mean(name, INPUTS)}; choose from {', '.join(INPUTS)}")
+    if not names:
+        raise UsageError(f"{key} is empty; choose from {', '.join(INPUTS)}")
+
+
+_with_ignore: dict[int, LossFn] = {}
+
+
+def _ignoring(ignore_index: int) -> LossFn:
+    """cross_entropy with its ignore_index; the same object each time, so that its audit is found again."""
+    from functools import partial
+
+    return _with_ignore.setdefault(ignore_index, partial(F.cross_entropy, ignore_index=ignore_index))
+
+
+def _audit(reference: Loss, args: tuple[str, ...], settings: dict[str, Any], batches: Sequence[Batch]) -> Audit:
+    """An audit that is kept for the next candidate of the same shape."""
+    if batches:
+        return audit_of(reference, args, **settings, batches=list(batches))
+    fused = tuple(sorted({"hidden", "weight", "bias"} & {*args, *reference.args}))
+    key = (reference.fn, reference.args, fused, *(str(value) for value in settings.values()))
+    try:
+        if key not in _audits:
+            _audits.clear()  # one at a time: it holds the reference's gradients
+            _audits[key] = audit_of(reference, args, **settings)
+        return _audits[key]
+    except TypeError as error:  # a reference that cannot be hashed
+        if "unhashable" not in first_line(error):
+            raise
+        return audit_of(reference, args, **settings)
