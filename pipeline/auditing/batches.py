@@ -24,6 +24,7 @@ UPSTREAM = 3.7  # a gradient that reaches the loss from outside, as loss scaling
 CORE_GAP = 80.0
 CORE_OFFSET = 100.0
 ORDINARY = (0.1, 1.0)  # -log p_y of rows that every loss should get right
+ORDINARY_LOGITS = 20.0  # and the largest |logit| of theirs: float32's sigmoid is 1 from 17 on
 GAPS = (5.0, 20.0, 40.0, 60.0, 79.0)
 FAMILIES = ("ordinary", "random", "mixed", "wrong", "trained", "confident", "ties", "offset")
 WIDE_FAMILIES = ("ordinary", "random", "mixed", "wrong")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,54 +36,46 @@ class Limit:
         axis: gap, confidence, offset, masked or rows.
         limit: the smallest value found at which they differ, in the axis' unit: logits, classes or rows.
         behaviour: what the loss does there.
-        core: whether that lies inside the core domain.
-        of_gradient: whether it is the gradient that is wrong there, not the value alone.
-        value_limit: where the value is no longer finite, if the gradient fails first.
+        core: whether the gradient fails inside the core domain.
+        then: what fails further out, where gradient and value do not fail together.
     """
 
     axis: str
     limit: float
     behaviour: str
     core: bool
-    of_gradient: bool
-    value_limit: float | None = None
+    then: str | None = None
 
 
-def limits(
-    candidate: Loss, standard: Standard, shape: Shape, dtype: torch.dtype, allowed_in: torch.dtype, scale: float | None
-) -> list[Limit]:
-    """Every axis along which the candidate parts from the reference, those within the core first.
+def limits(candidate: Loss, standard: Standard, shape: Shape, dtype: torch.dtype, scale: float | None) -> list[Limit]:
+    """Every axis along which the candidate parts from the reference in `dtype`, those within the core first.
 
     Args:
-        dtype: the precision of the inputs.
-        allowed_in: the precision that its rounding is judged by.
         scale: the largest factor between the gradients, where there is one other than 1: it is left out of account.
     """
     classes = next((c for c in shape.num_classes if c >= 10), shape.num_classes[0])
     axes = [axis for axis in POINTS if axis != "rows" or dtype in (torch.float16, torch.bfloat16)]
     if shape.fused:  # designed logits would need D = C, and common offsets and masks a bias
         axes = [axis for axis in axes if axis in ("gap", "confidence", "rows")]
-    found = []
-    for axis in axes:
-        if axis == "masked" and classes < 4:
-            continue
-        ask = _asker(candidate, standard, shape, axis, classes, dtype, allowed_in, scale)
-        limit = _search(axis, ask)
-        if limit is None:
-            continue
-        if limit.of_gradient:
-            of_value = _asker(candidate, standard, shape, axis, classes, dtype, allowed_in, scale, value_alone=True)
-            later = _search(axis, of_value)
-            limit = replace(limit, value_limit=None if later is None else later.limit)
-        found.append(limit)
-    return sorted(found, key=lambda limit: not limit.core)
+    if classes < max(POINTS["masked"]) + 2:
+        axes = [axis for axis in axes if axis != "masked"]
+    found = [_limit(axis, _Asker(candidate, standard, shape, axis, classes, dtype, scale)) for axis in axes]
+    return sorted((limit for limit in found if limit is not None), key=lambda limit: not limit.core)
 
 
-Ask = Callable[[float], str | None]
-VALUE = "value"
+def _limit(axis: str, ask: _Asker) -> Limit | None:
+    """The nearer of where the gradient and where the value fails."""
+    gradient = _search(axis, lambda place: ask(place).gradient)
+    value = _search(axis, lambda place: ask(place).value)
+    failed = sorted((found for found in (gradient, value) if found is not None), key=lambda found: found[0])
+    if not failed:
+        return None
+    (nearest, behaviour), *rest = failed
+    then = f"{rest[0][1]} from {rest[0][0]:.4g}" if rest and rest[0][0] > nearest * (1 + RESOLUTION) else None
+    return Limit(axis, nearest, behaviour, gradient is not None and gradient[0] <= CORE[axis], then)
 
 
-def _search(axis: str, ask: Ask) -> Limit | None:
+def _search(axis: str, ask: Callable[[float], str | None]) -> tuple[float, str] | None:
     """The first of the axis' points that fails, moved towards the one before it by bisection."""
     before = 0.0
     for point in POINTS[axis]:
@@ -92,58 +84,74 @@ def _search(axis: str, ask: Ask) -> Limit | None:
             before = float(point)
             continue
         low, high = before, float(point)
-        while axis not in ("masked", "rows") and high - low > RESOLUTION * high:
+        while axis != "masked" and high - low > RESOLUTION * high:
             middle = (low + high) / 2
             said = ask(middle)
             low, high, behaviour = (middle, high, behaviour) if said is None else (low, middle, said)
-        return Limit(axis, high, behaviour, high <= CORE[axis], not behaviour.startswith(VALUE))
+        return high, behaviour
     return None
 
 
-def _asker(
-    candidate: Loss, standard: Standard, shape: Shape, axis: str, classes: int, dtype: torch.dtype,
-    allowed_in: torch.dtype, scale: float | None, value_alone: bool = False,
-) -> Ask:  # fmt: skip
-    def ask(value: float) -> str | None:
-        batch = _batch(axis, value, classes, shape).at(dtype)
-        fresh = Standard(standard.loss, standard.device)  # these batches are asked once
-        exact, own = fresh.exact(batch), fresh.at(batch, dtype)
+@dataclass(frozen=True)
+class _Said:
+    """What is wrong with gradient and value at one place, in words."""
+
+    gradient: str | None = None
+    value: str | None = None
+
+
+@dataclass
+class _Asker:
+    """Compares candidate and reference at a place on an axis, each place once."""
+
+    candidate: Loss
+    standard: Standard
+    shape: Shape
+    axis: str
+    classes: int
+    dtype: torch.dtype
+    scale: float | None
+    heard: dict[float, _Said] = field(default_factory=dict)
+
+    def __call__(self, place: float) -> _Said:
+        if place not in self.heard:
+            self.heard[place] = self._ask(place)
+        return self.heard[place]
+
+    def _ask(self, place: float) -> _Said:
+        batch = _batch(self.axis, place, self.classes, self.shape).at(self.dtype)
+        fresh = Standard(self.standard.loss, self.standard.device)  # these batches are asked once
+        exact, own = fresh.exact(batch), fresh.at(batch, self.dtype)
         if exact.error or own.error or not (_finite(exact) and _finite(own)):
-            return None  # the reference itself gives nothing to hold the candidate to
-        found = evaluate(candidate, batch, dtype, standard.device)
+            return _Said()  # the reference itself gives nothing to hold the candidate to
+        found = evaluate(self.candidate, batch, self.dtype, self.standard.device)
         if found.error:
-            return f"loss raises {found.error}"
-        if value_alone:
-            return None if found.value is None else _of_value(found.value)
-        judgement = compare(found, fresh, batch, dtype, allowed_in)
-        return _behaviour(found, judgement, scale)
+            return _Said(f"loss raises {found.error}")
+        judgement = compare(found, fresh, batch, self.dtype)
+        gradient = None if self._holds(judgement) else _of_gradient(found)
+        return _Said(gradient, None if found.value is None else self._of_value(found.value, judgement))
 
-    return ask
+    def _holds(self, judgement: Judgement) -> bool:
+        if self.scale is None:
+            return judgement.same
+        if judgement.interval.determined:
+            return judgement.parallel
+        return judgement.growth <= CONSTANT * max(1.0, self.scale)
 
-
-def _behaviour(found: Evaluation, judgement: Judgement, scale: float | None) -> str | None:
-    if scale is None:
-        right = judgement.same
-    elif judgement.interval.determined:
-        right = judgement.parallel
-    else:
-        right = judgement.growth <= CONSTANT * max(1.0, scale)
-    if not right:
-        gradients = [g for g in found.gradients.values() if g is not None]
-        if any(g.isnan().any() for g in gradients):
-            return "gradient is NaN"
-        if any(g.isinf().any() for g in gradients):
-            return "gradient is infinite"
-        first = gradients[0].flatten(0, -2)
-        return "gradient is exactly 0" if (first == 0).all(-1).any() else "gradient is wrong"
-    said = None if found.value is None else _of_value(found.value)
-    if said is not None:
-        return said
-    return "value is wrong" if scale is None and judgement.value_units > CONSTANT else None
+    def _of_value(self, value: Tensor, judgement: Judgement) -> str | None:
+        if not value.isfinite():
+            return f"value is {'NaN' if value.isnan() else 'infinite'}"
+        return "value is wrong" if self.scale is None and judgement.value_units > CONSTANT else None
 
 
-def _of_value(value: Tensor) -> str | None:
-    return None if value.isfinite() else f"value is {'NaN' if value.isnan() else 'infinite'}"
+def _of_gradient(found: Evaluation) -> str:
+    gradients = [g for g in found.gradients.values() if g is not None]
+    if any(g.isnan().any() for g in gradients):
+        return "gradient is NaN"
+    if any(g.isinf().any() for g in gradients):
+        return "gradient is infinite"
+    first = gradients[0].flatten(0, -2)
+    return "gradient is exactly 0" if (first == 0).all(-1).any() else "gradient is wrong"
 
 
 def _finite(found: Evaluation) -> bool:

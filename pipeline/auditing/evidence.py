@@ -43,8 +43,7 @@ def evidence(
         "computes_in": None if inside is None else str(inside).removeprefix("torch."),
         "systematic_part": systematic,
         "limits": [
-            {name: getattr(limit, name) for name in ("axis", "limit", "behaviour", "core", "value_limit")}
-            for limit in found
+            {name: getattr(limit, name) for name in ("axis", "limit", "behaviour", "core", "then")} for limit in found
         ],
         "reference_divides_by": audit.normaliser.divides_by,
         "oracle_units": audit.oracle_units,

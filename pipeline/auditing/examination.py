@@ -103,8 +103,8 @@ def _examined(audit: Audit, loss: Loss, answers: _Answers) -> Finding:
     dtype = max({cell.dtype for cell in cells}, key=lambda d: torch.finfo(d).bits)
     decision = _decided(answers, cells, inside, systematic)
     divided = normaliser(loss, audit.shape, audit.device, dtype, inside)
-    found = _limits(audit, loss, decision, cells, inside)
-    if decision.word in ("identical", "rounding") and any(limit.core and limit.of_gradient for limit in found):
+    found = _limits(audit, loss, decision, cells)
+    if decision.word in ("identical", "rounding") and any(limit.core for limit in found):
         decision = replace(decision, word="domain")
     effects = [*answers.effects, *backward_effects(loss, audit.shape, dtype, audit.device)]
     constant = None
@@ -174,13 +174,11 @@ def _decided(
     return decision
 
 
-def _limits(
-    audit: Audit, loss: Loss, decision: Decision, cells: Sequence[Judgement], inside: torch.dtype | None
-) -> list[Limit]:
+def _limits(audit: Audit, loss: Loss, decision: Decision, cells: Sequence[Judgement]) -> list[Limit]:
     if decision.word == "different":
         return []
     dtype = min({cell.dtype for cell in cells}, key=lambda d: torch.finfo(d).bits)
-    return limits(loss, audit.standard, audit.shape, dtype, dtype, _largest_factor(decision.scale))
+    return limits(loss, audit.standard, audit.shape, dtype, _largest_factor(decision.scale))
 
 
 def _largest_factor(scale: Scale | None) -> float | None:

@@ -111,7 +111,7 @@ AXES = {
 
 def in_words(limit: Limit) -> str:
     """A limit as a clause: where, and what happens there."""
-    later = f" (the value is not finite from {limit.value_limit:.4g})" if limit.value_limit else ""
+    later = f" ({limit.then})" if limit.then else ""
     return f"from {AXES[limit.axis].format(limit=f'{limit.limit:.4g}')} on, the {limit.behaviour}{later}"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pipeline.auditing.batches import ORDINARY, Batch
+from pipeline.auditing.batches import ORDINARY, ORDINARY_LOGITS, Batch
 from pipeline.auditing.calls import Evaluation, Loss, differentiable, evaluate, same_bits
 from pipeline.numerics import (
     CONSTANT,
@@ -36,6 +36,7 @@ class Judgement:
         units: the largest error of a row of any input's gradient, in units.
         row_units: those of the rows [N] themselves.
         surprise: -log p_y of the rows [N].
+        magnitude: 1 + the largest |logit| or |log p| of the rows [N].
         interval: the factor between the gradients.
         residual: as `units`, once the factor is taken out.
         growth: the largest factor by which a row exceeds the reference's own size and its tolerance.
@@ -52,6 +53,7 @@ class Judgement:
     units: float = torch.inf
     row_units: Tensor = field(default_factory=lambda: torch.empty(0))
     surprise: Tensor = field(default_factory=lambda: torch.empty(0))
+    magnitude: Tensor = field(default_factory=lambda: torch.empty(0))
     interval: ScaleInterval = UNKNOWN_SCALE
     residual: float = torch.inf
     growth: float = torch.inf
@@ -71,10 +73,9 @@ class Judgement:
 
     @property
     def ordinary(self) -> Tensor:
-        """Which rows [N] any loss should get right."""
+        """Which rows [N] any loss should get right: neither saturated nor far from 0."""
         low, high = ORDINARY
-        far = self.batch.family == "offset"
-        return (self.surprise >= low) & (self.surprise <= high) & (not far)
+        return (self.surprise >= low) & (self.surprise <= high) & (self.magnitude <= 1 + ORDINARY_LOGITS)
 
     @property
     def dtype_name(self) -> str:
@@ -188,6 +189,7 @@ def compare(
         units=_largest(errors.values()),
         row_units=errors[first],
         surprise=standard.rows(batch).surprise[known[first]],
+        magnitude=standard.rows(batch).magnitude[known[first]],
         interval=interval,
         residual=_largest(rests),
         growth=_largest(_size(mine[name]) / (_size(truth[name]) + CONSTANT * allowed[name]) for name in names),

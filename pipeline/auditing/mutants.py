@@ -91,7 +91,7 @@ class _Entmax(torch.autograd.Function):
             mass = log_p.exp().sum(-1, keepdim=True)
             slope = (log_p - base.log()).exp().sum(-1, keepdim=True)
             tau = tau + (mass - 1) / slope
-        ctx.save_for_backward(log_p.exp(), target_probs)
+        ctx.save_for_backward(log_p.exp() / log_p.exp().sum(-1, keepdim=True), target_probs)
         return cross_entropies(logits, target_probs)
 
     @staticmethod

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ CLASSES = 5
 SHAPES = ((12,), (7,), (8,), (1,), (5,))
 TOKEN_SHAPES = ((3, 4), (2, 6), (5, 2), (1, 6), (4, 1))
 EXACT, SINGLE, LOW = 1e-8, 1e-4, 5e-2
-WORDS = ("a constant", "valid targets", "rows", "B", "T", "sum of class weights", "means of groups")
+GROUPED = 2e-3  # of weights told apart by four digits
+WORDS = ("a constant", "valid targets", "rows", "B*T", "B", "T", "sum of class weights", "means of groups")
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _named(found: Sequence[_Weights], tolerance: float) -> str:
         return _counted(divisors, [weights.batch for weights in found], near)
     if _by_class(found, near):
         return "sum of class weights"
-    return "means of groups" if _in_groups(found, near) else "a different weight for every row"
+    return "means of groups" if _in_groups(found) else "a different weight for every row"
 
 
 Near = Callable[[float, float], bool]
@@ -150,7 +151,7 @@ def _counted(divisors: Sequence[float], batches: Sequence[Batch], near: Near) ->
     """The count that all divisors are; of several that fit, the plainest."""
     counts: dict[str, Callable[[Batch], int]] = {
         "a constant": lambda _: 1,
-        "rows": lambda batch: batch.num_rows,
+        "B*T" if batches[0].labels.ndim > 1 else "rows": lambda batch: batch.num_rows,
         "valid targets": lambda batch: int(batch.valid.sum()),
         "B": lambda batch: batch.labels.shape[0],
         "T": lambda batch: batch.labels.shape[-1],
@@ -177,14 +178,13 @@ def _by_class(found: Sequence[_Weights], near: Near) -> bool:
     return True
 
 
-def _in_groups(found: Sequence[_Weights], near: Near) -> bool:
-    """Neighbouring rows weigh alike, and every such run weighs a whole multiple of one share."""
+def _in_groups(found: Sequence[_Weights]) -> bool:
+    """Rows of one group weigh alike, and together a whole multiple of one share."""
     for weights in found:
-        totals = []
-        for _, run in groupby(weights.alpha.tolist(), key=lambda a: float(f"{a:.4g}")):
-            totals.append(sum(run))
+        counts = Counter(float(f"{a:.4g}") for a in weights.alpha.tolist())
+        totals = [alpha * count for alpha, count in counts.items()]
         share = min(totals)
-        if share <= 0 or any(not near(total / share, round(total / share)) for total in totals):
+        if share <= 0 or any(abs(total / share - round(total / share)) > GROUPED for total in totals):
             return False
     return True
 
