@@ -50,8 +50,8 @@ def check(
     r"""Whether `fn` is the same function as `reference`, judged by gradients and values, without training anything.
 
     Both are called on a grid of batches in float32 and float64; an error is measured in units of what rounding must
-    cost that row, max(the reference's own error, u (1 + max_j max(|z_j|, |log p_j|)) s), u the unit roundoff and s
-    the row's weight; 8 units are allowed.
+    cost that row, max(the reference's own error, u (1 + max_j max(|z_j|, |log p_j|) + sqrt(C)) s), u the unit roundoff
+    and s the row's weight; 8 units are allowed.
 
     Args:
         fn: returns the scalar objective, or a tuple that begins with it.

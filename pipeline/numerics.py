@@ -1,8 +1,9 @@
 """The objective axis: gradients in, findings out. What rounding may do, and what is left when it is allowed for.
 
 Errors are absolute and per row. Their unit is what floating point must cost: the larger of the reference's own error
-in that row and u (1 + M) s, where u is the unit roundoff, M the largest |logit| or |log-probability| of the row (a
-common shift or p - 1 rounds by that much, whoever computes it) and s the row's weight in the objective, 1/N for a mean.
+in that row and u (1 + M + sqrt(C)) s, where u is the unit roundoff, M the largest |logit| or |log-probability| of the
+row (a common shift or p - 1 rounds by that much, whoever computes it), sqrt(C) what a sum of C terms in plain order is
+expected to be off by (Higham and Mary 2019), and s the row's weight in the objective, 1/N for a mean.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Rows:
 
     Attributes:
         probs: softmax of the logits, [N, C].
-        magnitude: 1 + M.
+        magnitude: M.
         surprise: -log p_y; the expected one where targets are soft.
         weight: s, the row's weight in the reference's objective.
     """
@@ -44,6 +45,11 @@ class Rows:
     magnitude: Tensor
     surprise: Tensor
     weight: Tensor
+
+    @property
+    def reach(self) -> Tensor:
+        """1 + M + sqrt(C): how many units of roundoff a log-probability may be off by."""
+        return 1 + self.magnitude + math.sqrt(self.probs.shape[1])
 
 
 def rows_of(
@@ -66,7 +72,7 @@ def rows_of(
         direction = probs - targets
         read = (gradient * direction).sum(1).abs() / direction.square().sum(1)
         weight = torch.maximum(weight, torch.where(read.isfinite(), read, 0.0))
-    return Rows(probs, targets, 1 + largest, surprise, weight)
+    return Rows(probs, targets, largest, surprise, weight)
 
 
 def units(rows: Rows, u: float, name: str, hidden: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
@@ -74,7 +80,7 @@ def units(rows: Rows, u: float, name: str, hidden: Tensor | None = None, weight:
 
     An error of log p moves p by p times as much: behind a linear layer the units of the logits are carried on by p + y.
     """
-    row = u * rows.magnitude * rows.weight
+    row = u * rows.reach * rows.weight
     if name == "logits":
         return row
     share = rows.probs + rows.targets

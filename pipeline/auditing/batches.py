@@ -158,7 +158,7 @@ def make_batch(
     valid = torch.ones(rows, dtype=torch.bool)
     if shape.ignore_index is not None and rows > 1 and first % 2 == 0:
         valid = torch.arange(rows) % 3 != 1
-    targets = _targets(labels, classes, shape.soft, draw) * valid[:, None]
+    targets = targets_of(labels, classes, shape.soft, draw) * valid[:, None]
     if shape.ignore_index is not None:
         labels = labels.where(valid, torch.tensor(shape.ignore_index))
     flat = {"logits": logits, "labels": labels, "target_probs": targets, "valid": valid}
@@ -228,7 +228,7 @@ def _fused(
     return hidden, _rounded(weight, torch.float32), None if shift is None else _rounded(shift, torch.float32)
 
 
-def _targets(labels: Tensor, classes: int, soft: bool, draw: torch.Generator) -> Tensor:
+def targets_of(labels: Tensor, classes: int, soft: bool, draw: torch.Generator) -> Tensor:
     """One-hot, or half the mass on the label and the rest drawn in 64ths, which every precision holds exactly."""
     one_hot = F.one_hot(labels, classes).double()
     if not soft:

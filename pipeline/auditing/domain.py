@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.auditing.batches import WIDTH, Batch, Shape
+from pipeline.auditing.batches import CORE_GAP, CORE_OFFSET, WIDTH, Batch, Shape, targets_of
 from pipeline.auditing.calls import Evaluation, Loss, differentiable, evaluate
 from pipeline.auditing.judging import Judgement, Standard, compare
 from pipeline.numerics import CONSTANT
@@ -22,10 +22,13 @@ POINTS = {
     "masked": (1, 2),
     "rows": (300, 1000, 3000, 10_000, 30_000, 70_000),
 }
-CORE = {"gap": 80.0, "confidence": 80.0, "offset": 100.0, "masked": 0.0, "rows": math.inf}
+APART = 12.0  # logits between the one class that matters and those that do not, give or take SPREAD
+SPREAD = 3.0
+CORE = {
+    "gap": CORE_GAP, "confidence": CORE_GAP - APART - SPREAD, "offset": CORE_OFFSET, "masked": 0.0, "rows": math.inf,
+}  # fmt: skip
 RESOLUTION = 1e-3
 ROWS = 4
-APART = 12.0
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,19 @@ class Limit:
     then: str | None = None
 
 
-def limits(candidate: Loss, standard: Standard, shape: Shape, dtype: torch.dtype, scale: float | None) -> list[Limit]:
+def limits(
+    candidate: Loss,
+    standard: Standard,
+    shape: Shape,
+    dtype: torch.dtype,
+    scale: float | None = None,
+    offset: bool = False,
+) -> list[Limit]:
     """Every axis along which the candidate parts from the reference in `dtype`, those within the core first.
 
     Args:
         scale: the largest factor between the gradients, where there is one other than 1: it is left out of account.
+        offset: whether the values differ by a constant, which is left out too.
     """
     classes = next((c for c in shape.num_classes if c >= 10), shape.num_classes[0])
     axes = [axis for axis in POINTS if axis != "rows" or dtype in (torch.float16, torch.bfloat16)]
@@ -59,7 +70,7 @@ def limits(candidate: Loss, standard: Standard, shape: Shape, dtype: torch.dtype
         axes = [axis for axis in axes if axis in ("gap", "confidence", "rows")]
     if classes < max(POINTS["masked"]) + 2:
         axes = [axis for axis in axes if axis != "masked"]
-    found = [_limit(axis, _Asker(candidate, standard, shape, axis, classes, dtype, scale)) for axis in axes]
+    found = [_limit(axis, _Asker(candidate, standard, shape, axis, classes, dtype, scale, offset)) for axis in axes]
     return sorted((limit for limit in found if limit is not None), key=lambda limit: not limit.core)
 
 
@@ -111,6 +122,7 @@ class _Asker:
     classes: int
     dtype: torch.dtype
     scale: float | None
+    offset: bool
     heard: dict[float, _Said] = field(default_factory=dict)
 
     def __call__(self, place: float) -> _Said:
@@ -141,7 +153,7 @@ class _Asker:
     def _of_value(self, value: Tensor, judgement: Judgement) -> str | None:
         if not value.isfinite():
             return f"value is {'NaN' if value.isnan() else 'infinite'}"
-        return "value is wrong" if self.scale is None and judgement.value_units > CONSTANT else None
+        return "value is wrong" if self.scale is None and not self.offset and judgement.value_units > CONSTANT else None
 
 
 def _of_gradient(found: Evaluation) -> str:
@@ -169,7 +181,11 @@ def _batch(axis: str, value: float, classes: int, shape: Shape) -> Batch:
     if axis in ("gap", "confidence"):  # one other class alone matters, so that a gap is -log p_y to three digits
         sign = 1 if axis == "confidence" else -1
         rival = (labels + 1) % classes
-        logits = (logits - APART).scatter(1, rival[:, None], 0.0).scatter(1, labels[:, None], sign * value)
+        logits = (
+            (logits.clamp(-SPREAD, SPREAD) - APART)
+            .scatter(1, rival[:, None], 0.0)
+            .scatter(1, labels[:, None], sign * value)
+        )
     elif axis == "offset":
         logits = logits + value * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(rows)[:rows, None]
     elif axis == "masked":
@@ -195,7 +211,7 @@ def _fused(axis: str, value: float, labels: Tensor, classes: int, shape: Shape, 
 
 
 def _shaped(logits: Tensor, labels: Tensor, classes: int, shape: Shape, fused: dict[str, Tensor | None]) -> Batch:
-    targets = F.one_hot(labels, classes).double()
+    targets = targets_of(labels, classes, shape.soft, torch.Generator().manual_seed(9))
     batch = Batch(
         "domain", logits, labels, targets, torch.ones_like(labels, dtype=torch.bool),
         **fused,  # type: ignore[arg-type]

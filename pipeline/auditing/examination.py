@@ -25,7 +25,7 @@ from pipeline.auditing.values import judged_values, offset
 from pipeline.numerics import SYSTEMATIC
 
 ASKED_AGAIN = 2**14  # logits in a batch that is asked a second time
-NEEDS_CUDA = ("cuda", "triton", "nvidia")
+NEEDS_CUDA = ("cuda", "triton", "nvidia", "active drivers", "gpu")  # what packages say where there is none
 
 
 @dataclass
@@ -103,18 +103,16 @@ def _examined(audit: Audit, loss: Loss, answers: _Answers) -> Finding:
     dtype = max({cell.dtype for cell in cells}, key=lambda d: torch.finfo(d).bits)
     decision = _decided(answers, cells, inside, systematic)
     divided = normaliser(loss, audit.shape, audit.device, dtype, inside)
-    found = _limits(audit, loss, decision, cells)
-    if decision.word in ("identical", "rounding") and any(limit.core for limit in found):
-        decision = replace(decision, word="domain")
     effects = [*answers.effects, *backward_effects(loss, audit.shape, dtype, audit.device)]
     constant = None
-    if decision.word in ("identical", "rounding") and (wrong := judged_values(cells)) is not None:
+    wrong = judged_values(cells) if decision.word in ("identical", "rounding") else None
+    if wrong is not None:
         constant = offset(loss, audit.standard, audit.shape, dtype, inside or dtype)
-        if constant is None:
-            effects.append(wrong)
-            decision = replace(decision, word="rounding")
-        else:
-            decision = replace(decision, word="offset")
+        decision = replace(decision, word="rounding" if constant is None else "offset")
+        effects += [wrong] if constant is None else []
+    found = _limits(audit, loss, decision, cells)
+    if decision.word in SAMENESS and any(limit.core for limit in found):
+        decision = replace(decision, word="domain")
     nearest = found[0] if found else None
     finding = Finding(
         decision.word, "", decision.scale, constant, nearest, divided, tuple(effects), power=lambda: audit.power
@@ -135,7 +133,8 @@ def _at_its_precision(
 ) -> tuple[Sequence[Judgement], torch.dtype | None, float | None]:
     """(cells, the coarser precision that it computes in, the systematic part of its error there).
 
-    A loss that rounds its inputs to float32 is judged by float32's units, whatever it is handed.
+    A loss that rounds to float32 inside is judged by float32's units, whatever it is handed. It is known by its inputs'
+    last bits not mattering, or by an error in float64 that is float32's noise.
     """
     if audit.low is not None or all(cell.same for cell in cells):
         return cells, None, None
@@ -143,10 +142,15 @@ def _at_its_precision(
     if not doubles:
         return cells, None, systematic_part(loss, audit.standard, audit.shape, torch.float32)
     inside = computes_in(loss, audit.shape, audit.device)
-    if inside is None or inside in LOW:
+    if inside in LOW:
         return cells, inside, None
-    again = [_judged_again(audit, loss, cell, inside) if cell.dtype == torch.float64 else cell for cell in cells]
-    return again, inside, systematic_part(loss, audit.standard, audit.shape, torch.float64)
+    if inside is None and not all(cell.same for cell in cells if cell.dtype != torch.float64):
+        return cells, None, None
+    again = [_judged_again(audit, loss, cell, torch.float32) if cell.dtype == torch.float64 else cell for cell in cells]
+    systematic = systematic_part(loss, audit.standard, audit.shape, torch.float64)
+    if inside is None and not (systematic < SYSTEMATIC and all(cell.same for cell in again)):
+        return cells, None, None  # it computes in float64, and is wrong there
+    return again, torch.float32, systematic
 
 
 def _judged_again(audit: Audit, loss: Loss, cell: Judgement, inside: torch.dtype) -> Judgement:
@@ -178,7 +182,7 @@ def _limits(audit: Audit, loss: Loss, decision: Decision, cells: Sequence[Judgem
     if decision.word == "different":
         return []
     dtype = min({cell.dtype for cell in cells}, key=lambda d: torch.finfo(d).bits)
-    return limits(loss, audit.standard, audit.shape, dtype, _largest_factor(decision.scale))
+    return limits(loss, audit.standard, audit.shape, dtype, _largest_factor(decision.scale), decision.word == "offset")
 
 
 def _largest_factor(scale: Scale | None) -> float | None:

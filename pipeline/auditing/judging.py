@@ -36,7 +36,7 @@ class Judgement:
         units: the largest error of a row of any input's gradient, in units.
         row_units: those of the rows [N] themselves.
         surprise: -log p_y of the rows [N].
-        magnitude: 1 + the largest |logit| or |log p| of the rows [N].
+        magnitude: the largest |logit| or |log p| of the rows [N].
         interval: the factor between the gradients.
         residual: as `units`, once the factor is taken out.
         growth: the largest factor by which a row exceeds the reference's own size and its tolerance.
@@ -75,7 +75,7 @@ class Judgement:
     def ordinary(self) -> Tensor:
         """Which rows [N] any loss should get right: neither saturated nor far from 0."""
         low, high = ORDINARY
-        return (self.surprise >= low) & (self.surprise <= high) & (self.magnitude <= 1 + ORDINARY_LOGITS)
+        return (self.surprise >= low) & (self.surprise <= high) & (self.magnitude <= ORDINARY_LOGITS)
 
     @property
     def dtype_name(self) -> str:
@@ -140,7 +140,7 @@ class Standard:
         """What rounding may do to the value."""
         rows, own, exact = self.rows(batch), self.at(batch, dtype), self.exact(batch)
         valid = batch.valid.flatten()
-        unit = unit_roundoff(dtype) * (rows.weight * rows.magnitude)[valid].sum().item()
+        unit = unit_roundoff(dtype) * (rows.weight * rows.reach)[valid].sum().item()
         if own.value is not None and exact.value is not None and own.value.isfinite():
             unit = max(unit, abs(own.value.double() - exact.value.double()).item())
         return unit

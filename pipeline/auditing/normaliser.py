@@ -16,7 +16,7 @@ from pipeline.auditing.calls import Loss, differentiable, evaluate
 CLASSES = 5
 SHAPES = ((12,), (7,), (8,), (1,), (5,))
 TOKEN_SHAPES = ((3, 4), (2, 6), (5, 2), (1, 6), (4, 1))
-EXACT, SINGLE, LOW = 1e-8, 1e-4, 5e-2
+SINGLE, LOW = 1e-4, 5e-2  # of losses that may round to float32, or to less, inside
 GROUPED = 2e-3  # of weights told apart by four digits
 WORDS = ("a constant", "valid targets", "rows", "B*T", "B", "T", "sum of class weights", "means of groups")
 
@@ -50,11 +50,8 @@ class _Weights:
 
     batch: Batch
     alpha: Tensor
+    labels: list[int]
     rest: float  # the largest part of a g_i, relative to it, that does not lie along a_i
-
-    @property
-    def labels(self) -> list[int]:
-        return [int(label) for label in self.batch.labels.flatten()[self.batch.valid.flatten()]]
 
 
 def normaliser(
@@ -68,7 +65,7 @@ def normaliser(
     Args:
         computes_in: a coarser precision than `dtype` that the loss is known to compute in.
     """
-    tolerance = {torch.float64: EXACT, torch.float32: SINGLE}.get(computes_in or dtype, LOW)
+    tolerance = LOW if (computes_in or dtype) in (torch.bfloat16, torch.float16) else SINGLE
     draw = torch.Generator().manual_seed(5)
     classes = CLASSES if min(shape.num_classes) <= CLASSES <= max(shape.num_classes) else shape.num_classes[0]
     found = []
@@ -77,7 +74,10 @@ def normaliser(
         weights = _weights(loss, batch, dtype, device)
         if isinstance(weights, str):
             return Normaliser(weights)
-        found.append(weights)
+        if len(weights.alpha):
+            found.append(weights)
+    if not found:
+        return Normaliser("not measured: passes no gradient")
     survival = _survival(loss, classes, shape, dtype, device)
     return Normaliser(_named(found, tolerance), *survival)
 
@@ -105,16 +105,21 @@ def _weights(loss: Loss, batch: Batch, dtype: torch.dtype, device: torch.device)
         return f"not measured: {whole.error}"
     name = differentiable(batch)[0]
     together = whole.exact(name).flatten(0, -2)
-    alphas, rests = [], [0.0]
+    alphas, labels, rests = [], [], [0.0]
     for i in torch.nonzero(batch.valid.flatten())[:, 0].tolist():
         single = evaluate(loss, single_row(batch, i), dtype, device)
         if single.error is not None:
             return f"not measured: refuses a batch of one row ({single.error})"
         alone = single.exact(name).flatten(0, -2)[0]
         alpha = (together[i] @ alone) / (alone @ alone)
+        if not alone.any() and not together[i].any():  # a row without a gradient tells nothing
+            continue
         alphas.append(alpha)
+        labels.append(int(batch.labels.flatten()[i]))
         rests.append(((together[i] - alpha * alone).norm() / (alpha * alone).norm()).item())
-    return _Weights(batch, torch.stack(alphas), max(r if r == r else torch.inf for r in rests))
+    return _Weights(
+        batch, torch.stack(alphas) if alphas else torch.empty(0), labels, max(r if r == r else torch.inf for r in rests)
+    )
 
 
 def single_row(batch: Batch, i: int) -> Batch:
