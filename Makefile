@@ -11,7 +11,7 @@ PORT   ?= 5000
 
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help install equivalence train sweep report ui experiments data bench test lint types wheel check clean
+.PHONY: help install equivalence train sweep audit report ui experiments data bench test lint types wheel check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ train: .venv/.lab ## one trial: make train ARGS="'loss=[ce,kl_mean]' 'seed=[0,1,
 
 sweep: .venv/.lab ## several trials: make sweep ARGS="model=mlp,cnn loss=nll,ce 'seed=range(3)'"
 	$(PY) -m pipeline.train -m $(ARGS)
+
+audit: .venv/.lab ## the losses alone, in seconds: make audit ARGS="'loss=[ce,nll,kl_mean]'"
+	$(PY) -m pipeline.audit $(ARGS)
 
 report: .venv/.lab ## the verdict again from what was recorded: make report DIR=outputs/...
 	$(PY) -m pipeline.report $(DIR) $(ARGS)

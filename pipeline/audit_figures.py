@@ -54,6 +54,10 @@ class _Loss:
         return "no gradient" if self.measured else "not measured"
 
 
+FIGURES = ("audit_strip.svg", "p_minus_y.svg")
+"""What an audit draws; a report that is drawn into the same folder leaves these alone."""
+
+
 def write_audit_figures(folder: Path, audit: Mapping[str, Any]) -> list[Path]:
     """Write `figures/audit_strip.svg` and `figures/p_minus_y.svg` from the content of audit.json."""
     losses = [_read(name, found) for name, found in audit["losses"].items()]

@@ -35,10 +35,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         UsageError: always with the key, the value and what to give instead.
     """
-    try:
-        config = conf.plain(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
-    except OmegaConfBaseException as error:
-        raise UsageError(in_one_line(error)) from error
+    config = _plain(cfg)
     _check_keys(config)
     _check_numbers(config)
     conf.seeds_of(config)
@@ -48,9 +45,42 @@ def check(cfg: DictConfig) -> None:
     conf.expectations_of(config)
     _check_margins(config["dataset"])
     for name, loss in config["loss"].items():
-        _check_loss(f"loss.{name}", loss)
+        check_loss(f"loss.{name}", loss)
     for group, given in GIVEN_BY_PIPELINE.items():
         check_call(group, config[group], given)
+
+
+def check_audit(cfg: DictConfig) -> None:
+    """The same for an audit; of the losses only the form is checked: each is found and imported in its own child.
+
+    Raises:
+        UsageError: always with the key, the value and what to give instead.
+    """
+    config = _plain(cfg)
+    _check_fields("", config, conf.AuditConf.__dataclass_fields__)
+    _check_fields("tracking.", config["tracking"], conf.TrackingConf.__dataclass_fields__)
+    for key, smallest in {"time_limit": 1.0, "memory_limit": 0.5, "jobs": 1}.items():
+        if not config[key] >= smallest:
+            raise UsageError(f"{key}={config[key]}; it must be at least {smallest:g}")
+    classes = config["num_classes"]
+    if classes is not None and not (
+        isinstance(classes, list) and all(type(c) is int and c >= 2 for c in classes) and classes
+    ):
+        raise UsageError(f"num_classes={classes}; give a list of integers from 2 on, such as '[2,10]'")
+    _check_files(chosen_files("loss"))
+    if not config["loss"]:
+        raise UsageError("no loss is chosen; give for example 'loss=[ce,nll,kl]'")
+    conf.expectations_of(config)
+    for name, loss in config["loss"].items():
+        _check_form(f"loss.{name}", loss)
+    check_loss(f"loss.{conf.reference_of(config)}", config["loss"][conf.reference_of(config)])
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        return conf.plain(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
+    except OmegaConfBaseException as error:
+        raise UsageError(in_one_line(error)) from error
 
 
 def _check_keys(config: Plain) -> None:
@@ -119,17 +149,26 @@ def _check_files(chosen: Mapping[str, list[Path]]) -> None:
                 raise UsageError(f"{file} declares {', '.join(keys)}; give it the single key {stem}, its own name")
 
 
-def _check_loss(key: str, loss: Any) -> None:
+def check_loss(key: str, loss: Any) -> None:
+    """Refuse a loss that could not be called: its module is imported, its keywords are compared with its signature.
+
+    Raises:
+        UsageError: always with the key, the value and what to give instead.
+    """
+    _check_form(key, loss)
+    fn = loss["fn"]
+    if isinstance(fn, Mapping) and "_target_" in fn:
+        _check_partial(f"{key}.fn", locate(f"{key}.fn", fn["_target_"]), fn)
+    check_call(f"{key}.fn", fn, complete=not (isinstance(fn, Mapping) and fn.get("_partial_")))
+
+
+def _check_form(key: str, loss: Any) -> None:
     if not isinstance(loss, Mapping):
         raise UsageError(f"{key} is not a mapping; a loss declares fn (with _target_) and args")
     for part in ("fn", "args"):
         if not loss.get(part):
             raise UsageError(f"{key}.{part} is missing; a loss declares fn (with _target_) and args")
     _check_fields(f"{key}.", loss, ("fn", "args"))
-    fn = loss["fn"]
-    if isinstance(fn, Mapping) and "_target_" in fn:
-        _check_partial(f"{key}.fn", locate(f"{key}.fn", fn["_target_"]), fn)
-    check_call(f"{key}.fn", fn, complete=not (isinstance(fn, Mapping) and fn.get("_partial_")))
     _check_args(f"{key}.args", loss["args"])
 
 

@@ -41,6 +41,13 @@ class Precision(Enum):
     bf16_mixed = "bf16_mixed"
 
 
+class AuditPrecision(Enum):
+    float64 = "float64"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class Schedule(Enum):
     constant = "constant"
     cosine = "cosine"
@@ -90,11 +97,30 @@ class TrainConf:
     max_seeds: int = 100
 
 
+@dataclass
+class AuditConf:
+    loss: dict[str, Any] = field(default_factory=dict)
+    tracking: TrackingConf = field(default_factory=TrackingConf)
+    reference: str | None = None
+    expect: Any = None
+    dtype: AuditPrecision | None = None  # null: float32 and float64
+    device: str = "cpu"
+    ignore_index: int | None = None
+    soft_targets: bool = False
+    tokens: bool = False
+    num_classes: Any = None  # a list of integers
+    time_limit: float = 300.0
+    memory_limit: float = 8.0
+    jobs: int = 2
+
+
 # What names a trial: all that shapes its numbers, but neither losses nor seeds, which may be added later.
 IDENTITY = (
     "model", "dataset", "optimizer", "epochs", "batch_size", "precision", "schedule", "warmup_steps",
     "clip_norm",
 )  # fmt: skip
+# What names an audit.
+AUDIT_IDENTITY = ("loss", "reference", "dtype", "device", "ignore_index", "soft_targets", "tokens", "num_classes")
 # Keys of conf/dataset/*.yaml that the loader does not receive.
 DATASET_PROTOCOL = ("margins", "primary")
 
@@ -102,7 +128,9 @@ DATASET_PROTOCOL = ("margins", "primary")
 def register() -> None:
     """Make the schema and the resolver known to Hydra; safe to call again."""
     ConfigStore.instance().store(name="schema", node=TrainConf)
+    ConfigStore.instance().store(name="audit_schema", node=AuditConf)
     OmegaConf.register_new_resolver("trial_name", _trial_name, replace=True)
+    OmegaConf.register_new_resolver("audit_name", _audit_name, replace=True)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -136,6 +164,11 @@ def trial_name(config: Mapping[str, Any]) -> str:
 
 def _trial_name(*, _root_: DictConfig) -> str:
     return trial_name(plain(OmegaConf.create({key: _root_[key] for key in IDENTITY})))
+
+
+def _audit_name(*, _root_: DictConfig) -> str:
+    asked = plain(OmegaConf.create({key: _root_[key] for key in AUDIT_IDENTITY}))
+    return f"audit-{digest(asked)[:8]}"
 
 
 # --- what the keys with several forms mean

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from pipeline.audit_figures import FIGURES as AUDIT_FIGURES
 from pipeline.drawing import Row, Seen, bands, canvas, decades, described, distance_scale, forest, label_ends
 from pipeline.page import YARDSTICKS, estimates, listed, losses_in_order, page
 
@@ -48,7 +49,7 @@ def write_report(
     drawn = {figures / f"{picture.name}.svg": picture.svg for group in chapters.values() for picture in group}
     for path, svg in drawn.items():
         _replace(path, svg)
-    for stale in set(figures.glob("*.svg")) - drawn.keys():
+    for stale in set(figures.glob("*.svg")) - drawn.keys() - {figures / name for name in AUDIT_FIGURES}:
         stale.unlink()
     return _replace(folder / "report.html", page(verdict, history, chapters, command))
 

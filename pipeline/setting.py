@@ -100,7 +100,7 @@ def prepare(config: Mapping[str, Any]) -> Setting:
         data.input_shape,
         data.num_classes,
     )
-    formulations = tuple(_formulation(name, loss) for name, loss in config["loss"].items())
+    formulations = tuple(formulation_of(name, loss) for name, loss in config["loss"].items())
     for formulation in formulations:
         probe(formulation, data.num_classes, device, dtype)
     _check_batches(recipe.batch_size, builder, len(data.splits["train"]))
@@ -167,7 +167,9 @@ def _dataset(declared: Mapping[str, Any]) -> Dataset:
     return data
 
 
-def _formulation(name: str, loss: Mapping[str, Any]) -> Formulation:
+def formulation_of(name: str, loss: Mapping[str, Any]) -> Formulation:
+    """A loss as the configuration declares it."""
+
     def make() -> Any:
         try:
             return instantiate(loss["fn"], _convert_="all")

@@ -12,6 +12,11 @@ from typing import Any
 
 from pipeline.errors import UsageError, did_you_mean, first_line
 
+
+class BrokenImportError(UsageError):
+    """A module that is there, but raises while it is imported."""
+
+
 Parameters = Mapping[str, inspect.Parameter]
 
 
@@ -43,7 +48,7 @@ def _owner(key: str, path: str) -> ModuleType | type:
         raise UsageError(line) from error
     except Exception as error:  # whatever a user's module does while it is imported
         said = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(f"{key}._target_: importing {path} failed: {said}") from error
+        raise BrokenImportError(f"{key}._target_: importing {path} failed: {said}") from error
 
 
 def check_call(key: str, declared: Any, given: Sequence[str] = (), complete: bool = True) -> None:

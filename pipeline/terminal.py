@@ -1,4 +1,4 @@
-"""What a trial says in the terminal."""
+"""What a trial and an audit say in the terminal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.auditing.finding import size_in_words
 from pipeline.exit_codes import ExitCode
 from pipeline.objectives import Replica
 from pipeline.setting import Setting
@@ -17,6 +18,7 @@ from pipeline.verdict import Request
 
 console = Console(highlight=False, soft_wrap=True)
 SHOWN = 6  # of a list that may be long
+MARKS = {None: "", True: " holds", False: " does not hold"}
 
 
 def announce(
@@ -59,8 +61,7 @@ def _table(verdict: Mapping[str, Any]) -> Table:
     for column in ("loss", "verdict", "objective", "outcome", "expected"):
         table.add_column(column, no_wrap=True)
     for entry in verdict["comparisons"]:
-        mark = {None: "", True: " holds", False: " does not hold"}[entry["confirmed"]]
-        expected = f"{entry['expected'] or '-'}{mark}"
+        expected = f"{entry['expected'] or '-'}{MARKS[entry['confirmed']]}"
         table.add_row(entry["loss"], entry["verdict"], entry["objective"], entry["outcome"], expected)
     return table
 
@@ -84,12 +85,68 @@ def closing(verdict: Mapping[str, Any], folder: Path, link: str | None, local: b
     console.print(f"\nreport: {folder / 'report.html'}")
     if link is not None:
         console.print(f"runs grouped by loss: {link}" + (" (start the page with `make ui`)" if local else ""))
-    judged = [entry for entry in verdict["comparisons"] if entry["confirmed"] is not None]
-    failed = [entry for entry in judged if not entry["confirmed"]]
-    for entry in failed:
-        console.print(f"expected {entry['loss']}: {entry['expected']}, found {entry['verdict']}")
+    named = [(entry["loss"], entry["verdict"], entry) for entry in verdict["comparisons"]]
+    return _asserted(named)
+
+
+def _asserted(entries: Sequence[tuple[str, str, Mapping[str, Any]]]) -> ExitCode:
+    """Each expectation that does not hold, and the exit code; entries are (loss, word, entry)."""
+    judged = [found for found in entries if found[2]["confirmed"] is not None]
+    failed = [found for found in judged if not found[2]["confirmed"]]
+    for loss, word, entry in failed:
+        console.print(f"expected {loss}: {entry['expected']}, found {word}")
     if not judged:
         console.print("nothing was asserted (give expect=same, or 'expect={nll: same}', for an exit code)")
         return ExitCode.HOLDS
     console.print(f"{len(judged) - len(failed)} of {len(judged)} expectations hold")
     return ExitCode.REFUTED if failed else ExitCode.HOLDS
+
+
+# --- an audit
+
+
+def show_audit(audit: Mapping[str, Any]) -> None:
+    """The table, each loss's sentence, and what the grid would have caught."""
+    title = f"each loss against {audit['reference']}: is it the same function?"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in ("loss", "objective", "scale", "domain", "divides by", "expected"):
+        table.add_column(column, no_wrap=True)
+    for name, entry in audit["losses"].items():
+        scale, limit, divided = entry["scale"], entry["domain"], entry["normaliser"]
+        expected = f"{entry['expected'] or '-'}{MARKS[entry['confirmed']]}"
+        table.add_row(
+            name, entry["objective"], scale["formula"] if scale else "-",
+            f"{limit['axis']} {limit['limit']:.4g}" if limit else "-",
+            divided["divides_by"] if divided else "-", expected,
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+    for name, entry in audit["losses"].items():
+        console.print(f"{name}: {entry['sentence']}")
+        for effect in entry["side_effects"]:
+            console.print(f"  side effect: {effect}")
+    groups: dict[str, list[str]] = {}
+    for name, entry in audit["losses"].items():
+        groups.setdefault(str(entry["would_have_caught"]), []).append(name)
+    for names in groups.values():
+        _show_power(audit["losses"][names[0]]["would_have_caught"], names if len(groups) > 1 else [])
+
+
+def _show_power(sizes: Mapping[str, Mapping[str, float | None]], names: Sequence[str]) -> None:
+    """The smallest difference of each kind that the grid of these losses catches."""
+    if not sizes:
+        return
+    precisions = list(next(iter(sizes.values())))
+    title = "the smallest difference that would have been caught" + (f", for {_listed(names)}" if names else "")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("", *precisions):
+        table.add_column(column, no_wrap=True)
+    for kind, caught in sizes.items():
+        table.add_row(kind, *(size_in_words(caught[precision]) for precision in precisions))
+    console.print(table)
+
+
+def closing_audit(audit: Mapping[str, Any], folder: Path) -> ExitCode:
+    """Where to look, and the exit code with what it rests on."""
+    console.print(f"\naudit: {folder / 'audit.json'}, pictures beside it in figures/")
+    return _asserted([(name, entry["objective"], entry) for name, entry in audit["losses"].items()])

@@ -13,41 +13,26 @@ from typing import Any
 import hydra
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
 from pipeline import config as conf
 from pipeline.checks import check
 from pipeline.exit_codes import ExitCode, attempt, guarded, note, run_entry_point
-
-
-class LateFolder(Callback):
-    """Keeps Hydra from making the trial's folder for a request that is then refused.
-
-    Hydra makes `hydra.run.dir` before it calls the task. It is told to stay where it is, and the task finds
-    the folder that was asked for in `hydra.callbacks.late_folder.asked`.
-    """
-
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        asked = OmegaConf.to_container(config.hydra.run, resolve=False)
-        with open_dict(config.hydra.callbacks.late_folder):
-            config.hydra.callbacks.late_folder.asked = asked["dir"]  # type: ignore[index, call-overload]
-        config.hydra.run.dir = "."
+from pipeline.late_folder import folder_of, swept
 
 
 @hydra.main(version_base="1.3", config_path=str(conf.CONF), config_name="train")
 def task(cfg: DictConfig) -> dict[str, Any]:
     """One trial; its own errors become an exit code, noted here or, in a sweep, told to the sweeper."""
     settings = HydraConfig.get()
-    swept = settings.mode is not None and settings.mode.name == "MULTIRUN"
 
     def trial() -> ExitCode:
         check(cfg)
         from pipeline.trial import run
 
-        return run(conf.plain(cfg), _folder(settings, swept), _command(settings))
+        return run(conf.plain(cfg), folder_of(settings), _command(settings))
 
-    if not swept:
+    if not swept(settings):
         note(guarded(trial))
         return {}
     outcome = attempt(trial)
@@ -55,12 +40,6 @@ def task(cfg: DictConfig) -> dict[str, Any]:
         with suppress(OSError):  # where it holds something, it was there before
             Path(settings.runtime.output_dir).rmdir()
     return {"exit_code": int(outcome.code), "summary": outcome.error or ""}
-
-
-def _folder(settings: HydraConf, swept: bool) -> Path:
-    """The trial's folder: Hydra makes a swept job's, the trial itself makes a single one's."""
-    asked = settings.runtime.output_dir if swept else settings.callbacks["late_folder"]["asked"]
-    return Path(str(asked)).absolute()
 
 
 def _command(settings: HydraConf) -> str:

@@ -56,6 +56,13 @@ class Audit:
         self.refused = len(self.cells) - len(usable)
         self.cells = usable
 
+    def warm(self) -> None:
+        """Ask the reference everything that candidates are compared with, so that forks of this process need not."""
+        with torch.enable_grad():
+            for batch, dtype in self.cells:
+                self.standard.allowed(batch, dtype)
+            _ = self.normaliser, self.oracle_units
+
     @property
     def low(self) -> torch.dtype | None:
         """The declared low precision, where one is."""

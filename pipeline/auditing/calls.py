@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -22,10 +23,27 @@ _CLASSES_SECOND_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 @dataclass(frozen=True)
 class Loss:
-    """A callable and what it receives, in its own order."""
+    """A callable and what it receives, in its own order.
+
+    A module with numbers of its own, class weights say, is copied once for each precision that it is called in.
+    """
 
     fn: LossFn
     args: tuple[str, ...]
+    _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict, repr=False, compare=False)
+
+    def prepared(self, dtype: torch.dtype, device: torch.device) -> LossFn:
+        """The callable itself, or its copy for this precision and device."""
+        if not isinstance(self.fn, nn.Module) or not any(t.is_floating_point() for t in self.fn.state_dict().values()):
+            return self.fn
+        if dtype not in self._copies:
+            self._copies[dtype] = copy.deepcopy(self.fn).to(device, dtype)
+        return self._copies[dtype]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that are called."""
+        return [*self._copies.values()] or ([self.fn] if isinstance(self.fn, nn.Module) else [])
 
     @property
     def fused(self) -> bool:
@@ -38,8 +56,8 @@ class Loss:
         target = getattr(self.fn, "func", self.fn)
         return target in _CLASSES_SECOND or isinstance(self.fn, _CLASSES_SECOND_MODULES)
 
-    def __call__(self, given: Mapping[str, Tensor | None]) -> Any:
-        """The callable's own answer."""
+    def __call__(self, given: Mapping[str, Tensor | None], dtype: torch.dtype, device: torch.device) -> Any:
+        """The callable's own answer to inputs of this precision."""
         tensors = [given[arg] for arg in self.args]
         if self.flattens and given["labels"] is not None and given["labels"].ndim > 1:
             dims = {"labels": 0}
@@ -47,7 +65,7 @@ class Loss:
                 t if t is None else t.flatten(0, dims.get(arg, -2)) if arg != "labels" else t.flatten()
                 for arg, t in zip(self.args, tensors, strict=True)
             ]
-        return self.fn(*tensors)
+        return self.prepared(dtype, device)(*tensors)
 
 
 @dataclass(frozen=True)
@@ -139,7 +157,7 @@ def evaluate(loss: Loss, batch: Batch, dtype: torch.dtype, device: torch.device)
     handed = {name: given[name] for name in dict.fromkeys(loss.args)}
     before = {name: None if tensor is None else tensor.detach().clone() for name, tensor in handed.items()}
     try:
-        value = scalar(loss(given))
+        value = scalar(loss(given, dtype, device))
         found: tuple[Tensor | None, ...] = (None,) * len(leaves)
         outside = torch.full_like(value, batch.upstream)
         if value.requires_grad:

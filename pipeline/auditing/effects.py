@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.auditing.batches import Batch, Shape, make_batch
 from pipeline.auditing.calls import Evaluation, Loss, evaluate, inputs, same_bits, scalar
@@ -27,17 +26,21 @@ def random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def state_of(fn: Any) -> dict[str, Tensor]:
-    """A module's buffers and parameters, copied."""
-    if not isinstance(fn, nn.Module):
-        return {}
-    return {name: tensor.detach().clone() for name, tensor in [*fn.named_buffers(), *fn.named_parameters()]}
+def state_of(loss: Loss) -> dict[str, Tensor]:
+    """The buffers and parameters of the modules behind a loss, copied."""
+    return {
+        f"{i}.{name}": tensor.detach().clone()
+        for i, module in enumerate(loss.modules)
+        for name, tensor in module.state_dict().items()
+    }
 
 
-def changed_state(fn: Any, before: dict[str, Tensor]) -> list[str]:
+def changed_state(loss: Loss, before: dict[str, Tensor]) -> list[str]:
     """The buffers whose bits are others than before."""
-    after = state_of(fn)
-    return [name for name in after if name not in before or not same_bits(after[name], before[name])]
+    changed = [
+        name for name, tensor in state_of(loss).items() if name in before and not same_bits(tensor, before[name])
+    ]
+    return sorted({name.partition(".")[2] for name in changed})
 
 
 def backward_effects(loss: Loss, shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
@@ -48,7 +51,7 @@ def backward_effects(loss: Loss, shape: Shape, dtype: torch.dtype, device: torch
     if targets is not None:
         wanted.append(targets.requires_grad_())
     try:
-        value = scalar(loss(given))
+        value = scalar(loss(given, dtype, device))
         found = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True)
         first = [None if gradient is None else gradient.clone() for gradient in found]  # it may lie in the inputs
     except Exception:  # told where the loss is judged

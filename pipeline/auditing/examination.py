@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -55,7 +56,10 @@ def examine(audit: Audit, loss: Loss, tell: Callable[[Finding], None] = lambda _
 def _ask(audit: Audit, loss: Loss) -> _Answers:
     """Every cell once in order, and the smaller ones again in the opposite order."""
     answers = _Answers()
-    state, drawn = state_of(loss.fn), random_state(audit.device)
+    for dtype in audit.dtypes:
+        with contextlib.suppress(Exception):  # a copy that cannot be made is told of where it is called
+            loss.prepared(dtype, audit.device)
+    state, drawn = state_of(loss), random_state(audit.device)
     kept: list[tuple[Batch, torch.dtype, Evaluation]] = []
     overwritten: Counter[str] = Counter()
     for batch, dtype in audit.cells:
@@ -75,7 +79,7 @@ def _ask(audit: Audit, loss: Loss) -> _Answers:
     answers.effects += [f"overwrites {name}" for name in overwritten]
     if not torch.equal(drawn, random_state(audit.device)):
         answers.effects.append("consumes random numbers")
-    if changed := changed_state(loss.fn, state):
+    if changed := changed_state(loss, state):
         answers.effects.append(f"keeps state: {', '.join(changed)}")
     if answers.unequal is not None:
         answers.effects.append(f"equal calls differ ({answers.unequal})")
@@ -87,13 +91,18 @@ def _equal(a: Evaluation, b: Evaluation) -> bool:
     return all(same_bits(x, y) for x, y in pairs)
 
 
+def needs_cuda(error: str) -> bool:
+    """Whether an error says that there is no CUDA device, and there is none."""
+    return any(word in error.lower() for word in NEEDS_CUDA) and not torch.cuda.is_available()
+
+
 def _unjudged(answers: _Answers) -> Finding:
     """No batch gave a gradient: why."""
     errors = Counter(error for _, _, error in answers.refused)
     error = errors.most_common(1)[0][0]
     if error.startswith(NO_GRADIENT):
         return Finding("different", f"{error}: training would not move", side_effects=("no gradient", *answers.effects))
-    if any(word in error.lower() for word in NEEDS_CUDA) and not torch.cuda.is_available():
+    if needs_cuda(error):
         return Finding("not_run", f"needs a CUDA device, and there is none: {error}")
     return Finding("error", f"failed on every batch: {error}")
 
@@ -216,7 +225,6 @@ def _sentence(audit: Audit, finding: Finding, decision: Decision, inside: torch.
         said.append(in_words(finding.domain))
     if audit.low is not None and numbers.get("beside_reference"):
         said.append(numbers["beside_reference"])
-    said += finding.side_effects
     return "; ".join(said)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.auditing.batches import Batch
 from pipeline.auditing.deciding import SAMENESS, Scale
 from pipeline.auditing.domain import Limit
+from pipeline.auditing.mutants import LADDER
 from pipeline.auditing.normaliser import Normaliser
 from pipeline.auditing.values import Offset
 
@@ -125,4 +126,11 @@ def strict(value: Any) -> Any:
 
 
 def _row(sizes: Mapping[str, float | None]) -> str:
-    return "  ".join("not even .1" if size is None else f"{size:.0e}" for size in sizes.values())
+    return "  ".join(f"{size_in_words(size):<8}" for size in sizes.values()).rstrip()
+
+
+def size_in_words(size: float | None) -> str:
+    """An entry of `would_have_caught`: a bound where even the smallest that was tried is caught."""
+    if size is None:
+        return "not .1"
+    return f"< {size:.0e}" if size == LADDER[-1] else f"{size:.0e}"

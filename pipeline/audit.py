@@ -1,0 +1,37 @@
+"""Entry point: the objective axis alone, in seconds: is each loss the same function as the reference?
+
+python -m pipeline.audit 'loss=[ce,nll,kl,kl_mean]' 'expect={nll: same, kl: same, kl_mean: scaled}'
+"""
+
+from __future__ import annotations
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from pipeline import config as conf
+from pipeline.checks import check_audit
+from pipeline.exit_codes import ExitCode, guarded, note, run_entry_point
+from pipeline.late_folder import folder_of
+
+
+@hydra.main(version_base="1.3", config_path=str(conf.CONF), config_name="audit")
+def task(cfg: DictConfig) -> None:
+    """One audit; its own errors become an exit code."""
+
+    def audit() -> ExitCode:
+        check_audit(cfg)
+        from pipeline.audit_request import run
+
+        return run(conf.plain(cfg), folder_of(HydraConfig.get()))
+
+    note(guarded(audit))
+
+
+def main() -> None:
+    """Console script."""
+    run_entry_point(task)
+
+
+if __name__ == "__main__":
+    main()
