@@ -96,6 +96,7 @@ def _audited(config: Config, reference: str) -> dict[str, dict[str, Any]]:
         ready = _shared(config, reference, names)
         jobs = {POWER: _power(ready)} | {name: _job(name, config["loss"][name], ready) for name in names}
         outcomes = dict(run_children(jobs, limits, config["jobs"]))
+        del ready, jobs  # and with them the reference's gradients, before the next group's are computed
         power = outcomes.pop(POWER).value or {}
         for name, outcome in outcomes.items():
             entries[name] = _entry(name, outcome) | {"would_have_caught": power}

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -206,11 +207,18 @@ def _logits(
     return _rounded(logits + torch.tensor(shift, dtype=torch.float64)[:, None], torch.float32)
 
 
+@lru_cache(maxsize=8)
+def _weight(classes: int) -> Tensor:
+    """Directions on the unit sphere [C, WIDTH], as float32 holds them; one tensor for all batches of that C."""
+    draw = torch.Generator().manual_seed(classes)
+    return _rounded(F.normalize(torch.randn(classes, WIDTH, generator=draw, dtype=torch.float64)), torch.float32)
+
+
 def _fused(
     kinds: Sequence[str], odds: Tensor, labels: Tensor, classes: int, bias: bool, draw: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """hidden, weight and bias whose logits are of the kinds asked for: each row lies along its label's weights."""
-    weight = F.normalize(torch.randn(classes, WIDTH, generator=draw, dtype=torch.float64))
+    weight = _weight(classes)
     noise = torch.randn(len(kinds), WIDTH, generator=draw, dtype=torch.float64)
     noise[[kind == "ties" for kind in kinds]] = 0.0
     along = weight[labels]
@@ -225,7 +233,7 @@ def _fused(
     length = torch.where(odds.isnan(), torch.zeros_like(odds), (low + high) / 2)
     hidden = _rounded(noise + length[:, None] * along, torch.float32)
     shift = 0.1 * torch.randn(classes, generator=draw, dtype=torch.float64) if bias else None
-    return hidden, _rounded(weight, torch.float32), None if shift is None else _rounded(shift, torch.float32)
+    return hidden, weight, None if shift is None else _rounded(shift, torch.float32)
 
 
 def targets_of(labels: Tensor, classes: int, soft: bool, draw: torch.Generator) -> Tensor:

@@ -133,8 +133,12 @@ def _laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 def _seen(leaf: Tensor, layout: str) -> Tensor:
-    copy = leaf.clone()
-    return copy[..., ::2] if layout == "strided" and leaf.ndim > 1 else copy
+    return _own_columns(leaf.clone(), layout)
+
+
+def _own_columns(tensor: Tensor, layout: str) -> Tensor:
+    """A view without the columns of zeros of a strided layout."""
+    return tensor[..., ::2] if layout == "strided" and tensor.ndim > 1 else tensor
 
 
 def scalar(answer: Any) -> Tensor:
@@ -155,7 +159,7 @@ def evaluate(loss: Loss, batch: Batch, dtype: torch.dtype, device: torch.device)
     """Call a loss on a batch whose inputs are in `dtype`; what it raises is told, not raised."""
     leaves, given = inputs(batch, loss.args, dtype, device)
     handed = {name: given[name] for name in dict.fromkeys(loss.args)}
-    before = {name: None if tensor is None else tensor.detach().clone() for name, tensor in handed.items()}
+    before = {name: _original(name, tensor, leaves, batch) for name, tensor in handed.items()}
     try:
         value = scalar(loss(given, dtype, device))
         found: tuple[Tensor | None, ...] = (None,) * len(leaves)
@@ -177,6 +181,13 @@ def evaluate(loss: Loss, batch: Batch, dtype: torch.dtype, device: torch.device)
         outside.item(),  # as the precision rounds it
         tuple(name for name in before if not same_bits(handed[name], before[name])),
     )
+
+
+def _original(name: str, handed: Tensor | None, leaves: dict[str, Tensor], batch: Batch) -> Tensor | None:
+    """What an input was before the call: the leaf that it is a copy of, or else a copy."""
+    if handed is None or name not in leaves:
+        return None if handed is None else handed.detach().clone()
+    return _own_columns(leaves[name].detach(), batch.layout)
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:

@@ -88,20 +88,29 @@ class Judgement:
         return f"{self.dtype_name}, {self.batch.where}"
 
 
+LARGE = 2**20  # weights of a last layer, whose gradients are not kept for every batch
+
+
 class Standard:
     """The reference on the batches of an audit: computed once, whatever the number of candidates."""
 
     def __init__(self, loss: Loss, device: torch.device) -> None:
         self.loss, self.device = loss, device
         self._kept: dict[tuple[int, torch.dtype], tuple[Batch, Evaluation]] = {}
+        self._latest: dict[tuple[int, torch.dtype], tuple[Batch, Evaluation]] = {}  # of the latest large batch alone
         self._rows: dict[int, tuple[Batch, Rows]] = {}
 
     def at(self, batch: Batch, dtype: torch.dtype) -> Evaluation:
         """The reference in a precision, its inputs those of the batch."""
+        kept = self._kept
+        if batch.weight is not None and batch.weight.numel() > LARGE:
+            kept = self._latest
+            if any(other is not batch for other, _ in kept.values()):
+                kept.clear()
         key = id(batch), dtype
-        if key not in self._kept:  # the batch is kept too, so that its id stays its own
-            self._kept[key] = batch, evaluate(self.loss, batch, dtype, self.device)
-        return self._kept[key][1]
+        if key not in kept:  # the batch is kept too, so that its id stays its own
+            kept[key] = batch, evaluate(self.loss, batch, dtype, self.device)
+        return kept[key][1]
 
     def exact(self, batch: Batch) -> Evaluation:
         """The reference in float64."""
