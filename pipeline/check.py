@@ -71,6 +71,9 @@ def check(
     """
     for key, names in (("args", args), ("reference_args", reference_args)):
         _check_args(key, names)
+    for key, given in (("fn", fn), ("reference", reference)):
+        if isinstance(given, type) or not callable(given):
+            raise UsageError(f"{key} is {given!r}; give a function, or an instance such as torch.nn.CrossEntropyLoss()")
     settings: dict[str, Any] = {
         "dtype": dtype, "device": device, "ignore_index": ignore_index, "soft_targets": soft_targets, "tokens": tokens,
         "num_classes": None if num_classes is None else tuple(num_classes),

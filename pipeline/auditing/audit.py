@@ -125,6 +125,11 @@ def audit_of(
         classes = tuple(num_classes)
     if not classes or any(c < 2 for c in classes):
         raise UsageError(f"num_classes={list(classes)}; give numbers of classes, each at least 2")
+    if fused and any(batch.hidden is None for batch in batches):
+        raise UsageError(
+            "batches hold logits alone, and a fused loss needs hidden and weight; "
+            "`capture(model)` keeps them where the model's last linear layer gives the logits"
+        )
     shape = Shape(classes, tokens, fused, "bias" in args, soft_targets, ignore_index)
     return Audit(reference, shape, BOTH if dtype is None else (dtype,), torch.device(device), batches)
 

@@ -173,7 +173,7 @@ def _kinds(family: str, rows: int) -> Iterator[str]:
 
 def _labels(rows: int, classes: int, draw: torch.Generator, first: int) -> Tensor:
     """Some classes more often than others; the last class in every batch, or the first in every other single row."""
-    labels = (torch.rand(rows, generator=draw).square() * classes).long().clamp(max=classes - 1)
+    labels = (torch.rand(rows, generator=draw, dtype=torch.float32).square() * classes).long().clamp(max=classes - 1)
     labels[-1] = 0 if rows == 1 and first % 2 else classes - 1
     return labels
 
@@ -221,10 +221,11 @@ def _fused(
     weight = _weight(classes)
     noise = torch.randn(len(kinds), WIDTH, generator=draw, dtype=torch.float64)
     noise[[kind == "ties" for kind in kinds]] = 0.0
+    shift = _rounded(0.1 * torch.randn(classes, generator=draw, dtype=torch.float64), torch.float32) if bias else None
     along = weight[labels]
     others = torch.ones(len(kinds), classes, dtype=torch.bool).scatter(1, labels[:, None], False)
     low, high = torch.full_like(odds, -400.0), torch.full_like(odds, 400.0)
-    base, slope = noise @ weight.T, along @ weight.T
+    base, slope = F.linear(noise, weight, shift), along @ weight.T
     for _ in range(30):  # the log-odds of the label grow with the length along its weights
         middle = (low + high) / 2
         logits = base + middle[:, None] * slope
@@ -232,8 +233,7 @@ def _fused(
         low, high = torch.where(reached < odds, middle, low), torch.where(reached < odds, high, middle)
     length = torch.where(odds.isnan(), torch.zeros_like(odds), (low + high) / 2)
     hidden = _rounded(noise + length[:, None] * along, torch.float32)
-    shift = 0.1 * torch.randn(classes, generator=draw, dtype=torch.float64) if bias else None
-    return hidden, weight, None if shift is None else _rounded(shift, torch.float32)
+    return hidden, weight, shift
 
 
 def targets_of(labels: Tensor, classes: int, soft: bool, draw: torch.Generator) -> Tensor:

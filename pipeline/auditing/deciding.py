@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipeline.auditing.judging import Judgement
 from pipeline.numerics import CONSTANT, ScaleInterval, best, overlap
@@ -26,6 +26,11 @@ class Scale:
     formula: str
     by_classes: Mapping[int, float | tuple[float, float]]
 
+    @property
+    def largest(self) -> float:
+        """The largest factor that was met."""
+        return max(k if isinstance(k, float) else max(k) for k in self.by_classes.values())
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -35,7 +40,6 @@ class Decision:
     reason: str
     scale: Scale | None = None
     worst: Judgement | None = None
-    broken: Sequence[Judgement] = field(default=(), repr=False)
 
 
 def decide(cells: Sequence[Judgement]) -> Decision:
@@ -48,9 +52,9 @@ def decide(cells: Sequence[Judgement]) -> Decision:
         return Decision("rounding", f"gradients equal up to rounding: errors of {largest:.2g} units at most")
     worst = failing[0]
     if not any(cell.finite for cell in cells):
-        return Decision("different", "gradients are not finite in any batch", worst=worst, broken=failing)
+        return Decision("different", "gradients are not finite in any batch", worst=worst)
     if _ordinary_rows_hold(cells):
-        return Decision("domain", "", worst=worst, broken=failing)
+        return Decision("domain", "", worst=worst)
     return _scaled(cells, failing)
 
 
@@ -73,26 +77,27 @@ def _scaled(cells: Sequence[Judgement], failing: Sequence[Judgement]) -> Decisio
     crooked = [cell for cell in known if not cell.parallel]
     if not known or crooked:
         reason = _apart(cells, failing, known, crooked)
-        return Decision("different", reason, worst=crooked[0] if crooked else worst, broken=failing)
+        return Decision("different", reason, worst=crooked[0] if crooked else worst)
     factors = [cell.interval.factor for cell in known]
     if min(factors) < 0:
         turned = "points the other way" if max(factors) < 0 else "points the other way in some batches"
         reason = f"the gradient {turned}: k from {min(factors):.4g} to {max(factors):.4g}"
-        return Decision("different", reason, worst=worst, broken=failing)
+        return Decision("different", reason, worst=worst)
     if any(cell.growth > CONSTANT * max(factors) for cell in finite if not cell.interval.determined):
-        return Decision(
-            "different", "parallel in most batches, finite and wrong in others", worst=worst, broken=failing
-        )
-    missing = [cell for cell in cells if not cell.finite]
+        return Decision("different", "parallel in most batches, finite and wrong in others", worst=worst)
     by_classes: dict[int, list[ScaleInterval]] = {}
     for cell in known:
         by_classes.setdefault(cell.batch.num_classes, []).append(cell.interval)
     if all(overlap(intervals) for intervals in by_classes.values()):
         scale = _constant({c: best(intervals) for c, intervals in sorted(by_classes.items())})
-        return Decision("scaled", f"k = {scale.formula} in every batch", scale, worst, missing)
+        if scale.formula == "1":
+            return Decision(
+                "different", f"right in most batches, no finite gradient in others ({worst.where})", worst=worst
+            )
+        return Decision("scaled", f"k = {scale.formula} in every batch", scale, worst)
     spans = {c: _span(intervals) for c, intervals in sorted(by_classes.items())}
     reason = f"parallel in every batch, k from {min(factors):.4g} to {max(factors):.4g}"
-    return Decision("reweighted", reason, Scale("by batch", spans), worst, missing)
+    return Decision("reweighted", reason, Scale("by batch", spans), worst)
 
 
 def _span(intervals: Sequence[ScaleInterval]) -> tuple[float, float]:

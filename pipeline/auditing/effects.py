@@ -74,6 +74,8 @@ def policies(loss: Loss, reference: Loss, shape: Shape, dtype: torch.dtype, devi
     """Where a loss answers bad input otherwise than the reference, in words; the most dangerous question last."""
     small = small_batch(shape).at(dtype)
     for name, change in _questions(shape).items():
+        if name == "label_out_of_range" and device.type == "cuda":  # an assertion there ends all later calls
+            continue
         if name == "label_out_of_range" and not {"labels"} <= {*loss.args} & {*reference.args}:
             continue
         batch = change(small)
