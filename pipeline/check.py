@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pipeline.auditing.audit import Audit, audit_of
+from pipeline.auditing.audit import Audit, audit_of, device_of
 from pipeline.auditing.batches import Batch
 from pipeline.auditing.calls import Loss
 from pipeline.auditing.capture import capture
@@ -74,13 +74,16 @@ def check(
     for key, given in (("fn", fn), ("reference", reference)):
         if isinstance(given, type) or not callable(given):
             raise UsageError(f"{key} is {given!r}; give a function, or an instance such as torch.nn.CrossEntropyLoss()")
+    if not (num_classes is None or isinstance(num_classes, Sequence)):
+        raise UsageError(f"num_classes={num_classes!r}; give a tuple such as (10,)")
     settings: dict[str, Any] = {
-        "dtype": dtype, "device": device, "ignore_index": ignore_index, "soft_targets": soft_targets, "tokens": tokens,
+        "dtype": dtype, "device": device_of(device), "ignore_index": ignore_index, "soft_targets": soft_targets, "tokens": tokens,
         "num_classes": None if num_classes is None else tuple(num_classes),
     }  # fmt: skip
     if ignore_index is not None and reference is F.cross_entropy:
         reference = _ignoring(ignore_index)
-    audit = _audit(Loss(reference, tuple(reference_args)), tuple(args), settings, batches)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(settings["device"].type, enabled=False):
+        audit = _audit(Loss(reference, tuple(reference_args)), tuple(args), settings, batches)
     return examined(audit, Loss(fn, tuple(args)))
 
 

@@ -6,6 +6,7 @@ which does not survive a fork.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -109,20 +110,21 @@ def _start(job: Job) -> _Child:
 def _work(job: Job, connection: Connection, output: IO[bytes], errors: IO[bytes]) -> None:
     """The child: its own session, its own output, one answer, and no clean-up of what is the parent's."""
     os.setsid()
+    faulthandler.disable()  # it would write to the parent's terminal
     os.dup2(output.fileno(), 1)
     os.dup2(errors.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     try:
-        value = job(lambda told: connection.send(("told", told)))
-        connection.send(("value", value))
+        answer = "value", job(lambda told: connection.send(("told", told)))
     except UsageError as error:
-        connection.send(("refused", str(error)))
+        answer = "refused", str(error)
     except BaseException as error:  # SystemExit, too: a loss must not end the audit
-        connection.send(("failed", f"{type(error).__name__}: {first_line(error)}"))
-    finally:
+        answer = "failed", f"{type(error).__name__}: {first_line(error)}"
+    with suppress(Exception):  # a loss may have closed them
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+    connection.send(answer)
+    os._exit(0)
 
 
 def _heard(child: _Child, limits: Limits) -> Outcome | None:

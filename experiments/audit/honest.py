@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +53,29 @@ def _summed(total: Normaliser) -> HonestForm:
 # sums over classes, [N, C] to [N]
 
 
+class _OneByOne(torch.autograd.Function):
+    """The sum over columns in their order, rounded after each; without a graph of C nodes."""
+
+    @staticmethod
+    def forward(ctx: Any, terms: Tensor) -> Tensor:
+        ctx.columns = terms.shape[1]
+        total = terms[:, 0].clone()
+        for column in terms.T.contiguous()[1:].unbind():
+            total += column
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        return upstream[0][:, None].expand(-1, ctx.columns)
+
+
 def _one_by_one(terms: Tensor) -> Tensor:
-    return reduce(torch.add, terms.unbind(1))
+    total: Tensor = _OneByOne.apply(terms)
+    return total
 
 
 def _from_the_last(terms: Tensor) -> Tensor:
-    return reduce(torch.add, reversed(terms.unbind(1)))
+    return _one_by_one(terms.flip(1))
 
 
 def _smallest_first(terms: Tensor) -> Tensor:
@@ -96,8 +114,37 @@ def _logaddexp_in_halves(logits: Tensor) -> Tensor:
     return _in_halves(logits, torch.logaddexp)
 
 
+class _LogAddExpOneByOne(torch.autograd.Function):
+    """a_c = log(exp a_(c-1) + exp z_c), and the chain rule back along it; the bits of torch.logaddexp, no graph."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        columns = logits.T.contiguous()
+        running = torch.empty_like(columns)
+        running[0] = columns[0]
+        for before, column, after in zip(running.unbind(), columns[1:].unbind(), running[1:].unbind(), strict=False):
+            torch.logaddexp(before, column, out=after)
+        ctx.save_for_backward(columns, running)
+        return running[-1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        columns, running = ctx.saved_tensors
+        own = 1 + (running[:-1] - columns[1:]).exp()
+        past = 1 + (columns[1:] - running[:-1]).exp()
+        found = torch.empty_like(columns)
+        carried = upstream[0].clone()
+        parts = zip(found[1:].unbind(), own.unbind(), past.unbind(), strict=True)
+        for place, by_own, by_past in reversed(list(parts)):
+            torch.div(carried, by_own, out=place)
+            carried /= by_past
+        found[0] = carried
+        return found.T
+
+
 def _logaddexp_one_by_one(logits: Tensor) -> Tensor:
-    return reduce(torch.logaddexp, logits.unbind(1))
+    total: Tensor = _LogAddExpOneByOne.apply(logits)
+    return total
 
 
 def _of_blocks(logits: Tensor) -> Tensor:
@@ -229,13 +276,13 @@ class _Analytic(torch.autograd.Function):
     """Cross-entropies whose gradient is computed in forward as softmax(z) - y."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, one_hot: Tensor) -> Tensor:  # type: ignore[no-untyped-def] # noqa: ANN001
+    def forward(ctx: Any, logits: Tensor, one_hot: Tensor) -> Tensor:
         ctx.save_for_backward(logits.softmax(1) - one_hot)
         return logits.logsumexp(1) - (logits * one_hot).sum(1)
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def] # noqa: ANN001
-        return ctx.saved_tensors[0] * upstream[:, None], None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * upstream[0][:, None], None
 
 
 def analytic_gradient(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pipeline.auditing.calls import NO_GRADIENT, Loss
 from pipeline.auditing.judging import Standard
 from pipeline.auditing.normaliser import Normaliser, normaliser
 from pipeline.auditing.power import smallest_differences
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.numerics import in_units, row_errors
 
 BOTH = (torch.float32, torch.float64)
@@ -76,7 +76,8 @@ class Audit:
     @cached_property
     def power(self) -> Mapping[str, Mapping[str, float | None]]:
         """The smallest difference of each kind that this grid catches, by precision."""
-        return smallest_differences(self.shape, self.cells, self.device)
+        with torch.inference_mode(False), torch.enable_grad():
+            return smallest_differences(self.shape, self.cells, self.device)
 
     @cached_property
     def oracle_units(self) -> float | None:
@@ -123,7 +124,7 @@ def audit_of(
         classes: tuple[int, ...] = VOCABULARIES if fused or tokens else CLASSES
     else:
         classes = tuple(num_classes)
-    if not classes or any(c < 2 for c in classes):
+    if not classes or any(not isinstance(c, int) or c < 2 for c in classes):
         raise UsageError(f"num_classes={list(classes)}; give numbers of classes, each at least 2")
     if fused and any(batch.hidden is None for batch in batches):
         raise UsageError(
@@ -131,7 +132,19 @@ def audit_of(
             "`capture(model)` keeps them where the model's last linear layer gives the logits"
         )
     shape = Shape(classes, tokens, fused, "bias" in args, soft_targets, ignore_index)
-    return Audit(reference, shape, BOTH if dtype is None else (dtype,), torch.device(device), batches)
+    return Audit(reference, shape, BOTH if dtype is None else (dtype,), device_of(device), batches)
+
+
+def device_of(device: torch.device | str) -> torch.device:
+    """A device that tensors can be made on.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except RuntimeError as error:
+        raise UsageError(f"device={device} cannot be used here: {first_line(error)}") from None
 
 
 MEAN_CROSS_ENTROPY = Loss(F.cross_entropy, ("logits", "labels"))

@@ -68,6 +68,12 @@ class Batch:
         return self.labels.numel()
 
     @property
+    def contiguous(self) -> bool:
+        """Whether every input is; transposed logits of one row are after all."""
+        turned = self.layout == "transposed" and (self.hidden is not None or self.labels.shape[-1] > 1)
+        return self.layout != "strided" and not turned
+
+    @property
     def where(self) -> str:
         """The batch in a few words."""
         shape = "x".join(map(str, self.labels.shape))

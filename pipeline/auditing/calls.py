@@ -150,9 +150,9 @@ def scalar(answer: Any) -> Tensor:
     value = answer[0] if isinstance(answer, tuple | list) and answer else answer
     if not isinstance(value, Tensor):
         raise TypeError(f"returned {type(value).__name__}, not a scalar tensor")
-    if value.numel() != 1:
+    if value.ndim != 0:
         raise TypeError(f"returned shape {list(value.shape)}; the scalar objective is needed (reduction='mean')")
-    return value.reshape(())
+    return value
 
 
 def evaluate(loss: Loss, batch: Batch, dtype: torch.dtype, device: torch.device) -> Evaluation:

@@ -50,12 +50,19 @@ def decide(cells: Sequence[Judgement]) -> Decision:
             return Decision("identical", f"gradients equal bit for bit in {len(cells)} of {len(cells)} batches")
         largest = max(cell.units for cell in cells)
         return Decision("rounding", f"gradients equal up to rounding: errors of {largest:.2g} units at most")
-    worst = failing[0]
+    worst = _simplest(failing)
     if not any(cell.finite for cell in cells):
         return Decision("different", "gradients are not finite in any batch", worst=worst)
     if _ordinary_rows_hold(cells):
         return Decision("domain", "", worst=worst)
     return _scaled(cells, failing)
+
+
+def _simplest(failing: Sequence[Judgement]) -> Judgement:
+    """The batch that is most easily written out: contiguous, small, with nothing from outside."""
+    return min(
+        failing, key=lambda cell: (not cell.batch.contiguous, cell.batch.logits.numel(), cell.batch.upstream != 1)
+    )
 
 
 def _ordinary_rows_hold(cells: Sequence[Judgement]) -> bool:
@@ -71,13 +78,13 @@ def _ordinary_rows_hold(cells: Sequence[Judgement]) -> bool:
 
 def _scaled(cells: Sequence[Judgement], failing: Sequence[Judgement]) -> Decision:
     """Parallel to the reference in every batch where that can be told, or not at all."""
-    worst = failing[0]
+    worst = _simplest(failing)
     finite = [cell for cell in cells if cell.finite]
     known = [cell for cell in finite if cell.interval.determined]
     crooked = [cell for cell in known if not cell.parallel]
     if not known or crooked:
         reason = _apart(cells, failing, known, crooked)
-        return Decision("different", reason, worst=crooked[0] if crooked else worst)
+        return Decision("different", reason, worst=_simplest(crooked) if crooked else worst)
     factors = [cell.interval.factor for cell in known]
     if min(factors) < 0:
         turned = "points the other way" if max(factors) < 0 else "points the other way in some batches"
@@ -95,6 +102,9 @@ def _scaled(cells: Sequence[Judgement], failing: Sequence[Judgement]) -> Decisio
                 "different", f"right in most batches, no finite gradient in others ({worst.where})", worst=worst
             )
         return Decision("scaled", f"k = {scale.formula} in every batch", scale, worst)
+    if (where := separating(cells, failing, _of_the_call(cells))) is not None:
+        reason = f"wrong {where}: k from {min(factors):.4g} to {max(factors):.4g}"
+        return Decision("different", reason, worst=worst)
     spans = {c: _span(intervals) for c, intervals in sorted(by_classes.items())}
     reason = f"parallel in every batch, k from {min(factors):.4g} to {max(factors):.4g}"
     return Decision("reweighted", reason, Scale("by batch", spans), worst)
@@ -129,7 +139,7 @@ def _apart(
     known: Sequence[Judgement],
     crooked: Sequence[Judgement],
 ) -> str:
-    where = separating(cells, failing)
+    where = separating(cells, failing, _traits(cells)) or _where_rows_fail(failing)
     if where is not None:
         return f"wrong {where}"
     if not known:
@@ -141,25 +151,50 @@ def _apart(
     )
 
 
-def separating(cells: Sequence[Judgement], failing: Sequence[Judgement]) -> str | None:
-    """The one trait that all failing batches share and no other has, in words."""
+def separating(cells: Sequence[Judgement], failing: Sequence[Judgement], traits: Sequence[Trait]) -> str | None:
+    """The one trait that all failing batches share and no other has, in words.
+
+    A batch that passes because its gradient is too small to tell counts for neither.
+    """
     failed = {id(cell) for cell in failing}
-    if len(failed) == len(cells):
+    telling = [cell for cell in cells if id(cell) in failed or cell.interval.determined]
+    if len(failed) == len(telling):
         return None
-    for words, holds in _traits(cells):
-        if all(holds(cell) == (id(cell) in failed) for cell in cells):
+    for words, holds in traits:
+        if all(holds(cell) == (id(cell) in failed) for cell in telling):
             return words
     return None
 
 
+def _where_rows_fail(failing: Sequence[Judgement]) -> str | None:
+    """What the rows that fail have in common and others of the same batches have not."""
+    others = 0
+    for cell in failing:
+        labels = cell.batch.labels.flatten()
+        if len(labels) != len(cell.row_units) or not cell.finite:
+            return None
+        last = labels == cell.batch.num_classes - 1
+        if (cell.row_units[~last] > CONSTANT).any() or not (cell.row_units[last] > CONSTANT).any():
+            return None
+        others += int((~last).sum())
+    return "in rows of the last class" if others else None
+
+
+def _of_the_call(cells: Sequence[Judgement]) -> list[Trait]:
+    """Traits of how a loss is called, rather than of what it is asked about."""
+    return [
+        ("on inputs that are not contiguous", lambda cell: not cell.batch.contiguous),
+        ("where a gradient other than 1 reaches it from outside", lambda cell: cell.batch.upstream != 1),
+        *((f"in {dtype}", _is(lambda cell: cell.dtype_name, dtype)) for dtype in {c.dtype_name for c in cells}),
+    ]
+
+
 def _traits(cells: Sequence[Judgement]) -> list[Trait]:
     traits: list[Trait] = [
-        ("on inputs that are not contiguous", lambda cell: cell.batch.layout != "contiguous"),
-        ("where a gradient other than 1 reaches it from outside", lambda cell: cell.batch.upstream != 1),
+        *_of_the_call(cells),
         ("where some targets are ignored", lambda cell: not bool(cell.batch.valid.all())),
         ("in a batch of one row", lambda cell: cell.batch.num_rows == 1),
     ]
-    traits += [(f"in {dtype}", _is(lambda cell: cell.dtype_name, dtype)) for dtype in {c.dtype_name for c in cells}]
     for rows in sorted({cell.batch.num_rows for cell in cells})[:-1]:
         traits.append((f"in batches of more than {rows} rows", _above(lambda cell: cell.batch.num_rows, rows)))
     for classes in sorted({cell.batch.num_classes for cell in cells})[:-1]:

@@ -29,6 +29,8 @@ CORE = {
 }  # fmt: skip
 RESOLUTION = 1e-3
 ROWS = 4
+MANY = 1000  # classes from which on the last layer is narrower than they are many
+MOST = 2**22  # logits in a batch of many rows
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ class _Asker:
         return self.heard[place]
 
     def _ask(self, place: float) -> _Said:
+        if self.axis == "rows" and place * self.classes > MOST:
+            return _Said()
         batch = _batch(self.axis, place, self.classes, self.shape).at(self.dtype)
         fresh = Standard(self.standard.loss, self.standard.device)  # these batches are asked once
         exact, own = fresh.exact(batch), fresh.at(batch, self.dtype)
@@ -197,8 +201,12 @@ def _batch(axis: str, value: float, classes: int, shape: Shape) -> Batch:
 
 def _fused(axis: str, value: float, labels: Tensor, classes: int, shape: Shape, draw: torch.Generator) -> Batch:
     """Rows along their label's weights, which are orthonormal: the label's logit is the length, the others are 0."""
-    width = max(WIDTH, classes)
-    weight = torch.eye(width, dtype=torch.float64)[:classes] if classes <= 1000 else torch.empty(0)
+    width = max(WIDTH, classes) if classes <= MANY else WIDTH
+    weight = torch.eye(width, dtype=torch.float64)[:classes]
+    if classes > MANY:  # a direction for each of the labels alone
+        used = labels.unique()
+        weight = torch.zeros(classes, width, dtype=torch.float64)
+        weight[used, torch.arange(len(used)) % width] = 1.0
     noise = torch.randn(len(labels), width, generator=draw, dtype=torch.float64)
     hidden = noise / 8
     if axis != "rows":

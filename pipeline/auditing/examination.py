@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from pipeline.auditing.audit import LOW, Audit, name_of
-from pipeline.auditing.batches import Batch
+from pipeline.auditing.batches import Batch, Shape
 from pipeline.auditing.calls import NO_GRADIENT, Evaluation, Loss, evaluate, same_bits
 from pipeline.auditing.deciding import SAMENESS, Decision, decide
 from pipeline.auditing.domain import Limit, limits
@@ -46,7 +46,7 @@ def examine(audit: Audit, loss: Loss, tell: Callable[[Finding], None] = lambda _
         finding = _examined(audit, loss, answers)
         tell(finding)
         dtype = answers.judged[0].dtype
-        asked = policies(loss, audit.reference, audit.shape, dtype, audit.device)
+        asked = policies(loss, audit.reference, answers.shape, dtype, audit.device)
         return replace(finding, side_effects=(*finding.side_effects, *asked))
 
 
@@ -76,6 +76,11 @@ class _Answers:
     kept: list[tuple[Batch, torch.dtype, Evaluation]] = field(default_factory=list)
     unequal: str | None = None
     effects: list[str] = field(default_factory=list)
+
+    @property
+    def shape(self) -> Shape:
+        """What the audit's batches have in common, with the C that the candidate takes."""
+        return replace(self.audit.shape, num_classes=tuple(sorted({cell.batch.num_classes for cell in self.judged})))
 
     def ask(self) -> None:
         """Every cell once in order, and the smaller ones again in the opposite order."""
@@ -134,17 +139,18 @@ def _examined(audit: Audit, loss: Loss, answers: _Answers) -> Finding:
     if all(cell.error is not None for cell in answers.judged):
         error = answers.judged[0].error or NO_GRADIENT
         return Finding("different", f"{error}: training would not move", side_effects=("no gradient", *answers.effects))
-    cells, inside, systematic = _at_its_precision(audit, loss, answers.judged)
+    shape = answers.shape
+    cells, inside, systematic = _at_its_precision(audit, loss, shape, answers.judged)
     dtype = max({cell.dtype for cell in cells}, key=lambda d: torch.finfo(d).bits)
-    divided = normaliser(loss, audit.shape, audit.device, dtype, inside)
-    effects = list(backward_effects(loss, audit.shape, dtype, audit.device))
+    divided = normaliser(loss, shape, audit.device, dtype, inside)
+    effects = list(backward_effects(loss, shape, dtype, audit.device))
     decision = _decided(cells, inside, systematic)
     constant = None
     if decision.word in SAMENESS and (wrong := judged_values(cells)) is not None:
-        constant = offset(loss, audit.standard, audit.shape, dtype, inside or dtype)
+        constant = offset(loss, audit.standard, shape, dtype, inside or dtype)
         decision = replace(decision, word="rounding" if constant is None else "offset")
         effects += [wrong] if constant is None else []
-    found = _limits(audit, loss, decision, cells)
+    found = _limits(audit, loss, shape, decision, cells)
     if decision.word in SAMENESS and any(limit.core for limit in found):
         decision = replace(decision, word="domain")
     answers.ask_again(answers.kept[:ASKED_LAST])
@@ -169,7 +175,7 @@ def _examined(audit: Audit, loss: Loss, answers: _Answers) -> Finding:
 
 
 def _at_its_precision(
-    audit: Audit, loss: Loss, cells: Sequence[Judgement]
+    audit: Audit, loss: Loss, shape: Shape, cells: Sequence[Judgement]
 ) -> tuple[Sequence[Judgement], torch.dtype | None, float | None]:
     """(cells, the coarser precision that it computes in, the systematic part of its error there).
 
@@ -180,8 +186,8 @@ def _at_its_precision(
     if audit.low is not None or all(cell.bitwise for cell in cells) or (doubles and all(cell.same for cell in cells)):
         return cells, None, None
     if not doubles:
-        return cells, None, systematic_part(loss, audit.standard, audit.shape, torch.float32)
-    inside = computes_in(loss, audit.shape, audit.device)
+        return cells, None, systematic_part(loss, audit.standard, shape, torch.float32)
+    inside = computes_in(loss, shape, audit.device)
     if inside in LOW:
         return cells, inside, None
     if inside is None and not all(cell.same for cell in cells if cell.dtype != torch.float64):
@@ -190,7 +196,7 @@ def _at_its_precision(
         judge(loss, audit.standard, cell.batch, cell.dtype, torch.float32) if cell.dtype == torch.float64 else cell
         for cell in cells
     ]
-    systematic = systematic_part(loss, audit.standard, audit.shape, torch.float64)
+    systematic = systematic_part(loss, audit.standard, shape, torch.float64)
     if inside is None and not (systematic < SYSTEMATIC and all(cell.same for cell in again)):
         return cells, None, None  # it computes in float64, and is wrong there
     return again, torch.float32, systematic
@@ -208,10 +214,10 @@ def _decided(cells: Sequence[Judgement], inside: torch.dtype | None, systematic:
     return decision
 
 
-def _limits(audit: Audit, loss: Loss, decision: Decision, cells: Sequence[Judgement]) -> list[Limit]:
+def _limits(audit: Audit, loss: Loss, shape: Shape, decision: Decision, cells: Sequence[Judgement]) -> list[Limit]:
     """In the coarsest precision that was asked; of a loss that differs everywhere there is none to find."""
     if decision.word == "different":
         return []
     dtype = min({cell.dtype for cell in cells}, key=lambda d: torch.finfo(d).bits)
     largest = None if decision.scale is None else decision.scale.largest
-    return limits(loss, audit.standard, audit.shape, dtype, largest, decision.word == "offset")
+    return limits(loss, audit.standard, shape, dtype, largest, decision.word == "offset")
