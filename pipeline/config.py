@@ -95,6 +95,7 @@ class TrainConf:
     expect: Any = None  # same, or {loss: word}
     alpha: float = 0.05
     max_seeds: int = 100
+    audit: bool = True
 
 
 @dataclass

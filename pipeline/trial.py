@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ from pipeline.verdict import Facts, Request, decide, status_of
 
 Cells = dict[Replica, Cell]
 
+AUDIT_SCHEMA = 1
+AUDITED_CLASSES = (2, 10, 1000)  # besides the dataset's own number
+
 
 def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
     """Train the missing cells of the trial in `path` and print its verdict.
@@ -46,6 +50,8 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
         tracker = _tracker(config["tracking"])
         folder.claim(identity)
         write_request(path, request, facts)
+        if config["audit"]:
+            ask_audit(setting, request, folder)
         train(setting, request, folder, tracker)
         return conclude(folder, request, facts, tracker)
 
@@ -56,6 +62,37 @@ def _tracker(tracking: Mapping[str, Any]) -> Tracker | None:
     tracker = Tracker(tracking["uri"], tracking["experiment"], conf.ROOT)
     tracker.open()
     return tracker
+
+
+def ask_audit(setting: Setting, request: Request, folder: TrialFolder) -> None:
+    """Ask whether the losses are the same function, as far as audit.json does not know it, and write it down."""
+    from pipeline.audited import AuditSettings, audit_losses, made_from
+
+    if not request.candidates:
+        return
+    losses, reference = setting.config["loss"], request.reference
+    known = read_audit(folder.path) or {}
+    settings = AuditSettings(num_classes=sorted({*AUDITED_CLASSES, setting.data.num_classes}))
+    about = {"reference": reference, "reference_made_from": made_from(reference, losses[reference])}
+    kept: dict[str, Any] = {}
+    if known.get("settings") == settings.asked and all(known[key] == value for key, value in about.items()):
+        found = {name: entry for name, entry in known["losses"].items() if name in losses}
+        kept = {name: entry for name, entry in found.items() if entry["made_from"] == made_from(name, losses[name])}
+    missing = [name for name in request.candidates if name not in kept]
+    if not missing:
+        return
+    console.print(f"auditing {', '.join(missing)} against {reference}")
+    audit = audit_losses({name: losses[name] for name in (reference, *missing)}, reference, settings)
+    write_json(folder.path / "audit.json", audit | {"losses": kept | audit["losses"]})
+
+
+def read_audit(path: Path) -> dict[str, Any] | None:
+    """The content of a folder's audit.json; None where there is none that can be read."""
+    try:
+        found: dict[str, Any] = json.loads((path / "audit.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if found.get("schema") == AUDIT_SCHEMA else None
 
 
 def train(setting: Setting, request: Request, folder: TrialFolder, tracker: Tracker | None) -> None:
@@ -98,7 +135,7 @@ def conclude(folder: TrialFolder, request: Request, facts: Facts, tracker: Track
     cells = _read(folder, wanted(request))
     if not cells:
         raise UsageError(f"{folder.path} holds no finished run; train first")
-    verdict = decide(cells, request, facts, _header(folder, cells))
+    verdict = decide(cells, request, facts, _header(folder, cells), read_audit(folder.path))
     history = trial_history(cells, request)
     write_json(folder.path / "verdict.json", verdict)
     folder.write_history(history)

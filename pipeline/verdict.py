@@ -65,6 +65,23 @@ class Facts:
 
 
 Cells = Mapping[Replica, Cell]
+Entry = Mapping[str, Any]
+
+AS_FUNCTIONS = {
+    "identical": "The same function, bit for bit",
+    "rounding": "The same function up to rounding",
+    "offset": "The same function but for a constant",
+    "scaled": "A multiple of the same function",
+    "reweighted": "Another weighting of the data",
+    "domain": "The same function in part of its domain",
+    "different": "Another function",
+    "not_run": "Not audited",
+    "error": "The audit failed",
+}
+UNAUDITED: Entry = {
+    "objective": "not_run", "sentence": "", "scale": None, "offset": None, "domain": None, "side_effects": [],
+    "covered": [], "not_covered": ["the losses themselves"], "would_have_caught": {},
+}  # fmt: skip
 
 
 def status_of(cell: Cell | None, reference: Cell | None, facts: Facts) -> Status:
@@ -156,45 +173,55 @@ def confirms(expected: str, verdict: str, objective: str, outcome: str) -> bool:
     return verdict in SAME if expected == "same" else expected in (verdict, objective, outcome)
 
 
-def comparison(candidate: str, finding: OutcomeFinding, cells: Cells, request: Request, facts: Facts) -> dict[str, Any]:
-    """One entry of `comparisons` in verdict.json."""
-    objective = "not_run"
+def comparison(
+    candidate: str, finding: OutcomeFinding, audited: Entry | None, cells: Cells, request: Request, facts: Facts
+) -> dict[str, Any]:
+    """One entry of `comparisons` in verdict.json; `audited` is the candidate's entry in audit.json."""
+    entry: Entry = audited or UNAUDITED
+    objective = entry["objective"]
     verdict = word(request.about, objective, finding.word)
     expected = request.expect.get(candidate)
     return {
         "loss": candidate,
         "objective": objective,
-        "scale": None,
-        "offset": None,
-        "domain": None,
-        "side_effects": [],
+        "scale": entry["scale"],
+        "offset": entry["offset"],
+        "domain": entry["domain"],
+        "side_effects": entry["side_effects"],
         "outcome": finding.word,
         "seeds_needed": finding.seeds_needed if finding.word == "inconclusive" else None,
         "verdict": verdict,
-        "sentence": sentence(finding, request, facts),
+        "sentence": sentence(finding, entry, request, facts),
         "expected": expected,
         "confirmed": None if expected is None else confirms(expected, verdict, objective, finding.word),
         "assay_sensitivity": None,
-        "would_have_caught": would_have_caught(finding, request),
-        "covered": [facts.scope],
-        "not_covered": [
-            "the losses themselves were not audited",
-            "other data, splits, hyperparameters and devices",
-        ],
+        "would_have_caught": would_have_caught(finding, entry, request),
+        "covered": [facts.scope, *entry["covered"]],
+        "not_covered": ["other data, splits, hyperparameters and devices", *entry["not_covered"]],
         "failures": _failures(candidate, cells, request, facts),
         "metrics": {name: _metric(metric) for name, metric in finding.metrics.items()},
     }
 
 
-def sentence(finding: OutcomeFinding, request: Request, facts: Facts) -> str:
-    """The outcome in prose, with what limits it."""
+def sentence(finding: OutcomeFinding, entry: Entry, request: Request, facts: Facts) -> str:
+    """Both axes in prose, the one that the request is about first."""
+    objective = _objective(entry)
+    outcome = _outcome_in_words(finding, request, facts)
+    if objective is None:
+        return f"{outcome} The losses themselves were not audited."
+    return f"{objective} {outcome}" if request.about == "objective" else f"{outcome} {objective}"
+
+
+def _objective(entry: Entry) -> str | None:
+    return f"{AS_FUNCTIONS[entry['objective']]}: {entry['sentence']}." if entry["sentence"] else None
+
+
+def _outcome_in_words(finding: OutcomeFinding, request: Request, facts: Facts) -> str:
     pairs = f"{finding.num_valid} of {len(request.seeds)} pairs"
-    unaudited = "The losses themselves were not audited."
     if finding.word == "identical":
         every = f"all {len(request.seeds)} pairs" if len(request.seeds) > 1 else "the one pair"
-        said = f"Weights and yardsticks are equal bit for bit in {every} ({facts.scope})."
-        both = finding.failures.both
-        return " ".join([said, f"Under {both} seeds both arms diverged." if both else "", unaudited]).replace("  ", " ")
+        both = f" Under {finding.failures.both} seeds both arms diverged." if finding.failures.both else ""
+        return f"Weights and yardsticks are equal bit for bit in {every} ({facts.scope}).{both}"
     effects = "; ".join(_effect(name, finding, request) for name in request.primary if name in finding.metrics)
     known = {
         "equivalent": f"Equivalent within the margins over {pairs}: {effects}.",
@@ -203,7 +230,7 @@ def sentence(finding: OutcomeFinding, request: Request, facts: Facts) -> str:
     }
     provisional = "provisionally equivalent, but " if finding.provisional else ""
     inconclusive = f"Inconclusive over {pairs}: {provisional}{'; '.join(finding.reasons)}.{_advice(finding)}"
-    return f"{known.get(finding.word, inconclusive)} {unaudited}"
+    return known.get(finding.word, inconclusive)
 
 
 def _effect(name: str, finding: OutcomeFinding, request: Request) -> str:
@@ -224,14 +251,28 @@ def _advice(finding: OutcomeFinding) -> str:
     )
 
 
-def would_have_caught(finding: OutcomeFinding, request: Request) -> str | None:
-    """The smallest difference that this check would have noticed, in words."""
+def would_have_caught(finding: OutcomeFinding, entry: Entry, request: Request) -> str | None:
+    """The smallest difference that this check would have noticed, in words, on both axes."""
+    noticed = []
     if finding.word == "identical":
-        return "one bit in any weight or yardstick of any pair"
+        noticed.append("one bit in any weight or yardstick of any pair")
     if finding.word == "equivalent":
         limits = ", ".join(f"{name} {request.margins[name]:g}" for name in request.primary)
-        return f"a true mean difference at the margins ({limits}), in {1 - request.alpha:.0%} of such studies"
-    return None
+        noticed.append(f"a true mean difference at the margins ({limits}), in {1 - request.alpha:.0%} of such studies")
+    if power := entry["would_have_caught"]:
+        noticed.append(f"in the losses themselves {_smallest(power)}")
+    return "; ".join(noticed) or None
+
+
+def _smallest(power: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Two kinds of the ladder stand for the rest, which audit.json has."""
+    shown = [
+        f"{kind} {size:.0e} in {precision}"
+        for kind in ("label smoothing", "temperature 1 + d")
+        for precision in ("float32", "float64")
+        if (size := power.get(kind, {}).get(precision)) is not None
+    ]
+    return ", ".join(shown)
 
 
 def _failures(candidate: str, cells: Cells, request: Request, facts: Facts) -> list[dict[str, Any]]:
@@ -270,8 +311,32 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def decide(cells: Cells, request: Request, facts: Facts, header: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of verdict.json; `header` holds what it is about: sweep, dataset, model and so on."""
+def audited_entry(candidate: str, audit: Mapping[str, Any] | None, cells: Cells, request: Request) -> Entry | None:
+    """The candidate's entry in audit.json, where it is about the code that the cells were made with."""
+    if audit is None or audit["reference"] != request.reference or candidate not in audit["losses"]:
+        return None
+    entry: Entry = audit["losses"][candidate]
+    about = {candidate: entry["made_from"], request.reference: audit["reference_made_from"]}
+    for replica, cell in cells.items():
+        known = about.get(replica.arm, {})
+        if any(cell.record.made_from.get(key) != value for key, value in known.items()):
+            return None
+    return entry
+
+
+def decide(
+    cells: Cells,
+    request: Request,
+    facts: Facts,
+    header: Mapping[str, Any],
+    audit: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of verdict.json.
+
+    Args:
+        header: what it is about: sweep, dataset, model and so on.
+        audit: the content of audit.json, where the losses were audited.
+    """
     found = outcomes(cells, request, facts)
     protocol = {
         "hash": request.protocol_hash, "alpha": request.alpha, "looks": 1, "look": 1,
@@ -285,5 +350,8 @@ def decide(cells: Cells, request: Request, facts: Facts, header: Mapping[str, An
         "seeds": list(request.seeds),
         "protocol": protocol,
         "reference_failures": _failures(request.reference, cells, request, facts),
-        "comparisons": [comparison(name, found[name], cells, request, facts) for name in request.candidates],
+        "comparisons": [
+            comparison(name, found[name], audited_entry(name, audit, cells, request), cells, request, facts)
+            for name in request.candidates
+        ],
     }

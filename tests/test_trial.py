@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pipeline.objectives import Replica
 from pipeline.pairs import YARDSTICKS
 from pipeline.trial import run
 
-FAST = ("tracking=none", "trainer=cpu", "epochs=2", "model.hidden=[16]")
+FAST = ("tracking=none", "trainer=cpu", "epochs=2", "model.hidden=[16]", "audit=false")
 ALL_LOSSES = sorted(path.stem for path in (conf.CONF / "loss").glob("*.yaml"))
 CONTROLS = ("kl_mean", "reverse_kl", "brier", "label_smoothing", "double_softmax", "nll_on_probs")
 
@@ -325,3 +326,68 @@ def test_models_that_never_moved_are_not_called_the_same(tmp_path: Path) -> None
     (entry,) = verdict(tmp_path / "t")["comparisons"]
     assert entry["verdict"] == "inconclusive"
     assert "never moved" in entry["sentence"]
+
+
+# --- the audit in a trial
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of losses that are, and are not, the same function as cross-entropy."""
+    path = tmp_path_factory.mktemp("audited") / "trial"
+    expect = "expect={nll: same, nll_softmax: rounding, kl_mean: scaled}"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "reduction: 'mean' divides")  # that torch will change it some day
+        assert trial(path, "audit=true", "loss=[ce,nll,nll_softmax,kl_mean]", "seed=[0,1]", expect) == ExitCode.HOLDS
+    return path
+
+
+def test_a_trial_asks_first_whether_the_losses_are_the_same_function(audited: Path) -> None:
+    found = {entry["loss"]: entry for entry in verdict(audited)["comparisons"]}
+    assert {name: entry["objective"] for name, entry in found.items()} == {
+        "nll": "identical", "nll_softmax": "rounding", "kl_mean": "scaled",
+    }  # fmt: skip
+    assert {name: entry["verdict"] for name, entry in found.items()} == {
+        "nll": "identical", "nll_softmax": "rounding", "kl_mean": "different",
+    }  # fmt: skip
+    assert found["kl_mean"]["scale"]["formula"] == "1/C"
+    assert found["kl_mean"]["sentence"].startswith("A multiple of the same function: k = 1/C in every batch")
+    assert "label smoothing" in found["nll"]["would_have_caught"]
+    assert found["nll_softmax"]["domain"]["axis"] == "gap"
+
+
+def test_what_the_audit_knows_is_not_asked_again(
+    audited: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = json.loads((audited / "audit.json").read_text())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "reduction: 'mean' divides")
+        trial(audited, "audit=true", "loss=[ce,nll,nll_softmax,kl_mean,brier]", "seed=[0,1]")
+    assert "auditing brier against ce" in capsys.readouterr().out
+    after = json.loads((audited / "audit.json").read_text())
+    assert after["losses"].pop("brier")["objective"] == "different"
+    assert after == before
+
+
+def test_an_audit_of_other_code_or_another_reference_says_nothing(audited: Path) -> None:
+    from pipeline.request import read_request
+    from pipeline.verdict import audited_entry
+
+    folder = TrialFolder(audited)
+    request, _ = read_request(audited)
+    cells = {Replica(cell.record.arm, cell.record.seed): cell for cell in folder.cells()}
+    audit = json.loads((audited / "audit.json").read_text())
+    assert audited_entry("nll", audit, cells, request) is not None
+    audit["losses"]["nll"]["made_from"]["loss_code"] = "other"
+    assert audited_entry("nll", audit, cells, request) is None
+    assert audited_entry("kl_mean", audit, cells, request) is not None
+    assert audited_entry("kl_mean", audit | {"reference": "nll"}, cells, request) is None
+    audit["reference_made_from"]["torch"] = "1.0"
+    assert audited_entry("kl_mean", audit, cells, request) is None
+
+
+def test_without_an_audit_the_verdict_says_so(main_job: Path) -> None:
+    assert not (main_job / "audit.json").exists()
+    (found, _) = verdict(main_job)["comparisons"]
+    assert found["objective"] == "not_run"
+    assert "were not audited" in found["sentence"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ class Record:
     weights_sha256: str = "equal"
     diverged_at: int | None = None
     cause: str | None = None
+    made_from: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,52 @@ def verdict_of(mine: dict[int, StubCell], request: Request = REQUEST, **referenc
     verdict = decide(cells, request, FACTS, HEADER)  # type: ignore[arg-type]
     json.dumps(verdict, allow_nan=False)
     return verdict
+
+
+def audited(objective: str, **fields: Any) -> dict[str, Any]:
+    """An audit.json that knows the one loss."""
+    nothing = {"scale": None, "offset": None, "domain": None, "side_effects": [], "covered": ["the grid"]}
+    found = {**nothing, "objective": objective, "sentence": "so it was found", "not_covered": ["soft targets"]}
+    power = {"would_have_caught": {"label smoothing": {"float32": 3e-6, "float64": 1e-14}}}
+    losses = {"mine": found | power | {"made_from": {}} | fields}
+    return {"reference": "ce", "reference_made_from": {}, "losses": losses}
+
+
+def judged(audit: dict[str, Any], mine: dict[int, StubCell], request: Request = REQUEST) -> dict[str, Any]:
+    cells = {Replica("ce", seed): StubCell() for seed in request.seeds}
+    cells |= {Replica("mine", seed): cell for seed, cell in mine.items()}
+    (found,) = decide(cells, request, FACTS, HEADER, audit)["comparisons"]  # type: ignore[arg-type]
+    return dict(found)
+
+
+def test_the_audit_s_word_is_the_objective_axis() -> None:
+    found = judged(audited("identical"), {seed: StubCell() for seed in REQUEST.seeds})
+    assert (found["objective"], found["outcome"], found["verdict"]) == ("identical",) * 3
+    assert found["sentence"].startswith("The same function, bit for bit: so it was found.")
+    assert "not audited" not in found["sentence"]
+    assert found["covered"] == [FACTS.scope, "the grid"]
+    assert "soft targets" in found["not_covered"]
+    assert "label smoothing 3e-06 in float32, label smoothing 1e-14 in float64" in found["would_have_caught"]
+
+
+def test_about_the_outcome_the_outcome_is_said_first() -> None:
+    request = replace(REQUEST, about="outcome")
+    found = judged(audited("scaled"), {seed: StubCell() for seed in request.seeds}, request)
+    assert found["verdict"] == "identical"
+    assert found["sentence"].startswith("Weights and yardsticks are equal bit for bit")
+    assert found["sentence"].endswith("A multiple of the same function: so it was found.")
+
+
+def test_one_function_and_another_model_are_a_conflict() -> None:
+    other = StubCell(nll=0.9, brier=0.5, record=Record(weights_sha256="other"))
+    found = judged(audited("rounding"), dict.fromkeys(REQUEST.seeds, other))
+    assert (found["outcome"], found["verdict"]) == ("different", "conflict")
+
+
+def test_a_failed_audit_leaves_the_outcome_to_decide() -> None:
+    found = judged(audited("error"), {seed: StubCell() for seed in REQUEST.seeds})
+    assert found["verdict"] == "identical"
+    assert "The audit failed: so it was found." in found["sentence"]
 
 
 def entry(mine: dict[int, StubCell], request: Request = REQUEST, **reference: Any) -> dict[str, Any]:

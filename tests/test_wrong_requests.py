@@ -29,7 +29,7 @@ from pipeline.setting import prepare
 from pipeline.trial import run
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["loss=[ce,nll]", "model=softmax_regression", "trainer=cpu", "tracking=none", "epochs=1"]
+QUICK = ["loss=[ce,nll]", "model=softmax_regression", "trainer=cpu", "tracking=none", "epochs=1", "audit=false"]
 Config = dict[str, Any]
 
 
@@ -412,7 +412,7 @@ def test_a_loss_of_the_users_own_trains_from_a_folder_of_theirs(tmp_path: Path) 
     (tmp_path / "mine.py").write_text(
         "def my_loss(log_probs, labels):\n    return -log_probs.gather(1, labels[:, None]).mean()\n"
     )
-    request = [*QUICK[1:], "loss=[ce,mine]", "hydra.run.dir=here"]
+    request = [*QUICK[1:], "audit=true", "loss=[ce,mine]", "hydra.run.dir=here"]
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.train", "--config-dir", "my_conf", *request],
         cwd=tmp_path,
@@ -422,7 +422,7 @@ def test_a_loss_of_the_users_own_trains_from_a_folder_of_theirs(tmp_path: Path) 
     )
     assert (done.returncode, done.stderr) == (0, "")
     verdict = json.loads((tmp_path / "here" / "verdict.json").read_text())
-    assert [entry["loss"] for entry in verdict["comparisons"]] == ["mine"]
+    assert [(entry["loss"], entry["objective"]) for entry in verdict["comparisons"]] == [("mine", "identical")]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == [
         "here", "mine.py", "my_conf",
     ]  # fmt: skip

@@ -1,0 +1,168 @@
+"""Losses under audit: each is found, imported and asked in a child of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.auditing.audit import Audit, audit_of
+from pipeline.auditing.calls import Loss
+from pipeline.auditing.examination import examine, needs_cuda
+from pipeline.auditing.finding import Finding
+from pipeline.checks import check_loss
+from pipeline.children import Job, Limits, Outcome, Tell
+from pipeline.children import run as run_children
+from pipeline.errors import UsageError
+from pipeline.formulations import FUSED_INPUTS, LossFn, code_digest
+from pipeline.setting import formulation_of
+from pipeline.targets import BrokenImportError, locate
+
+SCHEMA = 1
+VERSION = 1  # raised whenever an audit may find something else; what was found before is then asked again
+POWER = ""  # the job that measures what the grid would have caught; no loss has this name
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """What is asked, as `conf/audit.yaml` has it, and what each child may use: seconds, GiB, children at once."""
+
+    dtype: str | None = None
+    device: str = "cpu"
+    ignore_index: int | None = None
+    soft_targets: bool = False
+    tokens: bool = False
+    num_classes: Sequence[int] | None = None
+    time_limit: float = 300.0
+    memory_limit: float = 8.0
+    jobs: int = 2
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The settings that decide what is found."""
+        names = ("dtype", "device", "ignore_index", "soft_targets", "tokens")
+        classes = None if self.num_classes is None else list(self.num_classes)
+        return {name: getattr(self, name) for name in names} | {"num_classes": classes}
+
+
+def audit_losses(losses: Mapping[str, Any], reference: str, settings: AuditSettings) -> dict[str, Any]:
+    """The content of audit.json: an entry for every declared loss but the reference.
+
+    Raises:
+        UsageError: a loss is declared wrongly, or the reference cannot be called.
+    """
+    groups: dict[tuple[bool, bool], list[str]] = {}
+    for name, loss in losses.items():
+        if name != reference:
+            groups.setdefault((bool(FUSED_INPUTS & set(loss["args"])), "bias" in loss["args"]), []).append(name)
+    entries: dict[str, Entry] = {}
+    for names in groups.values():
+        entries |= _audited({name: losses[name] for name in names}, reference, losses[reference], settings)
+    return {
+        "schema": SCHEMA,
+        "reference": reference,
+        "reference_made_from": made_from(reference, losses[reference]),
+        "losses": {name: entries[name] for name in losses if name != reference},
+        "settings": settings.asked,
+        "environment": {"torch": str(torch.__version__), "device": settings.device, "audit": VERSION},
+    }
+
+
+def made_from(name: str, declared: Mapping[str, Any]) -> Entry:
+    """What an entry is about: the declaration, and a digest of the code behind it."""
+    return {
+        "loss": dict(declared),
+        "loss_code": code_digest(locate(f"loss.{name}.fn", declared["fn"]["_target_"])),
+        "torch": str(torch.__version__),
+    }
+
+
+def _audited(
+    losses: Mapping[str, Any], reference: str, declared: Mapping[str, Any], settings: AuditSettings
+) -> dict[str, Entry]:
+    """Entries of losses that take the same kind of input, each with what its grid would have caught."""
+    ready = _shared(reference, declared, [arg for loss in losses.values() for arg in loss["args"]], settings)
+    jobs = {POWER: _power(ready)} | {name: _job(name, loss, ready) for name, loss in losses.items()}
+    limits = Limits(settings.time_limit, settings.memory_limit * 2**30)
+    outcomes = dict(run_children(jobs, limits, settings.jobs))
+    power = outcomes.pop(POWER).value or {}
+    return {name: _entry(losses[name], outcome) | {"would_have_caught": power} for name, outcome in outcomes.items()}
+
+
+def _shared(
+    reference: str, declared: Mapping[str, Any], args: Sequence[str], settings: AuditSettings
+) -> Callable[[], Audit]:
+    """How a child gets the audit: ready where it can be inherited, made by the child where it is on a GPU."""
+
+    def make() -> Audit:
+        formulation = formulation_of(reference, declared)
+        fn = formulation.instance(torch.device("cpu"), torch.float32)
+        asked = settings.asked
+        dtype = None if asked["dtype"] is None else getattr(torch, asked["dtype"])
+        loss = Loss(_with_ignored(fn, settings.ignore_index), formulation.args)
+        audit = audit_of(loss, args, **asked | {"dtype": dtype})
+        audit.warm()
+        return audit
+
+    if settings.device != "cpu":
+        return make
+    audit = make()
+    return lambda: audit
+
+
+def _with_ignored(fn: LossFn, ignore_index: int | None) -> LossFn:
+    """torch's own cross-entropy as a reference ignores what the audit ignores."""
+    if ignore_index is not None and isinstance(fn, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss):
+        fn.ignore_index = ignore_index
+    return fn
+
+
+def _power(ready: Callable[[], Audit]) -> Job:
+    return lambda _: ready().power
+
+
+def _job(name: str, declared: Mapping[str, Any], ready: Callable[[], Audit]) -> Job:
+    """What a child does for one loss: find it, import it, ask it."""
+
+    def job(tell: Tell) -> Entry:
+        try:
+            check_loss(f"loss.{name}", declared)
+        except BrokenImportError as error:
+            raise RuntimeError(str(error)) from error
+        formulation = formulation_of(name, declared)
+        fn = formulation.instance(torch.device("cpu"), torch.float32)
+        loss = Loss(fn, formulation.args)
+        about = made_from(name, declared)
+        found = examine(ready(), loss, lambda finding: tell(finding.as_json({}) | {"made_from": about}))
+        return found.as_json({}) | {"made_from": about}
+
+    return job
+
+
+def _entry(declared: Mapping[str, Any], outcome: Outcome) -> Entry:
+    """What a child came to as an entry of audit.json; what it told before it ended badly is kept.
+
+    Raises:
+        UsageError: the loss is declared wrongly.
+    """
+    if outcome.refused is not None and not needs_cuda(outcome.refused):
+        raise UsageError(outcome.refused)
+    problem = outcome.refused or outcome.failed
+    if outcome.value is not None:
+        entry: Entry = outcome.value
+    elif outcome.told is not None:
+        entry = outcome.told
+        entry["side_effects"].append(f"ends the process when asked about bad input: {problem}")
+    elif problem is not None and needs_cuda(problem):
+        entry = Finding("not_run", f"needs a CUDA device, and there is none: {problem}").as_json({})
+    else:
+        entry = Finding("error", str(problem)).as_json({})
+    if line := next((line for line in outcome.printed.splitlines() if line.strip()), None):
+        entry["side_effects"].append(f"prints: {line.strip()[:80]}")
+    entry.setdefault("made_from", {"loss": dict(declared)})
+    entry["evidence"] = {**entry["evidence"], "cpu_seconds": round(outcome.seconds, 2)}
+    return entry
