@@ -104,12 +104,15 @@ def _check_numbers(config: Plain) -> None:
     least = {
         "epochs": (config["epochs"], 1), "batch_size": (config["batch_size"], 1),
         "warmup_steps": (config["warmup_steps"], 0), "max_seeds": (config["max_seeds"], 2),
+        "looks": (config["looks"], 1),
         "trainer.threads": (trainer["threads"], 1), "trainer.inner_steps": (trainer["inner_steps"], 1),
         "trainer.tile": (1 if trainer["tile"] is None else trainer["tile"], 1),
     }  # fmt: skip
     for key, (value, smallest) in least.items():
         if value < smallest:
             raise UsageError(f"{key}={value}; it must be at least {smallest}")
+    if config["until"] == "decided" and config["looks"] < 2:
+        raise UsageError("until=decided looks at the data more than once; declare how often, for example looks=2")
     if not 0 < config["alpha"] < 0.5:
         raise UsageError(f"alpha={config['alpha']}; it must lie between 0 and 0.5")
     if config["clip_norm"] is not None and not 0 < config["clip_norm"] < math.inf:

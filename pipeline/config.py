@@ -58,6 +58,11 @@ class About(Enum):
     outcome = "outcome"
 
 
+class Until(Enum):
+    all = "all"
+    decided = "decided"
+
+
 @dataclass
 class TrainerConf:
     accelerator: Accelerator = Accelerator.auto
@@ -94,6 +99,8 @@ class TrainConf:
     about: About = About.objective
     expect: Any = None  # same, or {loss: word}
     alpha: float = 0.05
+    looks: int = 1
+    until: Until = Until.all
     max_seeds: int = 100
     audit: bool = True
 

@@ -34,6 +34,7 @@ def request_of(config: Mapping[str, Any]) -> Request:
         primary=tuple(dataset.get("primary") or margins or ("nll", "brier", "accuracy")),
         alpha=config["alpha"],
         max_seeds=config["max_seeds"],
+        looks=config["looks"],
     )
 
 

@@ -65,6 +65,7 @@ def compare(
     reference_status: Sequence[Status] | None = None,
     bitwise_identical: ArrayLike | None = None,
     alpha: float = 0.05,
+    next_alpha: float | None = None,
     max_seeds: int = 1000,
 ) -> OutcomeFinding:
     """The outcome of a candidate against the reference over S paired seeds.
@@ -81,6 +82,8 @@ def compare(
     * inconclusive: none of these. A missing pair rules out sameness; it does not silence a difference.
     * not_run: no pair is complete.
 
+    `seeds_needed` is for a verdict at `next_alpha`, the level of the look that would use them; alpha where omitted.
+
     Raises ValueError where a run declared `ok` has a value that is not finite, a primary metric lacks its
     margin, or an argument is out of range.
     """
@@ -92,7 +95,7 @@ def compare(
     finding = _undecided(pairs, margins, alpha)
     if bitwise_identical is not None and pairs.are_identical(np.asarray(bitwise_identical, dtype=bool)):
         return _without_test(finding)
-    return _with_seeds_needed(_decided(finding, primary), primary, max_seeds)
+    return _with_seeds_needed(_decided(finding, primary), primary, next_alpha or alpha, max_seeds)
 
 
 def correct_for_arms(
@@ -182,20 +185,20 @@ def _holm_by_name(p_values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(p_values, holm(list(p_values.values())).tolist(), strict=True))
 
 
-def _with_seeds_needed(finding: OutcomeFinding, primary: Sequence[str], max_seeds: int) -> OutcomeFinding:
+def _with_seeds_needed(finding: OutcomeFinding, primary: Sequence[str], alpha: float, max_seeds: int) -> OutcomeFinding:
     metrics = [finding.metrics[name] for name in primary]
-    centred, shifted = (_advised_seeds(metrics, shift, max_seeds) for shift in (0.0, 0.25))
+    centred, shifted = (_advised_seeds(metrics, shift, alpha, max_seeds) for shift in (0.0, 0.25))
     return replace(finding, seeds_needed=centred, seeds_needed_shifted=shifted)
 
 
-def _advised_seeds(metrics: Sequence[MetricFinding], shift: float, max_seeds: int) -> SeedCount | None:
+def _advised_seeds(metrics: Sequence[MetricFinding], shift: float, alpha: float, max_seeds: int) -> SeedCount | None:
     """Seeds for 80 % power in every metric: its sd at the upper 80 % limit, its mean at shift x margin."""
     advised = MIN_PAIRS_EQUIVALENT
     for m in metrics:
         if m.margin is None or m.sd is None:
             return None
         sd = sd_upper_limit(m.sd, m.n)
-        needed = seeds_needed(sd, m.margin, alpha=m.level, mean=shift * m.margin, max_seeds=max_seeds)
+        needed = seeds_needed(sd, m.margin, alpha=alpha, mean=shift * m.margin, max_seeds=max_seeds)
         if needed == "unreachable":
             return needed
         advised = max(advised, needed)

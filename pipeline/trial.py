@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from pipeline.cells import Cell, TrialFolder, write_json
 from pipeline.equivalence import paired_differences
 from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
+from pipeline.looks import look_at
+from pipeline.looks import record as record_look
 from pipeline.objectives import Replica
 from pipeline.pairs import YARDSTICKS
 from pipeline.progress import Progress
@@ -49,11 +53,33 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
         folder.check_claim(identity)
         tracker = _tracker(config["tracking"])
         folder.claim(identity)
-        write_request(path, request, facts)
         if config["audit"]:
             ask_audit(setting, request, folder)
-        train(setting, request, folder, tracker)
-        return conclude(folder, request, facts, tracker)
+        while True:
+            write_request(path, request, facts)
+            train(setting, request, folder, tracker)
+            code, verdict = conclude(folder, request, facts, tracker)
+            more = more_seeds(request, verdict) if config["until"] == "decided" else 0
+            if not more:
+                return code
+            request = with_more_seeds(request, more)
+            facts = facts_of(setting, request, command)
+            console.print(f"\nundecided: going on to {len(request.seeds)} seeds")
+
+
+def more_seeds(request: Request, verdict: Mapping[str, Any]) -> int:
+    """How many seeds the next declared look needs; 0 where all is decided, or nothing within reach decides it."""
+    if verdict["protocol"]["look"] >= request.looks:
+        return 0
+    advised = [entry["seeds_needed"] for entry in verdict["comparisons"] if entry["outcome"] == "inconclusive"]
+    within = [needed for needed in advised if isinstance(needed, int)]
+    return max(0, min(max(within, default=0), request.max_seeds) - len(request.seeds))
+
+
+def with_more_seeds(request: Request, count: int) -> Request:
+    """The request over so many more seeds, the smallest that it does not have."""
+    unused = (seed for seed in itertools.count() if seed not in request.seeds)
+    return replace(request, seeds=(*request.seeds, *itertools.islice(unused, count)))
 
 
 def _tracker(tracking: Mapping[str, Any]) -> Tracker | None:
@@ -128,14 +154,19 @@ def _read(folder: TrialFolder, replicas: Sequence[Replica]) -> Cells:
     return {replica: cell for replica, cell in found if cell is not None}
 
 
-def conclude(folder: TrialFolder, request: Request, facts: Facts, tracker: Tracker | None) -> ExitCode:
-    """Verdict, report and checkpoints from the cells alone; prints the table and returns the exit code."""
+def conclude(
+    folder: TrialFolder, request: Request, facts: Facts, tracker: Tracker | None
+) -> tuple[ExitCode, dict[str, Any]]:
+    """Verdict, report and checkpoints from the cells alone; prints the table, returns exit code and verdict."""
     from pipeline.figures import write_report
 
     cells = _read(folder, wanted(request))
     if not cells:
         raise UsageError(f"{folder.path} holds no finished run; train first")
-    verdict = decide(cells, request, facts, _header(folder, cells), read_audit(folder.path))
+    look = look_at(folder.path, request.seeds, request.reference, request.alpha, request.looks)
+    verdict = decide(cells, request, facts, _header(folder, cells), read_audit(folder.path), look)
+    words = {entry["loss"]: entry["outcome"] for entry in verdict["comparisons"]}
+    record_look(folder.path, look, request.seeds, request.reference, words)
     history = trial_history(cells, request)
     write_json(folder.path / "verdict.json", verdict)
     folder.write_history(history)
@@ -146,7 +177,7 @@ def conclude(folder: TrialFolder, request: Request, facts: Facts, tracker: Track
     if tracker:
         tracker.record([report_run(folder, verdict, cells)])
         link = tracker.link(folder.path.name)
-    return closing(verdict, folder.path, link, local=tracker is not None and tracker.is_local)
+    return closing(verdict, folder.path, link, local=tracker is not None and tracker.is_local), verdict
 
 
 def _header(folder: TrialFolder, cells: Cells) -> dict[str, Any]:

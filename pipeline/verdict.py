@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cells import Cell
+from pipeline.looks import Look, level_of
 from pipeline.objectives import Replica
 from pipeline.pairs import YARDSTICKS, Status
 from pipeline.statistics import OutcomeFinding, compare, correct_for_arms
@@ -33,6 +34,7 @@ class Request:
     primary: tuple[str, ...]
     alpha: float
     max_seeds: int
+    looks: int = 1
 
     @property
     def candidates(self) -> list[str]:
@@ -42,8 +44,10 @@ class Request:
     @property
     def protocol_hash(self) -> str:
         """SHA-256 over all that must not be chosen after the data were seen."""
-        fixed = {"expect": dict(self.expect), "margins": dict(self.margins), "primary": self.primary, "looks": 1,
-                 "alpha": self.alpha, "max_seeds": self.max_seeds, "about": self.about}  # fmt: skip
+        fixed = {
+            "expect": dict(self.expect), "margins": dict(self.margins), "primary": self.primary, "about": self.about,
+            "looks": self.looks, "alpha": self.alpha, "max_seeds": self.max_seeds,
+        }  # fmt: skip
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
@@ -95,13 +99,14 @@ def status_of(cell: Cell | None, reference: Cell | None, facts: Facts) -> Status
     return "diverged" if mine >= facts.label_entropy > reference_nll else "ok"
 
 
-def outcomes(cells: Cells, request: Request, facts: Facts) -> dict[str, OutcomeFinding]:
-    """The outcome axis for every candidate, corrected for their number."""
-    found = {name: _outcome(name, cells, request, facts) for name in request.candidates}
+def outcomes(cells: Cells, request: Request, facts: Facts, look: Look | None = None) -> dict[str, OutcomeFinding]:
+    """The outcome axis for every candidate at a look's level, corrected for their number."""
+    look = look or Look(1, level_of(request.alpha, request.looks, 1))
+    found = {name: _outcome(name, cells, request, facts, look) for name in request.candidates}
     return correct_for_arms(found)
 
 
-def _outcome(candidate: str, cells: Cells, request: Request, facts: Facts) -> OutcomeFinding:
+def _outcome(candidate: str, cells: Cells, request: Request, facts: Facts, look: Look) -> OutcomeFinding:
     theirs = [cells.get(Replica(request.reference, seed)) for seed in request.seeds]
     mine = [cells.get(Replica(candidate, seed)) for seed in request.seeds]
     identical = [
@@ -122,7 +127,8 @@ def _outcome(candidate: str, cells: Cells, request: Request, facts: Facts) -> Ou
         candidate_status=[status_of(a, b, facts) for a, b in zip(mine, theirs, strict=True)],
         reference_status=[status_of(b, None, facts) for b in theirs],
         bitwise_identical=identical,
-        alpha=request.alpha,
+        alpha=look.level,
+        next_alpha=level_of(request.alpha, request.looks, look.number + 1),
         max_seeds=request.max_seeds,
     )
     if unpaired:
@@ -258,7 +264,7 @@ def would_have_caught(finding: OutcomeFinding, entry: Entry, request: Request) -
         noticed.append("one bit in any weight or yardstick of any pair")
     if finding.word == "equivalent":
         limits = ", ".join(f"{name} {request.margins[name]:g}" for name in request.primary)
-        noticed.append(f"a true mean difference at the margins ({limits}), in {1 - request.alpha:.0%} of such studies")
+        noticed.append(f"a true mean difference at the margins ({limits}), in {1 - finding.level:.3g} of such studies")
     if power := entry["would_have_caught"]:
         noticed.append(f"in the losses themselves {_smallest(power)}")
     return "; ".join(noticed) or None
@@ -330,17 +336,20 @@ def decide(
     facts: Facts,
     header: Mapping[str, Any],
     audit: Mapping[str, Any] | None = None,
+    look: Look | None = None,
 ) -> dict[str, Any]:
     """The content of verdict.json.
 
     Args:
         header: what it is about: sweep, dataset, model and so on.
         audit: the content of audit.json, where the losses were audited.
+        look: which look at the data this is; the first and only one where none is given.
     """
-    found = outcomes(cells, request, facts)
+    look = look or Look(1, level_of(request.alpha, request.looks, 1))
+    found = outcomes(cells, request, facts, look)
     protocol = {
-        "hash": request.protocol_hash, "alpha": request.alpha, "looks": 1, "look": 1,
-        "margins": dict(request.margins) or None, "primary": list(request.primary),
+        "hash": request.protocol_hash, "alpha": request.alpha, "looks": request.looks, "look": look.number,
+        "level": look.level, "margins": dict(request.margins) or None, "primary": list(request.primary),
     }  # fmt: skip
     return {
         "schema": SCHEMA,

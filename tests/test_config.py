@@ -66,7 +66,7 @@ def test_the_keys_are_those_that_users_write() -> None:
     assert list(conf.TrainConf.__dataclass_fields__) == [
         "loss", "model", "dataset", "optimizer", "trainer", "tracking", "seed", "reference", "epochs",
         "batch_size", "precision", "schedule", "warmup_steps", "clip_norm", "about", "expect", "alpha",
-        "max_seeds", "audit",
+        "looks", "until", "max_seeds", "audit",
     ]  # fmt: skip
 
 
@@ -160,6 +160,8 @@ def test_one_word_is_expected_of_every_candidate() -> None:
         ("batch_size", -4, "batch_size=-4; it must be at least 1"),
         ("warmup_steps", -1, "warmup_steps=-1; it must be at least 0"),
         ("max_seeds", 1, "max_seeds=1; it must be at least 2"),
+        ("looks", 0, "looks=0; it must be at least 1"),
+        ("until", "decided", "until=decided looks at the data more than once"),
         ("trainer.threads", 0, "trainer.threads=0; it must be at least 1"),
         ("trainer.tile", 0, "trainer.tile=0; it must be at least 1"),
         ("alpha", 0.0, "alpha=0.0; it must lie between 0 and 0.5"),

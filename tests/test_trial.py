@@ -391,3 +391,42 @@ def test_without_an_audit_the_verdict_says_so(main_job: Path) -> None:
     (found, _) = verdict(main_job)["comparisons"]
     assert found["objective"] == "not_run"
     assert "were not audited" in found["sentence"]
+
+
+# --- looks
+
+
+def test_another_number_of_seeds_is_another_look_at_half_the_level(tmp_path: Path) -> None:
+    request = ("loss=[ce,nll_softmax]", "expect=null")
+    trial(tmp_path / "t", *request, "seed=[0,1,2]")
+    assert {key: verdict(tmp_path / "t")["protocol"][key] for key in ("look", "looks", "level")} == {
+        "look": 1, "looks": 1, "level": 0.05,
+    }  # fmt: skip
+    trial(tmp_path / "t", *request, "seed=[0,1,2,3]")
+    assert verdict(tmp_path / "t")["protocol"]["level"] == 0.025
+    (found,) = verdict(tmp_path / "t")["comparisons"]
+    assert found["metrics"]["nll"]["level"] == 0.025
+
+
+def test_until_decided_goes_on_with_the_seeds_that_the_verdict_advised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too few seeds for equivalence at first; ten are advised, and ten decide."""
+    path = tmp_path / "t"
+    request = ("loss=[ce,nll_softmax]", "seed=[0,1,2,3,7]", "looks=2", "until=decided", "about=outcome")
+    assert trial(path, *request, "expect=equivalent") == ExitCode.HOLDS
+    assert "undecided: going on to 10 seeds" in capsys.readouterr().out
+    assert verdict(path)["seeds"] == [0, 1, 2, 3, 7, 4, 5, 6, 8, 9]
+    assert verdict(path)["protocol"]["look"] == 2
+    looks = [json.loads(line) for line in (path / "looks.jsonl").read_text().splitlines()]
+    assert [(entry["words"], entry["level"]) for entry in looks] == [
+        ({"nll_softmax": "inconclusive"}, 0.025), ({"nll_softmax": "equivalent"}, 0.025),
+    ]  # fmt: skip
+    assert trial(path, *request) == ExitCode.HOLDS  # the same command again: nothing to train, the same two looks
+    assert len((path / "looks.jsonl").read_text().splitlines()) == 2
+
+
+def test_until_decided_ends_at_the_most_seeds(tmp_path: Path) -> None:
+    request = ("loss=[ce,brier]", "seed=[0,1]", "looks=3", "until=decided", "max_seeds=4", "about=outcome")
+    trial(tmp_path / "t", *request)
+    assert len(verdict(tmp_path / "t")["seeds"]) <= 4
