@@ -11,7 +11,7 @@ PORT   ?= 5000
 
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help install equivalence train sweep audit report ui experiments data bench test lint types wheel check clean
+.PHONY: help install equivalence train sweep audit report ui experiments simulate data bench test lint types wheel check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ ui: .venv/.lab ## the MLflow page of the recorded runs, on http://127.0.0.1:5000
 
 experiments: .venv/.lab ## run every recorded experiment again
 	for file in conf/experiment/*.yaml; do $(PY) -m pipeline.train experiment=$$(basename $$file .yaml) $(ARGS); done
+
+simulate: .venv/.lab ## how often the verdict is wrong: the full simulation, a quarter of an hour of CPU
+	$(PY) -m experiments.error_rates.simulate $(ARGS)
 
 data: ## real Fashion-MNIST from Debian's package; digits come with scikit-learn
 	apt-get install -y dataset-fashion-mnist

@@ -2,6 +2,7 @@
 
 trial.yaml                      what the folder is for; another configuration is refused
 cells/<arm>/s<seed>/            config.yaml, history.parquet, state.pt: the source of truth
+controls/<arm>/s<seed>/         the same of replay, placebos and dose
 stale/<arm>/s<seed>-<digest>/   cells made by other code, data or environment, kept out of the way
 verdict.json report.html figures/ checkpoints/    rebuilt from the cells
 """
@@ -25,6 +26,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from pipeline.controls import NAMES as CONTROLS
 from pipeline.errors import UsageError, first_line
 from pipeline.objectives import Replica
 
@@ -132,7 +134,8 @@ class TrialFolder:
             )
 
     def cell_path(self, replica: Replica) -> Path:
-        return self.path / "cells" / replica.arm / f"s{replica.seed}"
+        kind = "controls" if replica.arm in CONTROLS else "cells"
+        return self.path / kind / replica.arm / f"s{replica.seed}"
 
     def read(self, replica: Replica) -> Cell | None:
         """The cell where it is there whole, else None."""

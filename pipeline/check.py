@@ -77,8 +77,8 @@ def check(
     if not (num_classes is None or isinstance(num_classes, Sequence)):
         raise UsageError(f"num_classes={num_classes!r}; give a tuple such as (10,)")
     settings: dict[str, Any] = {
-        "dtype": dtype, "device": device_of(device), "ignore_index": ignore_index, "soft_targets": soft_targets, "tokens": tokens,
-        "num_classes": None if num_classes is None else tuple(num_classes),
+        "dtype": dtype, "device": device_of(device), "ignore_index": ignore_index, "soft_targets": soft_targets,
+        "tokens": tokens, "num_classes": None if num_classes is None else tuple(num_classes),
     }  # fmt: skip
     if ignore_index is not None and reference is F.cross_entropy:
         reference = _ignoring(ignore_index)

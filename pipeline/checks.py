@@ -21,6 +21,8 @@ from pipeline.targets import check_call, locate
 
 Plain = Mapping[str, Any]
 
+CONTROLS = ("replay", "placebo_float64", "placebo_reordered", "dose")  # pipeline.controls, which needs torch
+
 # What the pipeline adds when it calls each group's target, or keeps to itself.
 GIVEN_BY_PIPELINE = {
     "model": ("input_shape", "num_classes"),
@@ -44,7 +46,12 @@ def check(cfg: DictConfig) -> None:
         raise UsageError("no loss is chosen; give for example 'loss=[nll,ce,kl]'")
     conf.expectations_of(config)
     _check_margins(config["dataset"])
+    dose = config["dataset"].get("dose")
+    if dose is not None and (isinstance(dose, bool) or not isinstance(dose, int | float) or not -1 < dose < math.inf):
+        raise UsageError(f"dataset.dose={dose!r}; give a number above -1: the logits are multiplied by 1 + dose")
     for name, loss in config["loss"].items():
+        if name in CONTROLS:
+            raise UsageError(f"loss.{name} bears the name of a control that trials add by themselves; rename it")
         check_loss(f"loss.{name}", loss)
     for group, given in GIVEN_BY_PIPELINE.items():
         check_call(group, config[group], given)

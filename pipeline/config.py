@@ -58,6 +58,12 @@ class About(Enum):
     outcome = "outcome"
 
 
+class Controls(Enum):
+    auto = "auto"
+    all = "all"
+    none = "none"
+
+
 class Until(Enum):
     all = "all"
     decided = "decided"
@@ -103,6 +109,7 @@ class TrainConf:
     until: Until = Until.all
     max_seeds: int = 100
     audit: bool = True
+    controls: Controls = Controls.auto
 
 
 @dataclass
@@ -130,7 +137,7 @@ IDENTITY = (
 # What names an audit.
 AUDIT_IDENTITY = ("loss", "reference", "dtype", "device", "ignore_index", "soft_targets", "tokens", "num_classes")
 # Keys of conf/dataset/*.yaml that the loader does not receive.
-DATASET_PROTOCOL = ("margins", "primary")
+DATASET_PROTOCOL = ("margins", "primary", "dose")
 
 
 def register() -> None:

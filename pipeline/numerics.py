@@ -16,9 +16,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-CONSTANT = 8.0
+CONSTANT = 12.0
 """A row passes while its error is at most this many units; see experiments/audit for the curve behind the number."""
-SYSTEMATIC = 3.0
+SYSTEMATIC = 2.5
 """The largest ratio of a mean residual, squared, to its variance that is still noise."""
 DETERMINED = 1e-3
 """A scale counts where rounding leaves it uncertain by less than this, relative to itself."""

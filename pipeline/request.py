@@ -15,9 +15,8 @@ import torch
 from pipeline import config as conf
 from pipeline.cells import read_yaml, write_whole, yaml_bytes
 from pipeline.errors import UsageError
-from pipeline.objectives import Replica
+from pipeline.outcomes import Facts, Request
 from pipeline.setting import Setting
-from pipeline.verdict import Facts, Request
 
 
 def request_of(config: Mapping[str, Any]) -> Request:
@@ -80,11 +79,6 @@ def read_request(path: Path) -> tuple[Request, Facts]:
         raise UsageError(f"{path} is not a trial's folder (no request.yaml in it); give a trial's folder") from error
     request: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()}
     return Request(**request), Facts(**found["facts"])
-
-
-def wanted(request: Request) -> list[Replica]:
-    """Every (arm, seed) that the request is about."""
-    return [Replica(loss, seed) for loss in request.losses for seed in request.seeds]
 
 
 def _listed(values: Mapping[str, Any]) -> dict[str, Any]:

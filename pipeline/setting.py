@@ -6,8 +6,8 @@ import ctypes
 import functools
 import math
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from pipeline import config as conf
+from pipeline.controls import control, declared
 from pipeline.datasets import Dataset
 from pipeline.errors import UsageError, first_line
 from pipeline.formulations import Formulation, code_digest, probe
@@ -50,6 +51,16 @@ class Setting:
     tile: int
     head: str | None
     environment: Mapping[str, Any]
+
+    def with_controls(self, names: Sequence[str], reference: str) -> Setting:
+        """The same setting with controls of the reference as further arms."""
+        dose = self.config["dataset"].get("dose")
+        original = next(f for f in self.formulations if f.name == reference)
+        added = {name: declared(name, self.config["loss"][reference], dose) for name in names}
+        formulations = (*self.formulations, *(control(name, original, dose) for name in names))
+        return replace(
+            self, config={**self.config, "loss": {**self.config["loss"], **added}}, formulations=formulations
+        )
 
     @functools.cache  # noqa: B019 - one setting a process
     def fingerprint_parts(self, arm: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from rich.table import Table
 from pipeline.auditing.finding import size_in_words
 from pipeline.exit_codes import ExitCode
 from pipeline.objectives import Replica
+from pipeline.outcomes import Request, wanted_controls
 from pipeline.setting import Setting
-from pipeline.verdict import Request
 
 console = Console(highlight=False, soft_wrap=True)
 SHOWN = 6  # of a list that may be long
@@ -25,10 +25,12 @@ def announce(
     setting: Setting, request: Request, missing: Sequence[Replica], stale: Sequence[Replica], aside: Path
 ) -> None:
     """What is about to be trained, on what, and how."""
-    total = len(request.losses) * len(request.seeds)
+    total = len(request.losses) * len(request.seeds) + len(wanted_controls(request))
+    controls = f" and controls ({', '.join(request.controls)})" if request.controls else ""
     console.print(
         f"{setting.data.name}, {setting.builder.name} on {setting.environment['device']}: "
-        f"{len(request.losses)} losses x {len(request.seeds)} seeds, {len(missing)} of {total} runs to train; "
+        f"{len(request.losses)} losses x {len(request.seeds)} seeds{controls}, "
+        f"{len(missing)} of {total} runs to train; "
         f"engine {setting.engine} ({setting.engine_reason})"
     )
     if stale:

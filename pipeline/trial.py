@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,26 +13,26 @@ import pandas as pd
 
 from pipeline import config as conf
 from pipeline.cells import Cell, TrialFolder, write_json
+from pipeline.controls import DOSE, PLACEBOS, REPLAY
 from pipeline.equivalence import paired_differences
 from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
 from pipeline.looks import look_at
 from pipeline.looks import record as record_look
+from pipeline.objective_axis import ask_audit, read_audit
 from pipeline.objectives import Replica
+from pipeline.outcomes import Facts, Request, status_of, wanted, wanted_controls
 from pipeline.pairs import YARDSTICKS
 from pipeline.progress import Progress
-from pipeline.request import check_resolution, facts_of, request_of, wanted, write_request
+from pipeline.request import check_resolution, facts_of, request_of, write_request
 from pipeline.runs import cell_run, gaps, report_run
 from pipeline.setting import Setting, prepare
 from pipeline.terminal import announce, closing, console, show_verdict
 from pipeline.tracking import Tracker
 from pipeline.training import tiles, train_tile
-from pipeline.verdict import Facts, Request, decide, status_of
+from pipeline.verdict import decide
 
 Cells = dict[Replica, Cell]
-
-AUDIT_SCHEMA = 1
-AUDITED_CLASSES = (2, 10, 1000)  # besides the dataset's own number
 
 
 def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
@@ -55,6 +54,8 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
         folder.claim(identity)
         if config["audit"]:
             ask_audit(setting, request, folder)
+        request = replace(request, controls=chosen_controls(config, request, folder))
+        setting = setting.with_controls(request.controls, request.reference)
         while True:
             write_request(path, request, facts)
             train(setting, request, folder, tracker)
@@ -65,6 +66,18 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
             request = with_more_seeds(request, more)
             facts = facts_of(setting, request, command)
             console.print(f"\nundecided: going on to {len(request.seeds)} seeds")
+
+
+def chosen_controls(config: Mapping[str, Any], request: Request, folder: TrialFolder) -> tuple[str, ...]:
+    """A replay wherever losses are compared; placebos and dose where rounding may part some of them, or if told to."""
+    if config["controls"] == "none" or not request.candidates:
+        return ()
+    audit = read_audit(folder.path) if config["audit"] else None
+    words = {} if audit is None else {name: entry["objective"] for name, entry in audit["losses"].items()}
+    rounding = any(words.get(name) != "identical" for name in request.candidates)
+    if config["controls"] == "auto" and not rounding:
+        return (REPLAY,)
+    return (REPLAY, *PLACEBOS, *((DOSE,) if config["dataset"].get("dose") is not None else ()))
 
 
 def more_seeds(request: Request, verdict: Mapping[str, Any]) -> int:
@@ -90,40 +103,10 @@ def _tracker(tracking: Mapping[str, Any]) -> Tracker | None:
     return tracker
 
 
-def ask_audit(setting: Setting, request: Request, folder: TrialFolder) -> None:
-    """Ask whether the losses are the same function, as far as audit.json does not know it, and write it down."""
-    from pipeline.audited import AuditSettings, audit_losses, made_from
-
-    if not request.candidates:
-        return
-    losses, reference = setting.config["loss"], request.reference
-    known = read_audit(folder.path) or {}
-    settings = AuditSettings(num_classes=sorted({*AUDITED_CLASSES, setting.data.num_classes}))
-    about = {"reference": reference, "reference_made_from": made_from(reference, losses[reference])}
-    kept: dict[str, Any] = {}
-    if known.get("settings") == settings.asked and all(known[key] == value for key, value in about.items()):
-        found = {name: entry for name, entry in known["losses"].items() if name in losses}
-        kept = {name: entry for name, entry in found.items() if entry["made_from"] == made_from(name, losses[name])}
-    missing = [name for name in request.candidates if name not in kept]
-    if not missing:
-        return
-    console.print(f"auditing {', '.join(missing)} against {reference}")
-    audit = audit_losses({name: losses[name] for name in (reference, *missing)}, reference, settings)
-    write_json(folder.path / "audit.json", audit | {"losses": kept | audit["losses"]})
-
-
-def read_audit(path: Path) -> dict[str, Any] | None:
-    """The content of a folder's audit.json; None where there is none that can be read."""
-    try:
-        found: dict[str, Any] = json.loads((path / "audit.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if found.get("schema") == AUDIT_SCHEMA else None
-
-
 def train(setting: Setting, request: Request, folder: TrialFolder, tracker: Tracker | None) -> None:
     """Train the cells that the folder lacks; each tile's runs are recorded as soon as its cells are on disk."""
-    fingerprints = {replica: setting.fingerprint(replica) for replica in wanted(request)}
+    all_wanted = [*wanted(request), *wanted_controls(request)]
+    fingerprints = {replica: setting.fingerprint(replica) for replica in all_wanted}
     missing, stale = folder.sort_out(fingerprints)
     announce(setting, request, missing, stale, folder.path / "stale")
     done = [replica for replica in fingerprints if replica not in missing]
@@ -131,7 +114,7 @@ def train(setting: Setting, request: Request, folder: TrialFolder, tracker: Trac
         present = tracker.present(folder.path.name)
         unsent = [replica for replica in done if fingerprints[replica] not in present]
         _record(tracker, folder, request, list(_read(folder, unsent).values()))
-    groups = tiles(missing, list(request.losses), setting.tile)
+    groups = tiles(missing, [*request.losses, *request.controls], setting.tile)
     waiting: list[Cell] = []  # for the reference of their seed: their distance to it is recorded with them
     with Progress(console, groups, setting) as progress:
         for group in groups:
@@ -164,7 +147,8 @@ def conclude(
     if not cells:
         raise UsageError(f"{folder.path} holds no finished run; train first")
     look = look_at(folder.path, request.seeds, request.reference, request.alpha, request.looks)
-    verdict = decide(cells, request, facts, _header(folder, cells), read_audit(folder.path), look)
+    known = cells | _read(folder, wanted_controls(request))
+    verdict = decide(known, request, facts, _header(folder, cells), read_audit(folder.path), look)
     words = {entry["loss"]: entry["outcome"] for entry in verdict["comparisons"]}
     record_look(folder.path, look, request.seeds, request.reference, words)
     history = trial_history(cells, request)

@@ -2,75 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from pipeline.cells import Cell
+from pipeline.assay import assay_sensitivity, controls_in_words, envelope_of
+from pipeline.envelope import Envelope
 from pipeline.looks import Look, level_of
 from pipeline.objectives import Replica
-from pipeline.pairs import YARDSTICKS, Status
-from pipeline.statistics import OutcomeFinding, compare, correct_for_arms
+from pipeline.outcomes import Cells, Facts, Request, outcomes, status_of
+from pipeline.statistics import OutcomeFinding
 
 SCHEMA = 1
 SAME = frozenset({"identical", "rounding", "offset", "equivalent"})
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a trial's cells: fixed before the data and hashed into the verdict."""
-
-    losses: tuple[str, ...]
-    seeds: tuple[int, ...]
-    reference: str
-    about: str
-    expect: Mapping[str, str]
-    margins: Mapping[str, float]
-    primary: tuple[str, ...]
-    alpha: float
-    max_seeds: int
-    looks: int = 1
-
-    @property
-    def candidates(self) -> list[str]:
-        """The losses that are compared with the reference."""
-        return [loss for loss in self.losses if loss != self.reference]
-
-    @property
-    def protocol_hash(self) -> str:
-        """SHA-256 over all that must not be chosen after the data were seen."""
-        fixed = {
-            "expect": dict(self.expect), "margins": dict(self.margins), "primary": self.primary, "about": self.about,
-            "looks": self.looks, "alpha": self.alpha, "max_seeds": self.max_seeds,
-        }  # fmt: skip
-        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the yardsticks mean for this dataset.
-
-    Attributes:
-        num_classes: C.
-        label_entropy: entropy of the training labels' frequencies in nats; a model that does no better learned nothing.
-        scope: what a verdict is limited to, in words.
-        command: how to get the trial again.
-    """
-
-    num_classes: int
-    label_entropy: float
-    scope: str
-    command: str
-
-
-Cells = Mapping[Replica, Cell]
 Entry = Mapping[str, Any]
 
+PARTED = {"outside": "different"}
 AS_FUNCTIONS = {
     "identical": "The same function, bit for bit",
     "rounding": "The same function up to rounding",
@@ -82,88 +33,24 @@ AS_FUNCTIONS = {
     "not_run": "Not audited",
     "error": "The audit failed",
 }
+TRAJECTORIES = {
+    "inside": "In training it parts from the reference as rounding does",
+    "outside": "In training it parts from the reference faster than rounding does",
+}
 UNAUDITED: Entry = {
     "objective": "not_run", "sentence": "", "scale": None, "offset": None, "domain": None, "side_effects": [],
     "covered": [], "not_covered": ["the losses themselves"], "would_have_caught": {},
 }  # fmt: skip
 
 
-def status_of(cell: Cell | None, reference: Cell | None, facts: Facts) -> Status:
-    """ok, diverged or missing. A finite model that learned nothing while its reference did has diverged too."""
-    if cell is None:
-        return "missing"
-    if cell.record.diverged_at is not None:
-        return "diverged"
-    both = (c.yardsticks["test/nll"] if c else math.nan for c in (cell, reference))
-    mine, reference_nll = both
-    return "diverged" if mine >= facts.label_entropy > reference_nll else "ok"
+def word(about: str, objective: str, outcome: str, trajectory: str = "not_applicable") -> str:
+    """One word for both axes; the axis that the request is about, checked against the other.
 
-
-def outcomes(cells: Cells, request: Request, facts: Facts, look: Look | None = None) -> dict[str, OutcomeFinding]:
-    """The outcome axis for every candidate at a look's level, corrected for their number."""
-    look = look or Look(1, level_of(request.alpha, request.looks, 1))
-    found = {name: _outcome(name, cells, request, facts, look) for name in request.candidates}
-    return correct_for_arms(found)
-
-
-def _outcome(candidate: str, cells: Cells, request: Request, facts: Facts, look: Look) -> OutcomeFinding:
-    theirs = [cells.get(Replica(request.reference, seed)) for seed in request.seeds]
-    mine = [cells.get(Replica(candidate, seed)) for seed in request.seeds]
-    identical = [
-        a is not None and b is not None and a.record.weights_sha256 == b.record.weights_sha256
-        for a, b in zip(mine, theirs, strict=True)
-    ]
-    unpaired = [
-        seed
-        for seed, a, b in zip(request.seeds, mine, theirs, strict=True)
-        if a is not None and b is not None and a.record.initial_sha256 != b.record.initial_sha256
-    ]
-    found = compare(
-        _finals(mine),
-        _finals(theirs),
-        primary=request.primary,
-        margins=request.margins,
-        num_classes=facts.num_classes,
-        candidate_status=[status_of(a, b, facts) for a, b in zip(mine, theirs, strict=True)],
-        reference_status=[status_of(b, None, facts) for b in theirs],
-        bitwise_identical=identical,
-        alpha=look.level,
-        next_alpha=level_of(request.alpha, request.looks, look.number + 1),
-        max_seeds=request.max_seeds,
-    )
-    if unpaired:
-        return _undecided(found, f"the pairs did not begin with equal weights (seeds {', '.join(map(str, unpaired))})")
-    if any(map(_never_moved, (*mine, *theirs))):
-        return _undecided(found, "the weights of some runs never moved")
-    finished = [cell for cell in theirs if cell is not None and cell.record.diverged_at is None]
-    if found.word == "equivalent" and all(_learned_nothing(cell, facts) for cell in finished):
-        return _undecided(found, "the reference learned nothing: it does no better than the classes' frequencies")
-    return found
-
-
-def _undecided(finding: OutcomeFinding, reason: str) -> OutcomeFinding:
-    """Fail closed: two dead models agree about everything, which says nothing."""
-    return replace(finding, word="inconclusive", reasons=(reason,), provisional=False, seeds_needed=None)
-
-
-def _never_moved(cell: Cell | None) -> bool:
-    return cell is not None and cell.record.weights_sha256 == cell.record.initial_sha256
-
-
-def _learned_nothing(cell: Cell, facts: Facts) -> bool:
-    return cell.yardsticks["test/nll"] >= facts.label_entropy
-
-
-def _finals(cells: Sequence[Cell | None]) -> dict[str, list[float]]:
-    return {
-        metric: [math.nan if cell is None else cell.yardsticks[f"test/{metric}"] for cell in cells]
-        for metric in YARDSTICKS
-    }
-
-
-def word(about: str, objective: str, outcome: str) -> str:
-    """One word for both axes; the axis that the request is about, checked against the other."""
-    if objective in ("identical", "rounding", "offset") and outcome == "different":
+    Args:
+        trajectory: the envelope's word: weights that part faster than rounding makes them part contradict an audit
+            that found the same function.
+    """
+    if objective in ("identical", "rounding", "offset") and "different" in (outcome, PARTED.get(trajectory)):
         return "conflict"
     if about == "outcome":
         return outcome
@@ -180,12 +67,17 @@ def confirms(expected: str, verdict: str, objective: str, outcome: str) -> bool:
 
 
 def comparison(
-    candidate: str, finding: OutcomeFinding, audited: Entry | None, cells: Cells, request: Request, facts: Facts
+    candidate: str,
+    finding: OutcomeFinding,
+    entry: Entry,
+    cells: Cells,
+    request: Request,
+    facts: Facts,
 ) -> dict[str, Any]:
-    """One entry of `comparisons` in verdict.json; `audited` is the candidate's entry in audit.json."""
-    entry: Entry = audited or UNAUDITED
+    """One entry of `comparisons` in verdict.json; `entry` is the candidate's in audit.json."""
     objective = entry["objective"]
-    verdict = word(request.about, objective, finding.word)
+    trajectory = envelope_of(candidate, cells, request)
+    verdict = word(request.about, objective, finding.word, trajectory.word)
     expected = request.expect.get(candidate)
     return {
         "loss": candidate,
@@ -195,12 +87,13 @@ def comparison(
         "domain": entry["domain"],
         "side_effects": entry["side_effects"],
         "outcome": finding.word,
+        "envelope": {"word": trajectory.word, "excess": dict(trajectory.excess), "reason": trajectory.reason},
         "seeds_needed": finding.seeds_needed if finding.word == "inconclusive" else None,
         "verdict": verdict,
-        "sentence": sentence(finding, entry, request, facts),
+        "sentence": sentence(finding, entry, trajectory, request, facts),
         "expected": expected,
         "confirmed": None if expected is None else confirms(expected, verdict, objective, finding.word),
-        "assay_sensitivity": None,
+        "assay_sensitivity": None,  # of the whole study: filled in by `decide`
         "would_have_caught": would_have_caught(finding, entry, request),
         "covered": [facts.scope, *entry["covered"]],
         "not_covered": ["other data, splits, hyperparameters and devices", *entry["not_covered"]],
@@ -209,13 +102,16 @@ def comparison(
     }
 
 
-def sentence(finding: OutcomeFinding, entry: Entry, request: Request, facts: Facts) -> str:
+def sentence(finding: OutcomeFinding, entry: Entry, trajectory: Envelope, request: Request, facts: Facts) -> str:
     """Both axes in prose, the one that the request is about first."""
     objective = _objective(entry)
     outcome = _outcome_in_words(finding, request, facts)
     if objective is None:
-        return f"{outcome} The losses themselves were not audited."
-    return f"{objective} {outcome}" if request.about == "objective" else f"{outcome} {objective}"
+        outcome, objective = f"{outcome} The losses themselves were not audited.", ""
+    if trajectory.word in TRAJECTORIES:
+        objective = f"{objective} {TRAJECTORIES[trajectory.word]}: {trajectory.reason}.".strip()
+    both = (objective, outcome) if request.about == "objective" else (outcome, objective)
+    return " ".join(filter(None, both))
 
 
 def _objective(entry: Entry) -> str | None:
@@ -351,6 +247,14 @@ def decide(
         "hash": request.protocol_hash, "alpha": request.alpha, "looks": request.looks, "look": look.number,
         "level": look.level, "margins": dict(request.margins) or None, "primary": list(request.primary),
     }  # fmt: skip
+    comparisons = [
+        comparison(name, found[name], audited_entry(name, audit, cells, request) or UNAUDITED, cells, request, facts)
+        for name in request.candidates
+    ]
+    controls = assay_sensitivity(cells, request, facts, look)
+    for entry in comparisons:
+        entry["assay_sensitivity"] = controls["assay_sensitivity"]
+        entry["sentence"] = " ".join(filter(None, (entry["sentence"], controls_in_words(controls))))
     return {
         "schema": SCHEMA,
         **header,
@@ -358,9 +262,7 @@ def decide(
         "reference": request.reference,
         "seeds": list(request.seeds),
         "protocol": protocol,
+        "controls": controls,
         "reference_failures": _failures(request.reference, cells, request, facts),
-        "comparisons": [
-            comparison(name, found[name], audited_entry(name, audit, cells, request), cells, request, facts)
-            for name in request.candidates
-        ],
+        "comparisons": comparisons,
     }

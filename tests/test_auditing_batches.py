@@ -1,4 +1,4 @@
-"""The audit's batches: every pair that the grid promises, numbers that float32 holds, targets that are what they say."""
+"""The audit's batches: every pair that is promised, numbers that float32 holds, targets that are what they say."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from pipeline.objectives import Replica
 from pipeline.pairs import YARDSTICKS
 from pipeline.trial import run
 
-FAST = ("tracking=none", "trainer=cpu", "epochs=2", "model.hidden=[16]", "audit=false")
+FAST = ("tracking=none", "trainer=cpu", "epochs=2", "model.hidden=[16]", "audit=false", "controls=none")
 ALL_LOSSES = sorted(path.stem for path in (conf.CONF / "loss").glob("*.yaml"))
 CONTROLS = ("kl_mean", "reverse_kl", "brier", "label_smoothing", "double_softmax", "nll_on_probs")
 
@@ -259,6 +259,7 @@ def test_a_folder_of_pictures_trains_resnet18_at_256_pixels_below_2_gigabytes(tm
         sys.executable, "-c", TELLING_ITS_PEAK.format(tmp_path / "peak"), "dataset=image_folder",
         f"dataset.root={tmp_path / 'pictures'}",
         f"dataset.cache={tmp_path / 'cache'}", "model=resnet18", "loss=[nll,ce,kl]", "epochs=1", "batch_size=4",
+        "controls=none",
         "tracking=none", "trainer=cpu", "optimizer.lr=0.01", "expect=identical", f"hydra.run.dir={tmp_path / 'trial'}",
     ]  # fmt: skip
     done = subprocess.run(command, check=False)

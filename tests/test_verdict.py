@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.objectives import Replica
-from pipeline.verdict import Facts, Request, confirms, decide, status_of, word
+from pipeline.outcomes import Facts, Request, status_of
+from pipeline.verdict import confirms, decide, word
 
 FACTS = Facts(num_classes=10, label_entropy=math.log(10), scope="seeds 0-11, 5 steps", command="make equivalence")
 REQUEST = Request(
@@ -44,6 +46,11 @@ class StubCell:
     nll: float = 0.2
     brier: float = 0.1
     record: Record = Record()
+
+    @property
+    def sketches(self) -> tuple[list[int], torch.Tensor]:
+        """Weights at the first steps; those of other bits lie a hundredth away."""
+        return [1, 3, 10], torch.ones(3, 2) * (1.0 if self.record.weights_sha256 == "equal" else 1.01)
 
     @property
     def yardsticks(self) -> dict[str, float]:

@@ -29,7 +29,15 @@ from pipeline.setting import prepare
 from pipeline.trial import run
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["loss=[ce,nll]", "model=softmax_regression", "trainer=cpu", "tracking=none", "epochs=1", "audit=false"]
+QUICK = [
+    "loss=[ce,nll]",
+    "model=softmax_regression",
+    "trainer=cpu",
+    "tracking=none",
+    "epochs=1",
+    "audit=false",
+    "controls=none",
+]
 Config = dict[str, Any]
 
 

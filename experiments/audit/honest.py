@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.audit import summing
+
 HonestForm = Callable[[Tensor, Tensor], Tensor]
 Normaliser = Callable[[Tensor], Tensor]
 
 ROWS_AT_ONCE = 16
-CLASSES_AT_ONCE = 64
-LN2 = math.log(2.0)
 
 
 def _chosen(rows: Tensor, labels: Tensor) -> Tensor:
@@ -48,136 +48,6 @@ def _summed(total: Normaliser) -> HonestForm:
         return total((logits - top).exp()).log() + top[:, 0]
 
     return _from(log_normaliser)
-
-
-# sums over classes, [N, C] to [N]
-
-
-class _OneByOne(torch.autograd.Function):
-    """The sum over columns in their order, rounded after each; without a graph of C nodes."""
-
-    @staticmethod
-    def forward(ctx: Any, terms: Tensor) -> Tensor:
-        ctx.columns = terms.shape[1]
-        total = terms[:, 0].clone()
-        for column in terms.T.contiguous()[1:].unbind():
-            total += column
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
-        return upstream[0][:, None].expand(-1, ctx.columns)
-
-
-def _one_by_one(terms: Tensor) -> Tensor:
-    total: Tensor = _OneByOne.apply(terms)
-    return total
-
-
-def _from_the_last(terms: Tensor) -> Tensor:
-    return _one_by_one(terms.flip(1))
-
-
-def _smallest_first(terms: Tensor) -> Tensor:
-    return terms.sort(1).values.sum(1)
-
-
-def _largest_first_one_by_one(terms: Tensor) -> Tensor:
-    return _one_by_one(terms.sort(1, descending=True).values)
-
-
-def _in_halves(terms: Tensor, join: Callable[[Tensor, Tensor], Tensor] = torch.add) -> Tensor:
-    """The first half of the columns joined with the second, until one is left; an odd one waits."""
-    while (width := terms.shape[1]) > 1:
-        half = width // 2
-        joined = join(terms[:, :half], terms[:, half : 2 * half])
-        terms = torch.cat([joined, terms[:, 2 * half :]], 1)
-    return terms[:, 0]
-
-
-def _dot_product(terms: Tensor) -> Tensor:
-    return terms @ torch.ones_like(terms[0])
-
-
-def _in_blocks(terms: Tensor) -> Tensor:
-    return reduce(torch.add, [block.sum(1) for block in terms.split(CLASSES_AT_ONCE, 1)])
-
-
-# logarithms of the normaliser, [N, C] to [N]
-
-
-def _running_logcumsumexp(logits: Tensor) -> Tensor:
-    return torch.logcumsumexp(logits, 1)[:, -1]
-
-
-def _logaddexp_in_halves(logits: Tensor) -> Tensor:
-    return _in_halves(logits, torch.logaddexp)
-
-
-class _LogAddExpOneByOne(torch.autograd.Function):
-    """a_c = log(exp a_(c-1) + exp z_c), and the chain rule back along it; the bits of torch.logaddexp, no graph."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        columns = logits.T.contiguous()
-        running = torch.empty_like(columns)
-        running[0] = columns[0]
-        for before, column, after in zip(running.unbind(), columns[1:].unbind(), running[1:].unbind(), strict=False):
-            torch.logaddexp(before, column, out=after)
-        ctx.save_for_backward(columns, running)
-        return running[-1].clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
-        columns, running = ctx.saved_tensors
-        own = 1 + (running[:-1] - columns[1:]).exp()
-        past = 1 + (columns[1:] - running[:-1]).exp()
-        found = torch.empty_like(columns)
-        carried = upstream[0].clone()
-        parts = zip(found[1:].unbind(), own.unbind(), past.unbind(), strict=True)
-        for place, by_own, by_past in reversed(list(parts)):
-            torch.div(carried, by_own, out=place)
-            carried /= by_past
-        found[0] = carried
-        return found.T
-
-
-def _logaddexp_one_by_one(logits: Tensor) -> Tensor:
-    total: Tensor = _LogAddExpOneByOne.apply(logits)
-    return total
-
-
-def _of_blocks(logits: Tensor) -> Tensor:
-    """logsumexp of the blocks' logsumexps."""
-    return torch.stack([block.logsumexp(1) for block in logits.split(CLASSES_AT_ONCE, 1)], 1).logsumexp(1)
-
-
-def _online(logits: Tensor) -> Tensor:
-    """One pass over blocks of classes, the running sum rescaled whenever a larger maximum comes (online softmax)."""
-    top = logits.new_full((len(logits),), -math.inf)
-    total = torch.zeros_like(top)
-    for block in logits.split(CLASSES_AT_ONCE, 1):
-        new = torch.maximum(top, block.detach().amax(1))
-        total = total * (top - new).exp() + (block - new[:, None]).exp().sum(1)
-        top = new
-    return total.log() + top
-
-
-def _base_two(logits: Tensor) -> Tensor:
-    top = logits.detach().amax(1, keepdim=True)
-    return ((logits - top) / LN2).exp2().sum(1).log2() * LN2 + top[:, 0]
-
-
-def _log1p_of_others(logits: Tensor) -> Tensor:
-    """max + log1p(sum over the other classes of exp(z - max))."""
-    top, place = logits.max(1)
-    others = (logits - top[:, None]).exp().scatter(1, place[:, None], 0.0)
-    return others.sum(1).log1p() + top
-
-
-def _shifted_by_the_mean_of_ends(logits: Tensor) -> Tensor:
-    middle = ((logits.amax(1) + logits.amin(1)) / 2).detach()
-    return (logits - middle[:, None]).logsumexp(1) + middle
 
 
 # whole losses
@@ -297,22 +167,22 @@ FORMS: dict[str, HonestForm] = {
     "log of softmax": log_of_softmax,
     "log of softmax at the label": log_of_chosen_softmax,
     "logsumexp": _from(lambda z: z.logsumexp(1)),
-    "logcumsumexp": _from(_running_logcumsumexp),
-    "logaddexp in halves": _from(_logaddexp_in_halves),
-    "logaddexp one by one": _from(_logaddexp_one_by_one),
-    "logsumexp of blocks of classes": _from(_of_blocks),
-    "online softmax": _from(_online),
-    "exp2 and log2": _from(_base_two),
-    "log1p of the other classes": _from(_log1p_of_others),
-    "shifted by the middle of the row": _from(_shifted_by_the_mean_of_ends),
+    "logcumsumexp": _from(summing.running_logcumsumexp),
+    "logaddexp in halves": _from(summing.logaddexp_in_halves),
+    "logaddexp one by one": _from(summing.logaddexp_one_by_one),
+    "logsumexp of blocks of classes": _from(summing.of_blocks),
+    "online softmax": _from(summing.online),
+    "exp2 and log2": _from(summing.base_two),
+    "log1p of the other classes": _from(summing.log1p_of_others),
+    "shifted by the middle of the row": _from(summing.shifted_by_the_middle),
     "exp summed": _summed(lambda terms: terms.sum(1)),
-    "exp summed one by one": _summed(_one_by_one),
-    "exp summed from the last": _summed(_from_the_last),
-    "exp summed, smallest first": _summed(_smallest_first),
-    "exp summed one by one, largest first": _summed(_largest_first_one_by_one),
-    "exp summed in halves": _summed(_in_halves),
-    "exp summed by a dot product": _summed(_dot_product),
-    "exp summed in blocks": _summed(_in_blocks),
+    "exp summed one by one": _summed(summing.one_by_one),
+    "exp summed from the last": _summed(summing.from_the_last),
+    "exp summed, smallest first": _summed(summing.smallest_first),
+    "exp summed one by one, largest first": _summed(summing.largest_first_one_by_one),
+    "exp summed in halves": _summed(summing.in_halves),
+    "exp summed by a dot product": _summed(summing.dot_product),
+    "exp summed in blocks": _summed(summing.in_blocks),
     "exp summed by einsum": _summed(lambda terms: torch.einsum("nc->n", terms)),
     "log odds": log_odds,
     "differences to the label": differences_to_the_label,

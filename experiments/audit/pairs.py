@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,8 @@ def pairs() -> tuple[list[Pair], list[str]]:
 
 
 def _of(origin: str, case: Case) -> Pair:
-    return Pair(origin, case, lambda: case.fn)
+    fn = cast(Fn, case.fn)
+    return Pair(origin, case, lambda: fn)
 
 
 def mutants() -> Iterator[Pair]:

@@ -104,7 +104,7 @@ def _fault(title: str, fn: Callable[[Tensor, Tensor], Tensor], **more: Any) -> P
 
 
 BLIND_SPOTS = (
-    _fault("ignores the upstream gradient", ignores_upstream, objective="reweighted"),
+    _fault("ignores the upstream gradient", ignores_upstream),
     Planted(f"changes after {CALLS} calls", ChangesAfterCalls, side_effects=("equal calls differ",)),
     _fault("overwrites its logits", overwrites_logits, objective="identical", side_effects=("overwrites logits",)),
     _fault("adds input noise 1e-7", adds_input_noise, side_effects=("consumes random numbers", "equal calls differ")),

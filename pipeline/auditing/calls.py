@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ class Loss:
 
     def prepared(self, dtype: torch.dtype, device: torch.device) -> LossFn:
         """The callable itself, or its copy for this precision and device."""
-        if not isinstance(self.fn, nn.Module) or not any(t.is_floating_point() for t in self.fn.state_dict().values()):
+        if not isinstance(self.fn, nn.Module) or not any(t.is_floating_point() for _, t in numbers(self.fn)):
             return self.fn
         if dtype not in self._copies:
             self._copies[dtype] = copy.deepcopy(self.fn).to(device, dtype)
@@ -66,6 +66,12 @@ class Loss:
                 for arg, t in zip(self.args, tensors, strict=True)
             ]
         return self.prepared(dtype, device)(*tensors)
+
+
+def numbers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers and parameters by name, those too that a checkpoint leaves out."""
+    yield from module.named_buffers()
+    yield from module.named_parameters()
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,11 @@ def inputs(
         given.setdefault("bias", None)
         if _FROM_LOGITS & set(args):
             given["logits"] = F.linear(*(given[name] for name in ("hidden", "weight", "bias")))  # type: ignore[arg-type]
-    labels = batch.labels
+    labels = batch.labels.to(device, copy=True)
     if batch.layout == "strided":
         labels = torch.stack([labels, labels], -1)[..., 0]
-    given["labels"] = labels.to(device)
-    given["target_probs"] = batch.target_probs.to(device, dtype) if "target_probs" in args else None
+    given["labels"] = labels
+    given["target_probs"] = batch.target_probs.to(device, dtype, copy=True) if "target_probs" in args else None
     if (logits := given.get("logits")) is not None:
         given |= {name: tensor for name, tensor in derive(args, logits).items() if name != "logits"}
     return leaves, given

@@ -97,10 +97,9 @@ def _scaled(cells: Sequence[Judgement], failing: Sequence[Judgement]) -> Decisio
         by_classes.setdefault(cell.batch.num_classes, []).append(cell.interval)
     if all(overlap(intervals) for intervals in by_classes.values()):
         scale = _constant({c: best(intervals) for c, intervals in sorted(by_classes.items())})
-        if scale.formula == "1":
-            return Decision(
-                "different", f"right in most batches, no finite gradient in others ({worst.where})", worst=worst
-            )
+        if not all(cell.finite for cell in cells) and scale.formula.split()[0] == "1":
+            reason = f"right in most batches, no finite gradient in others ({worst.where})"
+            return Decision("different", reason, worst=worst)
         return Decision("scaled", f"k = {scale.formula} in every batch", scale, worst)
     if (where := separating(cells, failing, _of_the_call(cells))) is not None:
         reason = f"wrong {where}: k from {min(factors):.4g} to {max(factors):.4g}"
@@ -123,7 +122,10 @@ def _constant(by_classes: Mapping[int, float]) -> Scale:
     for form, power in powers.items():
         values = [k * float(c) ** power for c, k in by_classes.items()]
         if all(math.isclose(value, values[0], rel_tol=10.0**-DIGITS) for value in values):
-            formula = form.format(f"{values[0]:.{DIGITS}g}")
+            number = f"{values[0]:.{DIGITS}g}"
+            if number == "1" and form == "{}" and values[0] != 1:  # too near to 1 for so many digits
+                number = f"1 {values[0] - 1:+.1e}"
+            formula = form.format(number)
             return Scale("C" if formula == "1*C" else formula, rounded)
     return Scale("by C", rounded)
 

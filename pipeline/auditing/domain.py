@@ -90,13 +90,15 @@ def _limit(axis: str, ask: _Asker) -> Limit | None:
 
 def _search(axis: str, ask: Callable[[float], str | None]) -> tuple[float, str] | None:
     """The first of the axis' points that fails, moved towards the one before it by bisection."""
-    before = 0.0
+    before = start = 1.0 if axis == "rows" else 0.0
     for point in POINTS[axis]:
         behaviour = ask(float(point))
         if behaviour is None:
             before = float(point)
             continue
         low, high = before, float(point)
+        if low == start and axis != "masked" and (said := ask(low)) is not None:
+            return low, said
         while axis != "masked" and high - low > RESOLUTION * high:
             middle = (low + high) / 2
             said = ask(middle)

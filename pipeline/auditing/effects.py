@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.auditing.batches import Batch, Shape, make_batch
-from pipeline.auditing.calls import Evaluation, Loss, evaluate, inputs, same_bits, scalar
+from pipeline.auditing.calls import Evaluation, Loss, evaluate, inputs, numbers, same_bits, scalar
 
 OUT_OF_RANGE = 3  # beyond the last class
 
@@ -31,7 +31,7 @@ def state_of(loss: Loss) -> dict[str, Tensor]:
     return {
         f"{i}.{name}": tensor.detach().clone()
         for i, module in enumerate(loss.modules)
-        for name, tensor in module.state_dict().items()
+        for name, tensor in numbers(module)
     }
 
 

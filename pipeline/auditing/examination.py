@@ -197,7 +197,8 @@ def _at_its_precision(
         for cell in cells
     ]
     systematic = systematic_part(loss, audit.standard, shape, torch.float64)
-    if inside is None and not (systematic < SYSTEMATIC and all(cell.same for cell in again)):
+    noise = systematic < SYSTEMATIC and not all(cell.parallel for cell in cells)  # a mere factor leaves none
+    if inside is None and not (noise and all(cell.same for cell in again)):
         return cells, None, None  # it computes in float64, and is wrong there
     return again, torch.float32, systematic
 
@@ -209,7 +210,8 @@ def _decided(cells: Sequence[Judgement], inside: torch.dtype | None, systematic:
         reason = f"rounds to {name} inside; dtype=torch.{name} judges it at that precision"
         return Decision("different", reason, worst=decision.worst)
     if decision.word in SAMENESS and systematic is not None and systematic >= SYSTEMATIC:
-        reason = f"computes in float32, but its error there is no rounding: systematic part {systematic:.3g}, noise < 3"
+        ratio = f"systematic part {systematic:.3g}, noise < {SYSTEMATIC:g}"
+        reason = f"computes in float32, but its error there is no rounding: {ratio}"
         return Decision("different", reason, worst=decision.worst)
     return decision
 

@@ -39,7 +39,7 @@ def smallest_differences(shape: Shape, cells: Cells, device: torch.device) -> Ma
             entry[str(dtype).removeprefix("torch.")] = smallest_caught(caught, mutant)
         if torch.float64 in dtypes:
             noise = smallest_caught(partial(_systematic, standard, shape), mutant)
-            entry[INSIDE] = min((d for d in (noise, entry["float32"]) if d is not None), default=None)
+            entry[INSIDE] = min((d for d in (noise, entry.get("float32")) if d is not None), default=None)
         found[name] = entry
     return found
 

@@ -27,7 +27,7 @@ def sentence(audit: Audit, finding: Finding, decision: Decision, refused: Refusa
         said.append(_offset(finding.offset))
     if finding.objective == "reweighted" and finding.normaliser is not None:
         said.append(_divisors(finding.normaliser, audit.normaliser))
-    if finding.objective != "domain" and finding.domain is not None:
+    if finding.domain is not None and not (finding.objective == "domain" and finding.domain.core):
         said.append(in_words(finding.domain))
     if "beside_reference" in numbers:
         said.append(numbers["beside_reference"])
@@ -37,7 +37,7 @@ def sentence(audit: Audit, finding: Finding, decision: Decision, refused: Refusa
 
 
 def _domain(finding: Finding, decision: Decision) -> str:
-    if finding.domain is not None:
+    if finding.domain is not None and finding.domain.core:
         return f"the same for ordinary rows, but {in_words(finding.domain)}, within the core"
     where = "" if decision.worst is None else f" ({decision.worst.where})"
     return f"the same for ordinary rows, wrong elsewhere in the core{where}"

@@ -1,0 +1,94 @@
+"""What a trial's controls showed: is the platform deterministic, and would the study have noticed a difference?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from pipeline.cells import Cell
+from pipeline.controls import DOSE, PLACEBOS, REPLAY
+from pipeline.envelope import Distances, Envelope, envelope
+from pipeline.looks import Look
+from pipeline.objectives import Replica
+from pipeline.outcomes import Cells, Facts, Request, outcome_of
+from pipeline.trajectory import relative_distance
+
+
+def assay_sensitivity(cells: Cells, request: Request, facts: Facts, look: Look) -> dict[str, Any]:
+    """`controls` of verdict.json: replay, each placebo's outcome, the dose's, and whether both are as they should be.
+
+    A placebo has to come out equivalent (or identical) and a dosed control different: then the study can tell.
+    """
+    words = {
+        name: outcome_of(name, cells, request, facts, look).word
+        for name in (*PLACEBOS, DOSE)
+        if any(Replica(name, seed) in cells for seed in request.seeds)
+    }
+    placebos = [words[name] for name in PLACEBOS if name in words]
+    sensitivity = None
+    if placebos or DOSE in words:
+        same = bool(placebos) and all(word in ("equivalent", "identical") for word in placebos)
+        noticed = None if DOSE not in words else words[DOSE] == "different"
+        sensitivity = {"placebo_equivalent": same, "dose_different": noticed, "holds": same and noticed is True}
+    return {"replay": _replay(cells, request), "outcomes": words, "assay_sensitivity": sensitivity}
+
+
+def controls_in_words(controls: Mapping[str, Any]) -> str:
+    """What of the controls limits every finding of the study; empty where nothing does."""
+    replay = controls["replay"]
+    if replay is not None and not replay["bitwise"]:
+        return f"This platform is not deterministic: the reference replayed under seed {replay['seed']} got other bits."
+    return ""
+
+
+def _replay(cells: Cells, request: Request) -> dict[str, Any] | None:
+    for seed in request.seeds:
+        again, first = cells.get(Replica(REPLAY, seed)), cells.get(Replica(request.reference, seed))
+        if again is not None and first is not None:
+            return {"seed": seed, "bitwise": again.record.weights_sha256 == first.record.weights_sha256}
+    return None
+
+
+# --- the early trajectory
+
+
+def envelope_of(candidate: str, cells: Cells, request: Request) -> Envelope:
+    """The candidate's distances from the reference in the early steps, judged by the placebos'."""
+    seeds = _paired(candidate, cells, request)
+    if not seeds:
+        return Envelope("not_applicable", reason="no pair is complete")
+    references = [cells[Replica(request.reference, seed)] for seed in seeds]
+    if references[0].record.made_from.get("precision") == "float64":
+        return Envelope("not_applicable", reason="in float64 the audit decides")
+    placebos = [name for name in PLACEBOS if set(seeds) <= set(_paired(name, cells, request))]
+    mine = _distances([cells[Replica(candidate, seed)] for seed in seeds], references)
+    theirs = [_distances([cells[Replica(name, seed)] for seed in seeds], references) for name in placebos]
+    return envelope(mine, theirs, _between(references))
+
+
+def _paired(arm: str, cells: Cells, request: Request) -> list[int]:
+    """The seeds under which both this arm and the reference have a cell."""
+    return [seed for seed in request.seeds if Replica(arm, seed) in cells and Replica(request.reference, seed) in cells]
+
+
+def _distances(arm: Sequence[Cell], references: Sequence[Cell]) -> Distances:
+    """Step -> relative distance of each pair, [S]."""
+    return _by_step(zip(arm, references, strict=True))
+
+
+def _between(references: Sequence[Cell]) -> Distances:
+    """Step -> relative distance of the reference under one seed from that under the next."""
+    return _by_step(pairwise(references))
+
+
+def _by_step(pairs: Iterable[tuple[Cell, Cell]]) -> Distances:
+    found: dict[int, list[float]] = {}
+    for mine, reference in pairs:
+        steps, sketches = mine.sketches
+        distances = relative_distance(sketches, reference.sketches[1]).tolist()
+        for step, distance in zip(steps, distances, strict=True):
+            found.setdefault(step, []).append(distance)
+    return {step: np.array(values) for step, values in found.items()}

@@ -1,0 +1,91 @@
+"""The objective axis in a trial: do the weights part from the reference's only as rounding makes them part?
+
+D_X(s, t) = ||theta_X - theta_A|| / ||theta_A||, the distance of arm X from the reference A under seed s after t steps.
+A placebo is the reference itself, computed with other roundings; a candidate that is the same function parts from the
+reference as fast as a placebo does, one that is not parts faster, from the first steps on. Arrays in, a finding out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Distances = Mapping[int, Floats]  # step -> one distance a seed, [S]
+Word = Literal["identical", "inside", "outside", "not_applicable"]
+
+STEPS = (1, 3, 10)
+LIMIT = 0.3  # decades of the median over seeds above the placebos' median
+CLOSE = 1e-3  # placebos must stay this much nearer to the reference than two seeds are to each other
+AGREEMENT = 0.5  # decades within which two placebos of one seed agree
+AGREEING = 0.95  # share of the seeds in which they do
+FEWEST_SEEDS = 2
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What the early trajectory showed of one candidate.
+
+    Attributes:
+        word: identical (no distance at any step), inside, outside, or not_applicable with the reason.
+        excess: step -> decades by which the candidate's median lies above the placebos'; only steps that are judged.
+        reason: why it is not applicable, or which step decided.
+    """
+
+    word: Word
+    excess: Mapping[int, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+def usable_steps(placebos: Sequence[Distances], between_seeds: Distances) -> list[int]:
+    """The steps at which placebos are near the reference, and agree with each other about how near.
+
+    Args:
+        placebos: distances of each placebo arm from the reference, in the same seeds.
+        between_seeds: step -> relative distances between the reference under two seeds, for pairs of seeds.
+    """
+    steps = []
+    for step in STEPS:
+        if any(step not in placebo for placebo in placebos) or step not in between_seeds:
+            continue
+        values = np.array([placebo[step] for placebo in placebos])
+        if not (np.isfinite(values).all() and (values > 0).all()):
+            continue
+        logs = np.log10(values)
+        ratios = np.abs([a - b for a, b in combinations(logs, 2)])
+        near = np.median(values) < CLOSE * np.median(between_seeds[step])
+        if near and (ratios <= AGREEMENT).mean() >= AGREEING:
+            steps.append(step)
+    return steps
+
+
+def envelope(candidate: Distances, placebos: Sequence[Distances], between_seeds: Distances) -> Envelope:
+    """Judge a candidate's early distances by the placebos'; at least two placebos and two seeds are needed."""
+    known = [values for step, values in candidate.items() if step in STEPS]
+    if known and all((values == 0).all() for values in known):
+        return Envelope("identical", reason=f"no distance in {len(known[0])} seeds")
+    if len(placebos) < 2:
+        return Envelope("not_applicable", reason="there are no two placebos to compare with")
+    if min((len(values) for values in known), default=0) < FEWEST_SEEDS:
+        return Envelope("not_applicable", reason="one seed shows no spread")
+    steps = [step for step in usable_steps(placebos, between_seeds) if step in candidate]
+    if not steps:
+        return Envelope("not_applicable", reason="rounding and chaos cannot be told apart at any early step")
+    excess = {step: _excess(candidate[step], [placebo[step] for placebo in placebos]) for step in steps}
+    worst = max(excess, key=lambda step: excess[step])
+    reason = f"{excess[worst]:+.2f} decades against the placebos at step {worst}, where {LIMIT:g} are allowed"
+    return Envelope("outside" if excess[worst] > LIMIT else "inside", excess, reason)
+
+
+def _excess(candidate: Floats, placebos: Sequence[Floats]) -> float:
+    """Median over seeds of log10 D_B minus the median over seeds and placebos of log10 D_placebo."""
+    if not np.isfinite(candidate).all():
+        return float("inf")
+    with np.errstate(divide="ignore"):  # a distance of 0 is the smallest there is
+        mine = np.median(np.log10(candidate))
+    return float(mine - np.median(np.log10(np.concatenate([*placebos]))))

@@ -1,0 +1,102 @@
+"""The early trajectory: inside the placebos' envelope, outside it, or not to be told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.envelope import LIMIT, STEPS, Distances, envelope, usable_steps
+
+RNG = np.random.default_rng(0)
+SEEDS = 10
+BETWEEN = {step: np.full(SEEDS - 1, 0.5) for step in STEPS}
+
+
+def distances(size: float, decades: float = 0.1, seeds: int = SEEDS) -> dict[int, NDArray[np.float64]]:
+    """Log-normal around `size`, growing with the step."""
+    return {step: size * step * 10 ** (decades * RNG.standard_normal(seeds)) for step in STEPS}
+
+
+PLACEBOS: list[Distances] = [distances(1e-8), distances(1.2e-8)]
+
+
+def test_a_candidate_that_parts_as_placebos_do_is_inside() -> None:
+    found = envelope(distances(1e-8), PLACEBOS, BETWEEN)
+    assert found.word == "inside"
+    assert set(found.excess) == set(STEPS)
+    assert all(abs(excess) < LIMIT for excess in found.excess.values())
+
+
+def test_one_that_parts_three_times_as_fast_is_outside_and_the_step_is_named() -> None:
+    mine = distances(1e-8)
+    found = envelope(mine | {3: 5 * mine[3]}, PLACEBOS, BETWEEN)
+    assert found.word == "outside"
+    assert "at step 3" in found.reason
+    assert found.excess[3] == pytest.approx(0.7, abs=0.15)
+
+
+def test_no_distance_at_all_is_identical_even_without_placebos() -> None:
+    zero = {step: np.zeros(SEEDS) for step in STEPS}
+    assert envelope(zero, [], BETWEEN).word == "identical"
+    assert envelope(zero | {10: np.array([0.0] * 9 + [1e-12])}, PLACEBOS, BETWEEN).word == "inside"
+
+
+def test_parting_slower_than_placebos_is_no_fault() -> None:
+    assert envelope(distances(1e-10), PLACEBOS, BETWEEN).word == "inside"
+
+
+def test_a_candidate_that_is_not_finite_early_is_outside() -> None:
+    mine = distances(1e-8)
+    assert envelope(mine | {10: np.full(SEEDS, np.nan)}, PLACEBOS, BETWEEN).word == "outside"
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_two_placebos_are_needed(count: int) -> None:
+    found = envelope(distances(1e-8), PLACEBOS[:count], BETWEEN)
+    assert (found.word, found.reason) == ("not_applicable", "there are no two placebos to compare with")
+
+
+def test_one_seed_is_too_few() -> None:
+    placebos = [distances(1e-8, seeds=1), distances(1e-8, seeds=1)]
+    assert envelope(distances(1e-8, seeds=1), placebos, BETWEEN).word == "not_applicable"
+
+
+def test_steps_at_which_rounding_has_become_chaos_are_not_judged() -> None:
+    chaotic = [placebo | {10: np.full(SEEDS, 1e-3)} for placebo in PLACEBOS]
+    assert usable_steps(chaotic, BETWEEN) == [1, 3]
+    found = envelope(distances(1e-8) | {10: np.full(SEEDS, 0.4)}, chaotic, BETWEEN)
+    assert found.word == "inside"
+
+
+def test_steps_at_which_placebos_disagree_are_not_judged() -> None:
+    apart = [PLACEBOS[0], PLACEBOS[1] | {3: 10 * PLACEBOS[1][3]}]
+    assert usable_steps(apart, BETWEEN) == [1, 10]
+
+
+def test_a_few_disagreeing_seeds_do_not_spoil_a_step() -> None:
+    many = 40
+    one, other = distances(1e-8, seeds=many), distances(1e-8, seeds=many)
+    other[3][0] *= 100
+    assert 3 in usable_steps([one, other], BETWEEN)
+    other[3][:4] *= 100
+    assert 3 not in usable_steps([one, other], BETWEEN)
+
+
+def test_where_no_step_can_be_judged_it_is_not_applicable() -> None:
+    near = {step: np.full(SEEDS - 1, 1e-8) for step in STEPS}
+    found = envelope(distances(1e-8), PLACEBOS, near)
+    assert found.word == "not_applicable"
+    assert "cannot be told apart" in found.reason
+
+
+def test_a_placebo_without_any_distance_measures_nothing() -> None:
+    silent = [PLACEBOS[0], {step: np.zeros(SEEDS) for step in STEPS}]
+    assert usable_steps(silent, BETWEEN) == []
+
+
+def test_later_steps_are_never_judged() -> None:
+    late = {step: np.full(SEEDS, 1e-8) for step in (30, 100)}
+    found = envelope(distances(1e-8) | {100: np.full(SEEDS, 1.0)}, [p | late for p in PLACEBOS], BETWEEN)
+    assert found.word == "inside"
+    assert set(found.excess) <= set(STEPS)
