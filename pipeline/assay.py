@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cells import Cell
-from pipeline.controls import DOSE, PLACEBOS, REPLAY
+from pipeline.controls import BY_PRECISION, DOSE, REPLAY
 from pipeline.envelope import Distances, Envelope, envelope
 from pipeline.looks import Look
 from pipeline.objectives import Replica
@@ -24,10 +24,10 @@ def assay_sensitivity(cells: Cells, request: Request, facts: Facts, look: Look) 
     """
     words = {
         name: outcome_of(name, cells, request, facts, look).word
-        for name in (*PLACEBOS, DOSE)
-        if any(Replica(name, seed) in cells for seed in request.seeds)
+        for name in request.controls
+        if name != REPLAY and any(Replica(name, seed) in cells for seed in request.seeds)
     }
-    placebos = [words[name] for name in PLACEBOS if name in words]
+    placebos = [word for name, word in words.items() if name != DOSE]
     sensitivity = None
     if placebos or DOSE in words:
         same = bool(placebos) and all(word in ("equivalent", "identical") for word in placebos)
@@ -61,9 +61,10 @@ def envelope_of(candidate: str, cells: Cells, request: Request) -> Envelope:
     if not seeds:
         return Envelope("not_applicable", reason="no pair is complete")
     references = [cells[Replica(request.reference, seed)] for seed in seeds]
-    if references[0].record.made_from.get("precision") == "float64":
-        return Envelope("not_applicable", reason="in float64 the audit decides")
-    placebos = [name for name in PLACEBOS if set(seeds) <= set(_paired(name, cells, request))]
+    precision = references[0].record.made_from.get("precision", "float32")
+    if not BY_PRECISION[precision]:
+        return Envelope("not_applicable", reason=f"in {precision} the audit decides")
+    placebos = [name for name in BY_PRECISION[precision] if set(seeds) <= set(_paired(name, cells, request))]
     mine = _distances([cells[Replica(candidate, seed)] for seed in seeds], references)
     theirs = [_distances([cells[Replica(name, seed)] for seed in seeds], references) for name in placebos]
     return envelope(mine, theirs, _between(references))

@@ -21,7 +21,10 @@ from pipeline.targets import check_call, locate
 
 Plain = Mapping[str, Any]
 
-CONTROLS = ("replay", "placebo_float64", "placebo_reordered", "dose")  # pipeline.controls, which needs torch
+# As pipeline.controls has them, which needs torch.
+CONTROLS = (
+    "replay", "placebo_float64", "placebo_reordered", "placebo_dithered", "placebo_dithered_again", "dose",
+)  # fmt: skip
 
 # What the pipeline adds when it calls each group's target, or keeps to itself.
 GIVEN_BY_PIPELINE = {

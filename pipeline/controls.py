@@ -1,7 +1,8 @@
 """What a trial trains beside its candidates to know what its own answers are worth.
 
 replay   the reference again, in another slot: anything but the same bits means that this platform is not deterministic
-placebo  the reference with other roundings, twice: in float64 and cast back; and with its classes in another order.
+placebo  the reference with other roundings, twice: in float32 once in float64 and cast back, once with its classes in
+         another order; in bfloat16 with gradients from float64, rounded up or down at random, by two draws.
          What they do is what rounding does: the measure for the candidates' early steps, and equivalent by construction
 dose     the reference with its logits times 1 + d: a difference of a known size, which the study has to notice
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +19,12 @@ from torch import Tensor, nn
 
 from pipeline.formulations import Formulation, LossFn, derive
 
-REPLAY, IN_FLOAT64, REORDERED, DOSE = "replay", "placebo_float64", "placebo_reordered", "dose"
-PLACEBOS = (IN_FLOAT64, REORDERED)
-NAMES = (REPLAY, *PLACEBOS, DOSE)
+REPLAY, DOSE = "replay", "dose"
+IN_FLOAT64, REORDERED = "placebo_float64", "placebo_reordered"
+DITHERED, DITHERED_AGAIN = "placebo_dithered", "placebo_dithered_again"
+NAMES = (REPLAY, IN_FLOAT64, REORDERED, DITHERED, DITHERED_AGAIN, DOSE)
+BY_PRECISION = {"float32": (IN_FLOAT64, REORDERED), "bf16_mixed": (DITHERED, DITHERED_AGAIN), "float64": ()}
+"""The placebos of each precision; in float64 the audit decides, and none is needed."""
 
 _MADE_OF_LOGITS = ("logits", "log_probs", "probs")
 
@@ -34,6 +39,8 @@ def control(name: str, reference: Formulation, dose: float | None = None) -> For
         return Formulation(name, reference.args, reference.make)
     wrap: Mapping[str, Callable[[LossFn], LossFn]] = {
         IN_FLOAT64: lambda fn: _Rewritten(fn, reference.args, _in_float64),
+        DITHERED: lambda fn: _Rewritten(fn, reference.args, partial(_dithered, shift=0.0)),
+        DITHERED_AGAIN: lambda fn: _Rewritten(fn, reference.args, partial(_dithered, shift=0.5)),
         REORDERED: lambda fn: _Rewritten(fn, reference.args, _reordered),
         DOSE: lambda fn: _Rewritten(fn, reference.args, lambda given: _dosed(given, dose or 0.0)),
     }
@@ -80,6 +87,33 @@ class _Rewritten(nn.Module):
 
 def _in_float64(given: Given) -> Given:
     return {name: t.double() if t is not None and t.is_floating_point() else t for name, t in given.items()}
+
+
+class _Dither(torch.autograd.Function):
+    """To float64; the gradient comes back in the precision that came in, rounded up or down at random without bias.
+
+    Two draws from one stream are made different by a shift: u and u + shift mod 1.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, shift: float) -> Tensor:
+        ctx.dtype, ctx.shift = tensor.dtype, shift
+        return tensor.double()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        gradient = upstream[0]
+        nearest = gradient.to(ctx.dtype)
+        towards = torch.where(gradient > nearest, torch.inf, -torch.inf).to(ctx.dtype)
+        other = torch.nextafter(nearest, towards)
+        gap = other.double() - nearest.double()
+        share = torch.where(gap != 0, (gradient - nearest.double()) / gap, 0.0).nan_to_num(0.0)
+        drawn = (torch.rand_like(gradient) + ctx.shift) % 1
+        return torch.where(drawn < share, other, nearest), None
+
+
+def _dithered(given: Given, shift: float) -> Given:
+    return {name: t if t is None or not t.is_floating_point() else _Dither.apply(t, shift) for name, t in given.items()}
 
 
 def _reordered(given: Given) -> Given:

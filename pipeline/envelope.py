@@ -83,9 +83,11 @@ def envelope(candidate: Distances, placebos: Sequence[Distances], between_seeds:
 
 
 def _excess(candidate: Floats, placebos: Sequence[Floats]) -> float:
-    """Median over seeds of log10 D_B minus the median over seeds and placebos of log10 D_placebo."""
-    if not np.isfinite(candidate).all():
-        return float("inf")
+    """Median over seeds of log10 D_B minus the median over seeds and placebos of log10 D_placebo.
+
+    A run that has diverged by then is infinitely far away; that it diverged is for the outcome to say.
+    """
+    distances = np.where(np.isfinite(candidate), candidate, np.inf)
     with np.errstate(divide="ignore"):  # a distance of 0 is the smallest there is
-        mine = np.median(np.log10(candidate))
+        mine = np.median(np.log10(distances))
     return float(mine - np.median(np.log10(np.concatenate([*placebos]))))

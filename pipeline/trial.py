@@ -13,7 +13,7 @@ import pandas as pd
 
 from pipeline import config as conf
 from pipeline.cells import Cell, TrialFolder, write_json
-from pipeline.controls import DOSE, PLACEBOS, REPLAY
+from pipeline.controls import BY_PRECISION, DOSE, REPLAY
 from pipeline.equivalence import paired_differences
 from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
@@ -77,7 +77,8 @@ def chosen_controls(config: Mapping[str, Any], request: Request, folder: TrialFo
     rounding = any(words.get(name) != "identical" for name in request.candidates)
     if config["controls"] == "auto" and not rounding:
         return (REPLAY,)
-    return (REPLAY, *PLACEBOS, *((DOSE,) if config["dataset"].get("dose") is not None else ()))
+    dose = () if config["dataset"].get("dose") is None else (DOSE,)
+    return (REPLAY, *BY_PRECISION[config["precision"]], *dose)
 
 
 def more_seeds(request: Request, verdict: Mapping[str, Any]) -> int:

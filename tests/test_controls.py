@@ -13,7 +13,19 @@ from pipeline.auditing.audit import audit_of
 from pipeline.auditing.calls import Loss
 from pipeline.auditing.examination import examine
 from pipeline.checks import CONTROLS
-from pipeline.controls import DOSE, IN_FLOAT64, NAMES, PLACEBOS, REORDERED, REPLAY, base_args, control, declared
+from pipeline.controls import (
+    BY_PRECISION,
+    DITHERED,
+    DITHERED_AGAIN,
+    DOSE,
+    IN_FLOAT64,
+    NAMES,
+    REORDERED,
+    REPLAY,
+    base_args,
+    control,
+    declared,
+)
 from pipeline.formulations import Formulation
 
 CPU = torch.device("cpu")
@@ -47,7 +59,7 @@ def test_a_replay_is_the_reference_itself(reference: str) -> None:
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-@pytest.mark.parametrize("name", PLACEBOS)
+@pytest.mark.parametrize("name", BY_PRECISION["float32"])
 def test_a_placebo_is_the_same_function_and_not_the_same_bits(name: str, reference: str) -> None:
     found = finding(name, reference)
     assert found.objective == "rounding", found.sentence
@@ -115,3 +127,36 @@ def test_a_loss_that_returns_several_things_is_judged_by_the_first() -> None:
     placebo = control(IN_FLOAT64, Formulation("t", ("logits", "labels"), lambda: returns_two))
     value = placebo.instance(CPU, torch.float32)(torch.zeros(2, 2), torch.tensor([0, 1]))
     assert value.item() == pytest.approx(0.693147, rel=1e-5)
+
+
+def gradient(name: str, logits: Tensor, labels: Tensor) -> Tensor:
+    placebo = control(name, REFERENCES["ce"]).instance(CPU, torch.bfloat16)
+    return torch.autograd.grad(placebo(logits, labels), logits)[0]
+
+
+def test_dithering_rounds_to_a_neighbour_without_bias() -> None:
+    logits = torch.randn(8, 10, dtype=torch.bfloat16).requires_grad_()
+    labels = torch.arange(8)
+    exact = torch.autograd.grad(F.cross_entropy(logits.double(), labels), logits, create_graph=False)[0].double()
+    double = logits.detach().double().requires_grad_()
+    truth = torch.autograd.grad(F.cross_entropy(double, labels), double)[0]
+    torch.manual_seed(0)
+    drawn = torch.stack([gradient(DITHERED, logits, labels).double() for _ in range(400)])
+    ulp = (torch.nextafter(exact.bfloat16(), torch.tensor(torch.inf, dtype=torch.bfloat16)) - exact.bfloat16()).double()
+    assert ((drawn - truth).abs() <= 2 * ulp.abs()).all()
+    assert (drawn.std(0) > 0).any()
+    bias = (drawn.mean(0) - truth) / ulp.abs()
+    assert (
+        bias.abs().max() < 5 * 0.5 / 400**0.5
+    )  # a rounding is at most half a unit from its mean, in standard deviation
+
+
+def test_two_ditherings_from_one_stream_differ() -> None:
+    logits, labels = torch.randn(8, 10, dtype=torch.bfloat16).requires_grad_(), torch.arange(8)
+    torch.manual_seed(0)
+    one = gradient(DITHERED, logits, labels)
+    torch.manual_seed(0)
+    other = gradient(DITHERED_AGAIN, logits, labels)
+    torch.manual_seed(0)
+    assert torch.equal(gradient(DITHERED, logits, labels), one)
+    assert not torch.equal(one, other)
