@@ -9,13 +9,14 @@ verdict.json report.html figures/ checkpoints/    rebuilt from the cells
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class CellRecord:
     ended: float
     diverged_at: int | None = None
     cause: str | None = None
+    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of the other files
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ class Cell:
         """Steps, and the weights' sketches at them, [steps, width]."""
         state = self._state()
         return state["sketch_steps"], state["sketches"]
+
+    @cached_property
+    def edited(self) -> list[str]:
+        """The files that are not as they were written; a cell from before they were hashed has none."""
+        found = {name: self.folder / name for name in self.record.files}
+        return [name for name, path in found.items() if _sha256(path.read_bytes()) != self.record.files[name]]
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(self.folder / "state.pt", weights_only=True, map_location="cpu")
@@ -155,12 +163,13 @@ class TrialFolder:
     def sort_out(self, wanted: Mapping[Replica, str]) -> tuple[list[Replica], list[Replica]]:
         """Which of the wanted cells (with their fingerprints) are missing, and which of those were stale.
 
-        A cell with another fingerprint was made by other code, data or environment: it moves to `stale/`.
+        A cell with another fingerprint was made by other code, data or environment: it moves to `stale/`, and so does
+        one that is no longer as it was written.
         """
         missing, stale = [], []
         for replica, fingerprint in wanted.items():
             cell = self.read(replica)
-            if cell is not None and cell.record.fingerprint == fingerprint:
+            if cell is not None and cell.record.fingerprint == fingerprint and not cell.edited:
                 continue
             if cell is not None:
                 self._set_aside(replica, cell)
@@ -181,11 +190,9 @@ class TrialFolder:
         replica = Replica(record.arm, record.seed)
         target = self.cell_path(replica)
         draft = target.with_name(f".{target.name}-draft")
-        contents = {
-            "config.yaml": yaml_bytes(asdict(record)),
-            "history.parquet": _parquet(history),
-            "state.pt": _saved(state),
-        }
+        contents = {"history.parquet": _parquet(history), "state.pt": _saved(state)}
+        record = replace(record, files={name: _sha256(content) for name, content in contents.items()})
+        contents["config.yaml"] = yaml_bytes(asdict(record))
         with refusing_disk_errors(self.path):
             shutil.rmtree(draft, ignore_errors=True)
             try:
@@ -252,6 +259,10 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _parquet(frame: pd.DataFrame) -> bytes:

@@ -82,10 +82,17 @@ def wanted_controls(request: Request) -> list[Replica]:
 
 
 def status_of(cell: Cell | None, reference: Cell | None, facts: Facts) -> Status:
-    """ok, diverged or missing. A finite model that learned nothing while its reference did has diverged too."""
+    """ok, diverged, missing, or infra for a cell that was edited.
+
+    A finite model that learned nothing while its reference did has diverged too, and so has one that cannot be scored.
+    """
     if cell is None:
         return "missing"
-    if cell.record.diverged_at is not None:
+    if cell.edited:
+        return "infra"
+    if cell.record.diverged_at is not None or not all(
+        math.isfinite(cell.yardsticks[f"test/{metric}"]) for metric in YARDSTICKS
+    ):
         return "diverged"
     both = (c.yardsticks["test/nll"] if c else math.nan for c in (cell, reference))
     mine, reference_nll = both
@@ -125,6 +132,8 @@ def outcome_of(candidate: str, cells: Cells, request: Request, facts: Facts, loo
         next_alpha=level_of(request.alpha, request.looks, look.number + 1),
         max_seeds=request.max_seeds,
     )
+    if unlike := _unlike(mine, theirs):
+        return _undecided(found, f"the pairs were not made alike: {', '.join(unlike)} differ")
     if unpaired:
         return _undecided(found, f"the pairs did not begin with equal weights (seeds {', '.join(map(str, unpaired))})")
     if any(map(_never_moved, (*mine, *theirs))):
@@ -138,6 +147,16 @@ def outcome_of(candidate: str, cells: Cells, request: Request, facts: Facts, loo
 def _undecided(finding: OutcomeFinding, reason: str) -> OutcomeFinding:
     """Fail closed: two dead models agree about everything, which says nothing."""
     return replace(finding, word="inconclusive", reasons=(reason,), provisional=False, seeds_needed=None)
+
+
+def _unlike(mine: Sequence[Cell | None], theirs: Sequence[Cell | None]) -> list[str]:
+    """What but the loss differs between the runs of some pair: code of the model, data, device, torch, threads."""
+    keys: set[str] = set()
+    for a, b in zip(mine, theirs, strict=True):
+        if a is not None and b is not None:
+            one, other = a.record.made_from, b.record.made_from
+            keys |= {key for key in {*one, *other} - {"loss", "loss_code"} if one.get(key) != other.get(key)}
+    return sorted(keys)
 
 
 def _never_moved(cell: Cell | None) -> bool:

@@ -36,7 +36,7 @@ def announce(
     if stale:
         names = _listed([f"{replica.arm}/s{replica.seed}" for replica in stale])
         console.print(
-            f"{len(stale)} runs were made by other code, data or environment; they moved to {aside} "
+            f"{len(stale)} runs were made by other code, data or environment, or edited; they moved to {aside} "
             f"and are trained again: {names}"
         )
 

@@ -184,6 +184,9 @@ def _failures(candidate: str, cells: Cells, request: Request, facts: Facts) -> l
         status = status_of(cell, reference, facts)
         if status == "missing":
             failures.append({"seed": seed, "step": None, "cause": "missing"})
+        elif status == "infra" and cell is not None:
+            cause = f"edited after it was written: {', '.join(cell.edited)}; train it again"
+            failures.append({"seed": seed, "step": None, "cause": cause})
         elif status == "diverged" and cell is not None:
             cause = cell.record.cause or "it learned nothing, while the reference did"
             failures.append({"seed": seed, "step": cell.record.diverged_at, "cause": cause})

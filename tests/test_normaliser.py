@@ -69,6 +69,11 @@ def weighted_over_rows(logits: Tensor, labels: Tensor) -> Tensor:
     return (weights(labels, logits.shape[-1]).to(logits.dtype) * losses(logits, labels)).mean()
 
 
+def weighted_over_largest(logits: Tensor, labels: Tensor) -> Tensor:
+    w = weights(labels, logits.shape[-1]).to(logits.dtype)
+    return (w * losses(logits, labels)).sum() / w.max()
+
+
 def mean_of_means(groups: Callable[[Tensor], Any]) -> LossOf:
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         pairs = [(z, y) for z, y in zip(groups(logits), groups(labels), strict=True) if y.numel()]
@@ -98,6 +103,7 @@ CONSTRUCTED: dict[str, tuple[LossOf, Shape, str]] = {
     "class-weighted mean": (weighted, FLAT, "sum of class weights"),
     "class-weighted mean, ignoring": (weighted, FLAT_IGNORING, "sum of class weights"),
     "class-weighted sum over N": (weighted_over_rows, FLAT, "rows"),
+    "weighted sum over the largest weight": (weighted_over_largest, FLAT, "a different weight for every row"),
     "two contiguous halves": (mean_of_means(lambda t: t.chunk(2)), FLAT, "means of groups"),
     "four micro-batches, ignoring": (mean_of_means(lambda t: t.chunk(4)), FLAT_IGNORING, "means of groups"),
     "three ranks that take turns": (mean_of_means(lambda t: [t[r::3] for r in range(3)]), FLAT, "means of groups"),

@@ -431,3 +431,60 @@ def test_until_decided_ends_at_the_most_seeds(tmp_path: Path) -> None:
     request = ("loss=[ce,brier]", "seed=[0,1]", "looks=3", "until=decided", "max_seeds=4", "about=outcome")
     trial(tmp_path / "t", *request)
     assert len(verdict(tmp_path / "t")["seeds"]) <= 4
+
+
+def test_an_edited_cell_is_named_by_the_report_and_trained_again(tmp_path: Path) -> None:
+    from pipeline.report import report
+
+    path = tmp_path / "t"
+    trial(path, "loss=[ce,nll]", "seed=[0,1]")
+    edited = path / "cells" / "nll" / "s1" / "history.parquet"
+    frame = pd.read_parquet(edited)
+    frame.loc[frame["metric"] == "test/nll", "value"] = 0.001
+    frame.to_parquet(edited, index=False)
+    report([str(path)])
+    (found,) = verdict(path)["comparisons"]
+    assert (found["outcome"], found["failures"][0]["seed"]) == ("inconclusive", 1)
+    assert "edited after it was written" in found["failures"][0]["cause"]
+    trial(path, "loss=[ce,nll]", "seed=[0,1]")
+    assert words(path) == {"nll": "identical"}
+    assert list((path / "stale" / "nll").iterdir())
+
+
+# --- controls
+
+
+def test_controls_are_trained_beside_the_losses_and_kept_apart(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    trial(path, "controls=all", "loss=[ce,nll_softmax]", "seed=[0,1,2]")
+    assert sorted(folder.name for folder in (path / "controls").iterdir()) == [
+        "dose", "placebo_float64", "placebo_reordered", "replay",
+    ]  # fmt: skip
+    assert [folder.name for folder in (path / "controls" / "replay").iterdir()] == ["s0"]
+    assert sorted(folder.name for folder in (path / "cells").iterdir()) == ["ce", "nll_softmax"]
+    found = verdict(path)
+    assert found["controls"]["replay"] == {"seed": 0, "bitwise": True}
+    assert set(found["controls"]["outcomes"]) == {"dose", "placebo_float64", "placebo_reordered"}
+    (comparison,) = found["comparisons"]
+    assert comparison["envelope"]["word"] == "inside"
+    assert set(comparison["assay_sensitivity"]) == {"placebo_equivalent", "dose_different", "holds"}
+
+
+def test_a_mutant_too_small_for_any_metric_parts_faster_than_rounding(tmp_path: Path) -> None:
+    smoothed = "{fn: {_target_: torch.nn.CrossEntropyLoss, label_smoothing: 1e-5}, args: [logits, labels]}"
+    trial(tmp_path / "t", "controls=all", "loss=[ce]", f"+loss.smoothed={smoothed}", "seed=[0,1,2,3,4]")
+    (found,) = verdict(tmp_path / "t")["comparisons"]
+    assert found["envelope"]["word"] == "outside"
+    assert found["outcome"] == "inconclusive"
+
+
+def test_a_control_s_bits_do_not_move_its_neighbours(tmp_path: Path) -> None:
+    trial(tmp_path / "with", "controls=all", "loss=[ce,nll_softmax]", "seed=[0,1]")
+    trial(tmp_path / "without", "controls=none", "loss=[ce,nll_softmax]", "seed=[0,1]")
+    for arm in ("ce", "nll_softmax"):
+        assert same_bits(weights(tmp_path / "with", arm, 1), weights(tmp_path / "without", arm, 1))
+
+
+def test_where_every_loss_is_identical_a_replay_is_enough(tmp_path: Path) -> None:
+    trial(tmp_path / "t", "audit=true", "controls=auto", "loss=[ce,nll]", "seed=[0,1]")
+    assert [folder.name for folder in (tmp_path / "t" / "controls").iterdir()] == ["replay"]

@@ -47,6 +47,8 @@ class StubCell:
     brier: float = 0.1
     record: Record = Record()
 
+    edited: tuple[str, ...] = ()
+
     @property
     def sketches(self) -> tuple[list[int], torch.Tensor]:
         """Weights at the first steps; those of other bits lie a hundredth away."""
@@ -229,3 +231,28 @@ def test_the_protocol_is_hashed() -> None:
     }
     assert len(hashes) == 5
     assert verdict_of({})["protocol"]["hash"] == REQUEST.protocol_hash
+
+
+# --- integrity
+
+
+def test_an_edited_cell_is_a_hole_that_is_named() -> None:
+    found = entry({seed: StubCell(edited=("history.parquet",) if seed == 3 else ()) for seed in REQUEST.seeds})
+    assert found["outcome"] == "inconclusive"
+    assert found["failures"] == [
+        {"seed": 3, "step": None, "cause": "edited after it was written: history.parquet; train it again"}
+    ]
+
+
+def test_pairs_of_different_code_or_device_are_never_the_same() -> None:
+    other = Record(made_from={"device": "cuda", "torch": "2.14.1"})
+    cells = {seed: StubCell(record=other if seed == 5 else Record()) for seed in REQUEST.seeds}
+    found = entry(cells)
+    assert found["outcome"] == "inconclusive"
+    assert "not made alike: device, torch differ" in found["sentence"]
+
+
+def test_a_yardstick_that_is_no_number_is_a_diverged_run() -> None:
+    found = entry({seed: StubCell(nll=math.nan if seed == 2 else 0.2) for seed in REQUEST.seeds})
+    assert found["outcome"] == "inconclusive"
+    assert [failure["seed"] for failure in found["failures"]] == [2]

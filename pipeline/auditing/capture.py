@@ -37,12 +37,8 @@ class Captured(list[Batch]):
         """
         if len(self) >= self.most:
             return
-        with torch.inference_mode(False):  # what is kept must be fit for a gradient
-            self._add(logits.detach().clone(), target.detach().clone(), ignore_index)
-
-    def _add(self, logits: Tensor, target: Tensor, ignore_index: int) -> None:
         classes = logits.shape[-1]
-        logits, target = logits.cpu().double(), target.cpu()
+        logits, target = logits.detach().cpu().double(), target.detach().cpu()
         hard = not target.is_floating_point()
         if (hard and target.shape != logits.shape[:-1]) or (not hard and target.shape != logits.shape):
             raise UsageError(
