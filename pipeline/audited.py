@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.auditing.audit import Audit, audit_of
+from pipeline.auditing.batches import Batch
 from pipeline.auditing.calls import Loss
 from pipeline.auditing.examination import examine, needs_cuda
 from pipeline.auditing.finding import Finding
@@ -72,6 +73,21 @@ def audit_losses(losses: Mapping[str, Any], reference: str, settings: AuditSetti
     }
 
 
+def audit_at(
+    losses: Mapping[str, Any], reference: str, settings: AuditSettings, batches: Sequence[Batch]
+) -> dict[str, Entry]:
+    """Entries of losses asked on these batches alone; fused losses, which need more than logits, are left out."""
+    asked = {name: loss for name, loss in losses.items() if not FUSED_INPUTS & set(loss["args"])}
+    candidates = {name: loss for name, loss in asked.items() if name != reference}
+    if reference not in asked or not candidates:
+        return {}
+    ready = _shared(reference, losses[reference], [], settings, batches)
+    jobs = {name: _job(name, loss, ready) for name, loss in candidates.items()}
+    limits = Limits(settings.time_limit, settings.memory_limit * 2**30)
+    outcomes = run_children(jobs, limits, settings.jobs)
+    return {name: _entry(candidates[name], outcome) for name, outcome in outcomes}
+
+
 def made_from(name: str, declared: Mapping[str, Any]) -> Entry:
     """What an entry is about: the declaration, and a digest of the code behind it."""
     return {
@@ -94,7 +110,11 @@ def _audited(
 
 
 def _shared(
-    reference: str, declared: Mapping[str, Any], args: Sequence[str], settings: AuditSettings
+    reference: str,
+    declared: Mapping[str, Any],
+    args: Sequence[str],
+    settings: AuditSettings,
+    batches: Sequence[Batch] = (),
 ) -> Callable[[], Audit]:
     """How a child gets the audit: ready where it can be inherited, made by the child where it is on a GPU."""
 
@@ -104,7 +124,7 @@ def _shared(
         asked = settings.asked
         dtype = None if asked["dtype"] is None else getattr(torch, asked["dtype"])
         loss = Loss(_with_ignored(fn, settings.ignore_index), formulation.args)
-        audit = audit_of(loss, args, **asked | {"dtype": dtype})
+        audit = audit_of(loss, args, **asked | {"dtype": dtype}, batches=batches, with_grid=not batches)
         audit.warm()
         return audit
 

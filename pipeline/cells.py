@@ -81,6 +81,12 @@ class Cell:
         found = {name: self.folder / name for name in self.record.files}
         return [name for name, path in found.items() if _sha256(path.read_bytes()) != self.record.files[name]]
 
+    @property
+    def batches(self) -> list[dict[str, Any]]:
+        """Logits [B, C] and labels [B] that reached the loss at a few steps; empty in cells of older versions."""
+        met: list[dict[str, Any]] = self._state().get("batches", [])
+        return met
+
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(self.folder / "state.pt", weights_only=True, map_location="cpu")
         return state

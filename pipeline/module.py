@@ -95,6 +95,8 @@ class SideBySide(pl.LightningModule):
         self.steps_done = 0
         self.snapshots = snapshot_steps(self.last_step)
         self.sketches: list[Tensor] = []  # one [R, width] a snapshot
+        self.moments = {1, self.last_step // 4, self.last_step // 2, self.last_step} - {0}
+        self.met: list[tuple[int, Tensor, Tensor]] = []  # step, logits [R, B, C], labels [S, B] at these moments
         fillers = stack.num_replicas - len(replicas)
         self._slots = torch.tensor(objectives.slots + objectives.slots[-1:] * fillers)
         self._measured: list[tuple[str, int, Tensor]] = []
@@ -163,7 +165,10 @@ class SideBySide(pl.LightningModule):
         layout = indices[self._slots].movedim(0, self.stack.replica_axis).contiguous()
         outputs = self.stack(self._take(layout), fused=self.objectives.fused).first(len(self.replicas))
         target_probs = self.data.target_probs(indices) if self.objectives.needs_target_probs else None
-        return self.objectives(outputs, self.data.labels[indices], target_probs)
+        labels = self.data.labels[indices]
+        if self.steps_done + 1 in self.moments:
+            self.met.append((self.steps_done + 1, outputs.logits.detach().clone(), labels))
+        return self.objectives(outputs, labels, target_probs)
 
     def _take(self, indices: Tensor) -> Tensor:
         """Inputs; grey pictures repeated where the model takes colour."""
@@ -210,6 +215,12 @@ class SideBySide(pl.LightningModule):
         self.stack.train(was_training)
         for metric, values in yardsticks.result().items():
             self._measure(f"{split}/{metric}", values)
+
+    def batches(self, replica: int) -> list[dict[str, Any]]:
+        """What reached one replica's loss at the first step, after a quarter, half and all of the training."""
+        seed = self.objectives.slots[replica]
+        mine = ((step, logits[replica], labels[seed]) for step, logits, labels in self.met)
+        return [{"step": step, "logits": logits.cpu(), "labels": labels.cpu()} for step, logits, labels in mine]
 
     def latest(self, metric: str) -> dict[str, float]:
         """The last measured value of a metric, averaged over each arm's replicas."""

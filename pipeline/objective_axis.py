@@ -6,9 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from pipeline.audited import SCHEMA as AUDIT_SCHEMA
-from pipeline.audited import AuditSettings, audit_losses, made_from
+from pipeline.audited import AuditSettings, audit_at, audit_losses, made_from
+from pipeline.auditing.batches import Batch
 from pipeline.cells import TrialFolder, write_json
+from pipeline.objectives import Replica
 from pipeline.outcomes import Request
 from pipeline.setting import Setting
 from pipeline.terminal import console
@@ -43,3 +49,34 @@ def read_audit(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if found.get("schema") == AUDIT_SCHEMA else None
+
+
+# --- at the trial's own weights
+
+
+def ask_at_weights(setting: Setting, request: Request, folder: TrialFolder) -> None:
+    """Ask again on what reached the reference's loss in this trial: epsilons and clamps show at saturation alone.
+
+    The answers go into audit.json, beside what the grid has said, for the losses that were trained from the same code.
+    """
+    audit, cell = read_audit(folder.path), folder.read(Replica(request.reference, request.seeds[0]))
+    if audit is None or cell is None or not (met := cell.batches):
+        return
+    about = {"weights": cell.record.weights_sha256, "steps": [batch["step"] for batch in met], "seed": cell.record.seed}
+    missing = [name for name, entry in audit["losses"].items() if entry.get("at_weights", {}).get("about") != about]
+    losses = {name: setting.config["loss"][name] for name in (request.reference, *missing) if name in request.losses}
+    if len(losses) < 2:
+        return
+    settings = AuditSettings(num_classes=[setting.data.num_classes])
+    found = audit_at(losses, request.reference, settings, [_batch(**batch) for batch in met])
+    for name, entry in found.items():
+        said = {"objective": entry["objective"], "sentence": entry["sentence"], "about": about}
+        audit["losses"][name]["at_weights"] = said
+    write_json(folder.path / "audit.json", audit)
+
+
+def _batch(step: int, logits: Tensor, labels: Tensor) -> Batch:
+    classes = logits.shape[-1]
+    targets = F.one_hot(labels, classes).double()
+    valid = torch.ones_like(labels, dtype=torch.bool)
+    return Batch(f"the trial's (step {step})", logits.double(), labels, targets, valid)

@@ -88,7 +88,12 @@ def _results(
         yield (
             record,
             module.history(slot),
-            {"weights": weights, "sketch_steps": module.snapshots, "sketches": sketches},
+            {
+                "weights": weights,
+                "sketch_steps": module.snapshots,
+                "sketches": sketches,
+                "batches": module.batches(slot),
+            },
         )
 
 

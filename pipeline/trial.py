@@ -19,7 +19,7 @@ from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
 from pipeline.looks import look_at
 from pipeline.looks import record as record_look
-from pipeline.objective_axis import ask_audit, read_audit
+from pipeline.objective_axis import ask_at_weights, ask_audit, read_audit
 from pipeline.objectives import Replica
 from pipeline.outcomes import Facts, Request, status_of, wanted, wanted_controls
 from pipeline.pairs import YARDSTICKS
@@ -59,6 +59,8 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
         while True:
             write_request(path, request, facts)
             train(setting, request, folder, tracker)
+            if config["audit"]:
+                ask_at_weights(setting, request, folder)
             code, verdict = conclude(folder, request, facts, tracker)
             more = more_seeds(request, verdict) if config["until"] == "decided" else 0
             if not more:

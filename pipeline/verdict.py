@@ -37,6 +37,7 @@ TRAJECTORIES = {
     "inside": "In training it parts from the reference as rounding does",
     "outside": "In training it parts from the reference faster than rounding does",
 }
+MINIMISER = "The minimiser is the same, the training only under an optimizer that a constant factor does not move."
 UNAUDITED: Entry = {
     "objective": "not_run", "sentence": "", "scale": None, "offset": None, "domain": None, "side_effects": [],
     "covered": [], "not_covered": ["the losses themselves"], "would_have_caught": {},
@@ -115,7 +116,10 @@ def sentence(finding: OutcomeFinding, entry: Entry, trajectory: Envelope, reques
 
 
 def _objective(entry: Entry) -> str | None:
-    return f"{AS_FUNCTIONS[entry['objective']]}: {entry['sentence']}." if entry["sentence"] else None
+    if not entry["sentence"]:
+        return None
+    said = f"{AS_FUNCTIONS[entry['objective']]}: {entry['sentence']}."
+    return f"{said} {MINIMISER}" if entry["objective"] == "scaled" else said
 
 
 def _outcome_in_words(finding: OutcomeFinding, request: Request, facts: Facts) -> str:
@@ -226,7 +230,20 @@ def audited_entry(candidate: str, audit: Mapping[str, Any] | None, cells: Cells,
         known = about.get(replica.arm, {})
         if any(cell.record.made_from.get(key) != value for key, value in known.items()):
             return None
-    return entry
+    return _at_weights(entry)
+
+
+def _at_weights(entry: Entry) -> Entry:
+    """The entry with what the trial's own logits add to it: a difference there is a difference."""
+    at = entry.get("at_weights")
+    if at is None or at["objective"] in ("not_run", "error"):
+        return entry
+    steps = ", ".join(map(str, at["about"]["steps"]))
+    covered = [*entry["covered"], f"the reference's own logits at steps {steps} (seed {at['about']['seed']})"]
+    if entry["objective"] in SAME and at["objective"] not in SAME:
+        said = f"the same function on the grid, but not at this trial's own weights: {at['sentence']}"
+        return {**entry, "objective": "different", "sentence": said, "covered": covered}
+    return {**entry, "covered": covered}
 
 
 def decide(

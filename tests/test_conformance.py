@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor
 from experiments.audit import catalogue
 from experiments.audit.case import Case
 from experiments.audit.catalogue import CATALOGUE, SOURCES, row_number
-from pipeline.auditing.deciding import SAMENESS
+from pipeline.auditing.batches import Shape, make_batch
+from pipeline.auditing.deciding import SAMENESS, separating
+from pipeline.auditing.judging import Judgement
 from pipeline.check import Finding, check
+from pipeline.numerics import ScaleInterval
 
 ROWS = range(1, 47)
 RUNNABLE = [case for case in CATALOGUE if case.fn is not None]
@@ -147,6 +151,19 @@ def test_a_planted_fault_is_found_and_the_one_trait_that_separates_is_named(
         assert f"wrong {trait}" in found.sentence
 
 
+def test_a_batch_whose_gradient_is_too_small_to_tell_does_not_hide_the_trait() -> None:
+    seen = make_batch("random", (8,), 2, Shape((2,)), torch.Generator().manual_seed(0))
+    strided, known = replace(seen, layout="strided"), ScaleInterval(1.0, 1e-9)
+    wrong = Judgement(strided, torch.float64, units=100.0, interval=known)
+    right = Judgement(seen, torch.float64, units=1.0, interval=known)
+    mute = Judgement(strided, torch.float64, units=1.0)
+    trait = [("on strided inputs", lambda cell: cell.batch.layout == "strided")]
+    assert separating([wrong, right], [wrong], trait) == "on strided inputs"
+    assert separating([wrong, right, mute], [wrong], trait) == "on strided inputs"
+    assert separating([wrong, right, replace(mute, interval=known)], [wrong], trait) is None
+    assert separating([wrong, mute], [wrong], trait) is None  # nothing is known to be right
+
+
 def test_without_a_fault_no_trait_is_named() -> None:
     found = check(smoothed_where(lambda z, y: False), num_classes=(2, 10, 100))
     assert found.objective == "identical"
@@ -176,12 +193,14 @@ def test_an_overwritten_input_keeps_the_word_and_is_named() -> None:
     assert "overwrites logits" in found.side_effects
 
 
-def changing_after(calls: int) -> Callable[[Tensor, Tensor], Tensor]:
+def changing_after(calls: int, rows: int = 0) -> Callable[[Tensor, Tensor], Tensor]:
+    """Label smoothing in batches of more than `rows` rows, after so many calls."""
     seen = [0]
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         seen[0] += 1
-        return F.cross_entropy(logits, labels, label_smoothing=1e-3 if seen[0] > calls else 0.0)
+        late = seen[0] > calls and len(labels) > rows
+        return F.cross_entropy(logits, labels, label_smoothing=1e-3 if late else 0.0)
 
     return loss
 
@@ -197,6 +216,12 @@ def test_a_loss_that_changes_within_the_calls_that_are_made_is_not_the_same(call
     found = check(changing_after(calls), num_classes=(2, 10))
     assert not found.same, found.sentence
     assert flag(found) == 160
+
+
+def test_a_loss_that_changes_for_larger_batches_alone_is_met_by_the_second_round() -> None:
+    found = check(changing_after(80, rows=7), num_classes=(2, 10))
+    assert found.objective == "different"
+    assert "equal calls" in found.sentence
 
 
 @pytest.mark.parametrize("calls", [200, 1000])

@@ -121,7 +121,7 @@ def test_units_behind_a_linear_layer_are_those_of_the_logits_carried_on() -> Non
         "bias": (row[:, None] * share).sum(0),
     }  # fmt: skip
     for name, expected in by_hand.items():
-        torch.testing.assert_close(units(rows, 1e-8, name, hidden, weight), expected)
+        torch.testing.assert_close(units(rows, 1e-8, name, hidden, weight), expected, rtol=1e-12, atol=0)
 
 
 @settings(max_examples=50, deadline=None)

@@ -488,3 +488,26 @@ def test_a_control_s_bits_do_not_move_its_neighbours(tmp_path: Path) -> None:
 def test_where_every_loss_is_identical_a_replay_is_enough(tmp_path: Path) -> None:
     trial(tmp_path / "t", "audit=true", "controls=auto", "loss=[ce,nll]", "seed=[0,1]")
     assert [folder.name for folder in (tmp_path / "t" / "controls").iterdir()] == ["replay"]
+
+
+def test_the_losses_are_asked_again_at_what_reached_them_in_training(tmp_path: Path) -> None:
+    trial(tmp_path / "t", "audit=true", "loss=[ce,nll]", "seed=[0]")
+    audit = json.loads((tmp_path / "t" / "audit.json").read_text())
+    at = audit["losses"]["nll"]["at_weights"]
+    assert at["objective"] == "identical"
+    assert at["about"]["steps"] == [1, 9, 18, 36]
+    assert "8 of 8 batches" in at["sentence"]  # four moments in two precisions, and no grid
+    (found,) = verdict(tmp_path / "t")["comparisons"]
+    assert "the reference's own logits at steps 1, 9, 18, 36 (seed 0)" in found["covered"]
+
+
+def test_what_is_wrong_at_the_trial_s_own_weights_decides() -> None:
+    from pipeline.verdict import _at_weights
+
+    entry = {"objective": "identical", "sentence": "bit for bit", "covered": ["the grid"]}
+    at = {"objective": "different", "sentence": "wrong there", "about": {"steps": [1, 9], "seed": 0}}
+    found = _at_weights(entry | {"at_weights": at})
+    assert found["objective"] == "different"
+    assert found["sentence"] == "the same function on the grid, but not at this trial's own weights: wrong there"
+    assert _at_weights(entry | {"at_weights": at | {"objective": "error"}})["objective"] == "identical"
+    assert _at_weights(entry | {"at_weights": at | {"objective": "rounding"}})["objective"] == "identical"

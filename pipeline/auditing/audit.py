@@ -35,6 +35,7 @@ class Audit:
     Attributes:
         dtypes: float32 and float64, or the one low precision that was declared.
         own_batches: batches of the user's, asked besides the grid.
+        with_grid: whether the grid is asked, or the user's batches alone.
     """
 
     reference: Loss
@@ -42,11 +43,12 @@ class Audit:
     dtypes: tuple[torch.dtype, ...] = BOTH
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     own_batches: Sequence[Batch] = ()
+    with_grid: bool = True
 
     def __post_init__(self) -> None:
         """Make the grid and ask the reference; both once for all candidates."""
         self.standard = Standard(self.reference, self.device)
-        asked = [*grid(self.shape), *self.own_batches]
+        asked = [*(grid(self.shape) if self.with_grid else ()), *self.own_batches]
         self.cells = [(batch.at(dtype), dtype) for batch in asked for dtype in self.dtypes]
         usable = [(batch, dtype) for batch, dtype in self.cells if self.standard.exact(batch).error is None]
         if not usable:
@@ -110,6 +112,7 @@ def audit_of(
     tokens: bool = False,
     num_classes: Sequence[int] | None = None,
     batches: Sequence[Batch] = (),
+    with_grid: bool = True,
 ) -> Audit:
     """An audit for candidates that take `candidate_args`; a fused one makes every batch a fused one.
 
@@ -132,7 +135,7 @@ def audit_of(
             "`capture(model)` keeps them where the model's last linear layer gives the logits"
         )
     shape = Shape(classes, tokens, fused, "bias" in args, soft_targets, ignore_index)
-    return Audit(reference, shape, BOTH if dtype is None else (dtype,), device_of(device), batches)
+    return Audit(reference, shape, BOTH if dtype is None else (dtype,), device_of(device), batches, with_grid)
 
 
 def device_of(device: torch.device | str) -> torch.device:
