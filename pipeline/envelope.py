@@ -7,6 +7,7 @@ reference as fast as a placebo does, one that is not parts faster, from the firs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -20,11 +21,18 @@ Distances = Mapping[int, Floats]  # step -> one distance a seed, [S]
 Word = Literal["identical", "inside", "outside", "not_applicable"]
 
 STEPS = (1, 3, 10)
-LIMIT = 0.3  # decades of the median over seeds above the placebos' median
 CLOSE = 1e-3  # placebos must stay this much nearer to the reference than two seeds are to each other
 AGREEMENT = 0.5  # decades within which two placebos of one seed agree
 AGREEING = 0.8  # share of the seeds in which they do
 FEWEST_SEEDS = 2
+
+
+def limit(seeds: int) -> float:
+    """Decades that a median over S seeds may lie above the placebos': .2 and .6 / sqrt(S), its sampling error.
+
+    The curve behind the numbers is in experiments/envelope.
+    """
+    return 0.2 + 0.6 / math.sqrt(seeds)
 
 
 @dataclass(frozen=True)
@@ -78,8 +86,9 @@ def envelope(candidate: Distances, placebos: Sequence[Distances], between_seeds:
         return Envelope("not_applicable", reason="rounding and chaos cannot be told apart at any early step")
     excess = {step: _excess(candidate[step], [placebo[step] for placebo in placebos]) for step in steps}
     worst = max(excess, key=lambda step: excess[step])
-    reason = f"{excess[worst]:+.2f} decades against the placebos at step {worst}, where {LIMIT:g} are allowed"
-    return Envelope("outside" if excess[worst] > LIMIT else "inside", excess, reason)
+    allowed = limit(len(candidate[worst]))
+    reason = f"{excess[worst]:+.2f} decades against the placebos at step {worst}, where {allowed:.2g} are allowed"
+    return Envelope("outside" if excess[worst] > allowed else "inside", excess, reason)
 
 
 def _excess(candidate: Floats, placebos: Sequence[Floats]) -> float:

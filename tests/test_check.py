@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import likelihood_lab
 from likelihood_lab import Finding, assert_same_loss, capture, check
 from pipeline.auditing.batches import Batch
-from pipeline.auditing.mutants import label_smoothing
+from pipeline.auditing.mutants import LADDER, label_smoothing
+from pipeline.auditing.power import smallest_caught
 from pipeline.errors import UsageError
 from pipeline.numerics import CONSTANT
 
@@ -611,6 +612,12 @@ def test_every_finding_says_how_small_a_difference_would_have_been_caught() -> N
         assert 1e-8 < (power[name]["float32"] or 1) <= 1e-5
 
 
+@pytest.mark.parametrize("place", [*range(0, len(LADDER), 5), len(LADDER) - 1])
+def test_the_smallest_rung_that_is_caught_is_found(place: int) -> None:
+    assert smallest_caught(lambda mutant, d: d >= LADDER[place], label_smoothing) == LADDER[place]
+    assert smallest_caught(lambda mutant, d: False, label_smoothing) is None
+
+
 @pytest.mark.usefixtures("few_mutants")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_power_is_what_a_candidate_meets(dtype: torch.dtype) -> None:
@@ -738,9 +745,10 @@ def test_a_check_runs_under_any_mode_and_leaves_it(mode: Callable[[], Any]) -> N
         before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         found = quick(F.cross_entropy, fresh_reference)
         assert found.objective == "identical"
-        assert found.would_have_caught["label smoothing"]["float64"]
+        power = found.would_have_caught
         assert quick(plain_linear, args=FUSED).same
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+    assert power == quick(F.cross_entropy).would_have_caught
 
 
 def test_autocast_around_a_check_does_not_decide() -> None:

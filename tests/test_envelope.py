@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.envelope import LIMIT, STEPS, Distances, envelope, usable_steps
+from pipeline.envelope import STEPS, Distances, envelope, limit, usable_steps
 
 RNG = np.random.default_rng(0)
 SEEDS = 10
@@ -25,7 +25,7 @@ def test_a_candidate_that_parts_as_placebos_do_is_inside() -> None:
     found = envelope(distances(1e-8), PLACEBOS, BETWEEN)
     assert found.word == "inside"
     assert set(found.excess) == set(STEPS)
-    assert all(abs(excess) < LIMIT for excess in found.excess.values())
+    assert all(abs(excess) < limit(SEEDS) for excess in found.excess.values())
 
 
 def test_one_that_parts_three_times_as_fast_is_outside_and_the_step_is_named() -> None:
@@ -82,7 +82,7 @@ def test_a_few_disagreeing_seeds_do_not_spoil_a_step() -> None:
     one, other = distances(1e-8, seeds=many), distances(1e-8, seeds=many)
     other[3][0] *= 100
     assert 3 in usable_steps([one, other], BETWEEN)
-    other[3][:4] *= 100
+    other[3][:12] *= 100
     assert 3 not in usable_steps([one, other], BETWEEN)
 
 
@@ -103,3 +103,15 @@ def test_later_steps_are_never_judged() -> None:
     found = envelope(distances(1e-8) | {100: np.full(SEEDS, 1.0)}, [p | late for p in PLACEBOS], BETWEEN)
     assert found.word == "inside"
     assert set(found.excess) <= set(STEPS)
+
+
+def test_few_seeds_are_allowed_more_for_the_error_of_their_median() -> None:
+    assert [round(limit(seeds), 2) for seeds in (5, 10, 30)] == [0.47, 0.39, 0.31]
+    size = 10**0.42
+    few = [{step: values[:5] for step, values in placebo.items()} for placebo in PLACEBOS]
+    exactly = {step: 10 ** np.median(np.log10(np.concatenate([p[step] for p in few]))) * size for step in STEPS}
+    mine = {step: np.full(5, value) for step, value in exactly.items()}
+    assert envelope(mine, few, BETWEEN).word == "inside"
+    many = {step: np.full(30, value) for step, value in exactly.items()}
+    placebos = [{step: np.resize(values, 30) for step, values in placebo.items()} for placebo in few]
+    assert envelope(many, placebos, BETWEEN).word == "outside"
