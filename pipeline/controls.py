@@ -39,12 +39,19 @@ def control(name: str, reference: Formulation, dose: float | None = None) -> For
         return Formulation(name, reference.args, reference.make)
     wrap: Mapping[str, Callable[[LossFn], LossFn]] = {
         IN_FLOAT64: lambda fn: _Rewritten(fn, reference.args, _in_float64),
-        DITHERED: lambda fn: _Rewritten(fn, reference.args, partial(_dithered, shift=0.0)),
-        DITHERED_AGAIN: lambda fn: _Rewritten(fn, reference.args, partial(_dithered, shift=0.5)),
+        DITHERED: lambda fn: _Rewritten(fn, reference.args, partial(_dithered, number=1)),
+        DITHERED_AGAIN: lambda fn: _Rewritten(fn, reference.args, partial(_dithered, number=2)),
         REORDERED: lambda fn: _Rewritten(fn, reference.args, _reordered),
         DOSE: lambda fn: _Rewritten(fn, reference.args, lambda given: _dosed(given, dose or 0.0)),
     }
     return Formulation(name, base_args(reference.args), lambda: wrap[name](reference.make()))
+
+
+def dithered(name: str, formulation: Formulation, bits: int, number: int) -> Formulation:
+    """A formulation whose gradients are rounded at random to so many significant bits; its own precision is kept."""
+    change = partial(_dithered, number=number, bits=bits, double=False)
+    args = formulation.args
+    return Formulation(name, base_args(args), lambda: _Rewritten(formulation.make(), args, change))
 
 
 def base_args(args: tuple[str, ...]) -> tuple[str, ...]:
@@ -90,30 +97,43 @@ def _in_float64(given: Given) -> Given:
 
 
 class _Dither(torch.autograd.Function):
-    """To float64; the gradient comes back in the precision that came in, rounded up or down at random without bias.
+    """The identity; its gradient comes back with so many significant bits, rounded up or down at random without bias.
 
-    Two draws from one stream are made different by a shift: u and u + shift mod 1.
+    What decides is drawn on the way forward, where the replica's own stream of random numbers is open. `number` tells
+    the arms of one seed apart, whose streams are alike.
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, shift: float) -> Tensor:
-        ctx.dtype, ctx.shift = tensor.dtype, shift
-        return tensor.double()
+    def forward(ctx: Any, tensor: Tensor, bits: int, number: int) -> Tensor:
+        base = int(torch.randint(2**62, ()))
+        generator = torch.Generator().manual_seed(base ^ (number * 0x9E3779B97F4A7C15 % 2**62))
+        ctx.bits, ctx.dtype = bits, tensor.dtype
+        ctx.save_for_backward(torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device))
+        return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        gradient = upstream[0]
-        nearest = gradient.to(ctx.dtype)
-        towards = torch.where(gradient > nearest, torch.inf, -torch.inf).to(ctx.dtype)
-        other = torch.nextafter(nearest, towards)
-        gap = other.double() - nearest.double()
-        share = torch.where(gap != 0, (gradient - nearest.double()) / gap, 0.0).nan_to_num(0.0)
-        drawn = (torch.rand_like(gradient) + ctx.shift) % 1
-        return torch.where(drawn < share, other, nearest), None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (drawn,) = ctx.saved_tensors
+        mantissa, exponent = torch.frexp(upstream[0].double())
+        whole = torch.ldexp(mantissa, torch.tensor(ctx.bits))
+        rounded = (whole + drawn).floor()  # up with a probability of what is cut off
+        return torch.ldexp(rounded, exponent - ctx.bits).to(ctx.dtype), None, None
 
 
-def _dithered(given: Given, shift: float) -> Given:
-    return {name: t if t is None or not t.is_floating_point() else _Dither.apply(t, shift) for name, t in given.items()}
+SIGNIFICANT = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
+
+
+def _dithered(given: Given, number: int, bits: int | None = None, double: bool = True) -> Given:
+    """Gradients that reach the inputs dithered, to `bits` or to what the inputs have; the loss itself in float64."""
+
+    def changed(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not tensor.is_floating_point():
+            return tensor
+        wide = tensor.double() if double else tensor
+        dithered: Tensor = _Dither.apply(wide, bits or SIGNIFICANT[tensor.dtype], number)
+        return dithered
+
+    return {name: changed(tensor) for name, tensor in given.items()}
 
 
 def _reordered(given: Given) -> Given:
@@ -135,8 +155,9 @@ def _in_order(name: str, tensor: Tensor | None, order: Tensor) -> Tensor | None:
 
 
 def _dosed(given: Given, dose: float) -> Given:
-    """Logits times 1 + d; of a fused loss, its hidden activations."""
-    return {name: t * (1 + dose) if t is not None and name in ("logits", "hidden") else t for name, t in given.items()}
+    """Logits times 1 + d; of a fused loss, what they are made of."""
+    scaled = ("logits", "hidden", "bias")
+    return {name: t * (1 + dose) if t is not None and name in scaled else t for name, t in given.items()}
 
 
 def declared(name: str, reference: Mapping[str, Any], dose: float | None) -> dict[str, Any]:

@@ -145,6 +145,7 @@ def test_dithering_rounds_to_a_neighbour_without_bias() -> None:
     ulp = (torch.nextafter(exact.bfloat16(), torch.tensor(torch.inf, dtype=torch.bfloat16)) - exact.bfloat16()).double()
     assert ((drawn - truth).abs() <= 2 * ulp.abs()).all()
     assert (drawn.std(0) > 0).any()
+    assert torch.equal(drawn, drawn.bfloat16().double())
     bias = (drawn.mean(0) - truth) / ulp.abs()
     assert (
         bias.abs().max() < 5 * 0.5 / 400**0.5
