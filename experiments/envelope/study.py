@@ -85,32 +85,34 @@ def arms() -> list[Formulation]:
     """Reference, placebos, honest forms, mutants."""
     placebos = [name for names in BY_PRECISION.values() for name in names]
     found = [REFERENCE, *(control(name, REFERENCE) for name in placebos)]
-    found += [Formulation(name, args, partial(_given, fn)) for name, (args, fn) in HONEST.items()]
+    found += [Formulation(name, args, partial(given, fn)) for name, (args, fn) in HONEST.items()]
     for name, fn in MUTANTS.items():
-        found += [Formulation(f"{name}, {d:g}", ("logits", "labels"), partial(_given, partial(fn, d=d))) for d in DOSES]
+        found += [Formulation(f"{name}, {d:g}", ("logits", "labels"), partial(given, partial(fn, d=d))) for d in DOSES]
     return found
 
 
-def _given(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def given(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What a formulation's `make` returns: the function itself."""
     return fn
 
 
 # --- training
 
 
-def sketches(overrides: Sequence[str], seeds: Sequence[int]) -> dict[Replica, Tensor]:
+def trained_sketches(
+    overrides: Sequence[str], seeds: Sequence[int], formulations: Sequence[Formulation]
+) -> dict[Replica, Tensor]:
     """Sketches [steps, width] of every (arm, seed) at STEPS."""
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
         fixed = ["loss=[ce]", "dataset=digits", "model=mlp", "epochs=1", "trainer=cpu", "tracking=none"]
         setting = prepare(conf.plain(compose("train", overrides=[*fixed, *overrides])))
     found: dict[Replica, Tensor] = {}
     for first in range(0, len(seeds), 2):
-        found |= _trained(setting, seeds[first : first + 2])
+        found |= _trained(setting, seeds[first : first + 2], formulations)
     return found
 
 
-def _trained(setting: Setting, seeds: Sequence[int]) -> dict[Replica, Tensor]:
-    formulations = arms()
+def _trained(setting: Setting, seeds: Sequence[int], formulations: Sequence[Formulation]) -> dict[Replica, Tensor]:
     replicas = [Replica(formulation.name, seed) for formulation in formulations for seed in seeds]
     objectives = Objectives(formulations, replicas, setting.data.num_classes, setting.device, setting.dtype)
     module = SideBySide(
@@ -211,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Rate] = []
     for regime in asked.regimes:
         seeds = range(asked.seeds)
-        rows += rates(regime, sketches(REGIMES[regime], seeds), seeds, asked.studies)
+        rows += rates(regime, trained_sketches(REGIMES[regime], seeds, arms()), seeds, asked.studies)
     text = markdown(rows, asked.seeds, asked.studies)
     print(text)
     if asked.seeds >= SEEDS and asked.regimes == list(REGIMES):
