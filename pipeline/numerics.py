@@ -22,6 +22,8 @@ SYSTEMATIC = 2.5
 """The largest ratio of a mean residual, squared, to its variance that is still noise."""
 DETERMINED = 1e-3
 """A scale counts where rounding leaves it uncertain by less than this, relative to itself."""
+DETERMINED_ROUNDOFFS = 200
+"""Or by less than so many units of roundoff: a tenth in float16, two fifths in bfloat16, which knows no better."""
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -108,17 +110,18 @@ class ScaleInterval:
 
     factor: float
     tolerance: float
+    enough: float = DETERMINED  # how uncertain it may be, relative to itself
 
     @property
     def determined(self) -> bool:
         """Whether rounding leaves the factor known."""
-        return math.isfinite(self.factor) and self.tolerance < DETERMINED * abs(self.factor)
+        return math.isfinite(self.factor) and self.tolerance < self.enough * abs(self.factor)
 
 
 UNKNOWN_SCALE = ScaleInterval(math.nan, math.inf)
 
 
-def scale(gradient: Tensor, exact: Tensor, tolerance: Tensor) -> ScaleInterval:
+def scale(gradient: Tensor, exact: Tensor, tolerance: Tensor, u: float = 0.0) -> ScaleInterval:
     """a = <g_B, g> / <g, g>, with the reach that per-row tolerances [N] of g_B, in g's own size, give it."""
     square = exact.square().sum()
     if not square > 0:
@@ -126,7 +129,7 @@ def scale(gradient: Tensor, exact: Tensor, tolerance: Tensor) -> ScaleInterval:
     factor = ((gradient * exact).sum() / square).item()
     spread = exact.abs().flatten(1).sum(1) if exact.ndim > 1 else exact.abs()
     reach = (spread * tolerance).sum() / square
-    return ScaleInterval(factor, abs(factor) * reach.item())
+    return ScaleInterval(factor, abs(factor) * reach.item(), max(DETERMINED, DETERMINED_ROUNDOFFS * u))
 
 
 def overlap(intervals: Sequence[ScaleInterval]) -> bool:
@@ -135,9 +138,9 @@ def overlap(intervals: Sequence[ScaleInterval]) -> bool:
     return lowest <= min((i.factor + i.tolerance for i in intervals), default=0.0)
 
 
-def best(intervals: Sequence[ScaleInterval]) -> float:
-    """The factor of the narrowest interval."""
-    return min(intervals, key=lambda i: i.tolerance / abs(i.factor)).factor
+def narrowest(intervals: Sequence[ScaleInterval]) -> ScaleInterval:
+    """The interval that says most."""
+    return min(intervals, key=lambda interval: interval.tolerance / abs(interval.factor))
 
 
 def systematic(residuals: Tensor) -> float:

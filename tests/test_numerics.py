@@ -18,8 +18,8 @@ from pipeline.numerics import (
     UNKNOWN_SCALE,
     Rows,
     ScaleInterval,
-    best,
     in_units,
+    narrowest,
     overlap,
     relative_distance,
     row_errors,
@@ -232,7 +232,7 @@ def test_two_intervals_apart_do_not_overlap_whatever_lies_between_them() -> None
 
 
 def test_the_best_factor_is_of_the_narrowest_interval_relative_to_itself() -> None:
-    assert best([ScaleInterval(1.0, 0.1), ScaleInterval(100.0, 1.0), ScaleInterval(1e-3, 1e-3)]) == 100.0
+    assert narrowest([ScaleInterval(1.0, 0.1), ScaleInterval(100.0, 1.0), ScaleInterval(1e-3, 1e-3)]).factor == 100.0
 
 
 # --- the systematic part

@@ -16,10 +16,11 @@ from pipeline.auditing.judging import Standard
 from pipeline.auditing.normaliser import Normaliser, normaliser
 from pipeline.auditing.power import smallest_differences
 from pipeline.errors import UsageError, first_line
-from pipeline.numerics import in_units, row_errors
+from pipeline.numerics import in_units, relative_distance, row_errors
 
 BOTH = (torch.float32, torch.float64)
 LOW = (torch.bfloat16, torch.float16)
+OTHER_FUNCTION = 1e-3  # relative distance from the mean cross-entropy that no rounding in float64 explains
 ORACLE_LOGITS = 600  # in the batches that mpmath is asked about
 
 
@@ -96,6 +97,8 @@ class Audit:
             exact = oracle.cross_entropy(logits.tolist(), targets.tolist())
             found = self.standard.exact(batch).exact("logits").flatten(0, -2)[valid]
             unit = self.standard.rounding(batch, torch.float64)["logits"][valid]
+            if relative_distance(found, exact.gradient) > OTHER_FUNCTION:
+                return None
             units = in_units(row_errors(found, exact.gradient), unit).max().item()
             largest = units if largest is None else max(largest, units)
         return largest
@@ -129,6 +132,9 @@ def audit_of(
         classes = tuple(num_classes)
     if not classes or any(not isinstance(c, int) or c < 2 for c in classes):
         raise UsageError(f"num_classes={list(classes)}; give numbers of classes, each at least 2")
+    for batch in batches:
+        if not isinstance(batch, Batch):
+            raise UsageError(f"batches hold a {type(batch).__name__}; give what `capture` has kept")
     if fused and any(batch.hidden is None for batch in batches):
         raise UsageError(
             "batches hold logits alone, and a fused loss needs hidden and weight; "

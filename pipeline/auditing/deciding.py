@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.auditing.judging import Judgement
-from pipeline.numerics import CONSTANT, ScaleInterval, best, overlap
+from pipeline.numerics import CONSTANT, ScaleInterval, narrowest, overlap
 
 SAMENESS = ("identical", "rounding", "offset")
 DIGITS = 12
@@ -96,7 +96,7 @@ def _scaled(cells: Sequence[Judgement], failing: Sequence[Judgement]) -> Decisio
     for cell in known:
         by_classes.setdefault(cell.batch.num_classes, []).append(cell.interval)
     if all(overlap(intervals) for intervals in by_classes.values()):
-        scale = _constant({c: best(intervals) for c, intervals in sorted(by_classes.items())})
+        scale = _constant({c: narrowest(intervals) for c, intervals in sorted(by_classes.items())})
         if not all(cell.finite for cell in cells) and scale.formula.split()[0] == "1":
             reason = f"right in most batches, no finite gradient in others ({worst.where})"
             return Decision("different", reason, worst=worst)
@@ -115,15 +115,18 @@ def _span(intervals: Sequence[ScaleInterval]) -> tuple[float, float]:
     return min(factors), max(factors)
 
 
-def _constant(by_classes: Mapping[int, float]) -> Scale:
-    """One formula for all C, where there is one to DIGITS digits."""
+def _constant(intervals: Mapping[int, ScaleInterval]) -> Scale:
+    """One formula for all C, where there is one to DIGITS digits, or to as many as the precision gives."""
+    uncertain = max(interval.tolerance / abs(interval.factor) for interval in intervals.values())
+    digits = max(1, min(DIGITS, math.floor(-math.log10(max(uncertain, 10.0**-DIGITS)))))
+    by_classes = {c: interval.factor for c, interval in intervals.items()}
     rounded = {c: float(f"{k:.{DIGITS}g}") for c, k in by_classes.items()}
     powers = {"{}": 0, "{}/C": 1, "{}*C": -1} if len(by_classes) > 1 else {"{}": 0}
     for form, power in powers.items():
         values = [k * float(c) ** power for c, k in by_classes.items()]
-        if all(math.isclose(value, values[0], rel_tol=10.0**-DIGITS) for value in values):
-            number = f"{values[0]:.{DIGITS}g}"
-            if number == "1" and form == "{}" and values[0] != 1:  # too near to 1 for so many digits
+        if all(math.isclose(value, values[0], rel_tol=max(10.0**-DIGITS, 2 * uncertain)) for value in values):
+            number = f"{values[0]:.{digits}g}"
+            if number == "1" and form == "{}" and values[0] != 1 and digits == DIGITS:  # too near to 1 for so many
                 number = f"1 {values[0] - 1:+.1e}"
             formula = form.format(number)
             return Scale("C" if formula == "1*C" else formula, rounded)
@@ -147,10 +150,10 @@ def _apart(
     if not known:
         return "gradients bear no relation to the reference's"
     largest = max(crooked, key=lambda cell: cell.residual if math.isfinite(cell.residual) else 0.0)
-    return (
-        f"not parallel to the reference: off by {largest.distance:.2g} relative to it, "
-        f"{largest.residual:.2g} units of rounding, where {CONSTANT:g} are allowed ({largest.where})"
-    )
+    size = f"{largest.residual:.2g} units of rounding, where {CONSTANT:g} are allowed ({largest.where})"
+    if largest.distance == 0:  # the first input's gradient is right, another's is not
+        return f"wrong in the gradient of {largest.guilty}: {size}"
+    return f"not parallel to the reference: off by {largest.distance:.2g} relative to it, {size}"
 
 
 def separating(cells: Sequence[Judgement], failing: Sequence[Judgement], traits: Sequence[Trait]) -> str | None:

@@ -150,12 +150,13 @@ def _examined(audit: Audit, loss: Loss, answers: _Answers) -> Finding:
         constant = offset(loss, audit.standard, shape, dtype, inside or dtype)
         decision = replace(decision, word="rounding" if constant is None else "offset")
         effects += [wrong] if constant is None else []
+    answers.ask_again(answers.kept[:ASKED_LAST])
+    decision = _without_excuses(answers, decision)
     found = _limits(audit, loss, shape, decision, cells)
+    answers.ask_again(answers.kept[:ASKED_LAST])
+    decision = _without_excuses(answers, decision)
     if decision.word in SAMENESS and any(limit.core for limit in found):
         decision = replace(decision, word="domain")
-    answers.ask_again(answers.kept[:ASKED_LAST])
-    if decision.word in SAMENESS and answers.unequal is not None:
-        decision = Decision("different", f"equal calls give different bits ({answers.unequal})", worst=decision.worst)
     numbers = evidence(audit, loss, cells, inside, systematic, found)
     finding = Finding(
         decision.word,
@@ -172,6 +173,23 @@ def _examined(audit: Audit, loss: Loss, answers: _Answers) -> Finding:
         power=lambda: audit.power,
     )
     return replace(finding, sentence=sentence(audit, finding, decision, answers.refused, numbers))
+
+
+def _without_excuses(answers: _Answers, decision: Decision) -> Decision:
+    """No word of sameness where equal calls differ, or where batches are refused whose like are not."""
+    if decision.word not in SAMENESS:
+        return decision
+    if answers.unequal is not None:
+        return Decision("different", f"equal calls give different bits ({answers.unequal})", worst=decision.worst)
+    taken = {(cell.batch.num_classes, cell.dtype) for cell in answers.judged}
+    odd = [(batch, error) for batch, dtype, error in answers.refused if (batch.num_classes, dtype) in taken]
+    if not odd:
+        return decision
+    if all(not batch.contiguous for batch, _ in odd):
+        answers.effects.append(f"refuses inputs that are not contiguous ({odd[0][1]})")
+        return decision
+    reason = f"raises on {len(odd)} batches that the reference takes, such as {odd[0][0].where}: {odd[0][1]}"
+    return Decision("different", reason, worst=decision.worst)
 
 
 def _at_its_precision(

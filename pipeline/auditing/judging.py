@@ -34,6 +34,7 @@ class Judgement:
         finite: whether every gradient is finite where the reference's exact one is.
         bitwise: gradients equal to the reference's in the same precision, the sign of a zero aside.
         units: the largest error of a row of any input's gradient, in units.
+        guilty: the input whose gradient has it.
         row_units: those of the rows [N] themselves.
         surprise: -log p_y of the rows [N].
         magnitude: the largest |logit| or |log p| of the rows [N].
@@ -51,6 +52,7 @@ class Judgement:
     finite: bool = False
     bitwise: bool = False
     units: float = torch.inf
+    guilty: str = ""
     row_units: Tensor = field(default_factory=lambda: torch.empty(0))
     surprise: Tensor = field(default_factory=lambda: torch.empty(0))
     magnitude: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -185,7 +187,7 @@ def compare(
     }
     mine, truth, allowed = ({name: part[name][known[name]] for name in names} for part in (mine, truth, allowed))
     errors = {name: in_units(row_errors(mine[name], truth[name]), allowed[name]) for name in names}
-    interval = scale(mine[first], truth[first], CONSTANT * allowed[first])
+    interval = scale(mine[first], truth[first], CONSTANT * allowed[first], unit_roundoff(computes_in or dtype))
     rests = [
         in_units(row_errors(mine[name], interval.factor * truth[name]), abs(interval.factor) * allowed[name])
         for name in names
@@ -196,6 +198,7 @@ def compare(
         finite=all(bool(gradient.isfinite().all()) for gradient in mine.values()),
         bitwise=own.error is None and all(same_bits(found.gradients[name], own.gradients[name]) for name in names),
         units=_largest(errors.values()),
+        guilty=max(errors, key=lambda name: _largest([errors[name]])),
         row_units=errors[first],
         surprise=standard.rows(batch).surprise[known[first]],
         magnitude=standard.rows(batch).magnitude[known[first]],

@@ -18,7 +18,17 @@ SHAPES = ((12,), (7,), (8,), (1,), (5,))
 TOKEN_SHAPES = ((3, 4), (2, 6), (5, 2), (1, 6), (4, 1))
 SINGLE, LOW = 1e-4, 5e-2  # of losses that may round to float32, or to less, inside
 GROUPED = 2e-3  # of weights told apart by four digits
-WORDS = ("a constant", "valid targets", "rows", "B*T", "B", "T", "sum of class weights", "means of groups")
+WORDS = (
+    "a constant",
+    "valid targets",
+    "rows",
+    "B*T",
+    "B",
+    "T",
+    "sum of class weights",
+    "means of groups",
+    "a different weight for every row",
+)
 
 
 @dataclass(frozen=True)
