@@ -87,6 +87,8 @@ def envelope(candidate: Distances, placebos: Sequence[Distances], between_seeds:
     excess = {step: _excess(candidate[step], [placebo[step] for placebo in placebos]) for step in steps}
     worst = max(excess, key=lambda step: excess[step])
     allowed = limit(len(candidate[worst]))
+    if excess[worst] == math.inf:
+        return Envelope("outside", excess, f"it diverges by step {worst} in most seeds")
     reason = f"{excess[worst]:+.2f} decades against the placebos at step {worst}, where {allowed:.2g} are allowed"
     return Envelope("outside" if excess[worst] > allowed else "inside", excess, reason)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.assay import assay_sensitivity, controls_in_words, envelope_of
+from pipeline.auditing.finding import strict
 from pipeline.envelope import Envelope
 from pipeline.looks import Look, level_of
 from pipeline.objectives import Replica
@@ -88,7 +89,7 @@ def comparison(
         "domain": entry["domain"],
         "side_effects": entry["side_effects"],
         "outcome": finding.word,
-        "envelope": {"word": trajectory.word, "excess": dict(trajectory.excess), "reason": trajectory.reason},
+        "envelope": {"word": trajectory.word, "excess": strict(trajectory.excess), "reason": trajectory.reason},
         "seeds_needed": finding.seeds_needed if finding.word == "inconclusive" else None,
         "verdict": verdict,
         "sentence": sentence(finding, entry, trajectory, request, facts),

@@ -48,7 +48,8 @@ def test_parting_slower_than_placebos_is_no_fault() -> None:
 
 def test_a_candidate_that_diverges_early_in_most_seeds_is_outside() -> None:
     mine = distances(1e-8)
-    assert envelope(mine | {10: np.full(SEEDS, np.nan)}, PLACEBOS, BETWEEN).word == "outside"
+    found = envelope(mine | {10: np.full(SEEDS, np.nan)}, PLACEBOS, BETWEEN)
+    assert (found.word, found.reason) == ("outside", "it diverges by step 10 in most seeds")
     few = mine[10].copy()
     few[:2] = np.nan
     assert envelope(mine | {10: few}, PLACEBOS, BETWEEN).word == "inside"  # the outcome has to say it

@@ -511,3 +511,14 @@ def test_what_is_wrong_at_the_trial_s_own_weights_decides() -> None:
     assert found["sentence"] == "the same function on the grid, but not at this trial's own weights: wrong there"
     assert _at_weights(entry | {"at_weights": at | {"objective": "error"}})["objective"] == "identical"
     assert _at_weights(entry | {"at_weights": at | {"objective": "rounding"}})["objective"] == "identical"
+
+
+def test_a_loss_that_is_nan_at_once_leaves_a_verdict_that_can_be_read(tmp_path: Path) -> None:
+    trial(tmp_path / "t", "controls=all", "loss=[ce,kl_literal]", "seed=[0,1]")
+    (found,) = verdict(tmp_path / "t")["comparisons"]
+    assert found["envelope"] == {
+        "word": "outside",
+        "excess": {"1": None, "3": None, "10": None},
+        "reason": "it diverges by step 1 in most seeds",
+    }  # fmt: skip
+    assert [failure["cause"] for failure in found["failures"]] == ["the objective is not finite"] * 2
