@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 
 from pipeline.cells import Cell
-from pipeline.controls import BY_PRECISION, DOSE, REPLAY
+from pipeline.controls import BY_PRECISION, CANDIDATE, COPY, DOSE, REPLAY
 from pipeline.envelope import Distances, Envelope, envelope
 from pipeline.looks import Look
 from pipeline.objectives import Replica
 from pipeline.outcomes import Cells, Facts, Request, outcome_of
+from pipeline.rank_test import STEPS as RANKED_STEPS
+from pipeline.rank_test import RankFinding, rank_test
 from pipeline.trajectory import relative_distance
+
+PLACEBOS = tuple(name for names in BY_PRECISION.values() for name in names)
 
 
 def assay_sensitivity(cells: Cells, request: Request, facts: Facts, look: Look) -> dict[str, Any]:
@@ -25,7 +29,7 @@ def assay_sensitivity(cells: Cells, request: Request, facts: Facts, look: Look) 
     words = {
         name: outcome_of(name, cells, request, facts, look).word
         for name in request.controls
-        if name != REPLAY and any(Replica(name, seed) in cells for seed in request.seeds)
+        if name in (*PLACEBOS, DOSE) and any(Replica(name, seed) in cells for seed in request.seeds)
     }
     placebos = [word for name, word in words.items() if name != DOSE]
     sensitivity = None
@@ -93,3 +97,23 @@ def _by_step(pairs: Iterable[tuple[Cell, Cell]]) -> Distances:
         for step, distance in zip(steps, distances, strict=True):
             found.setdefault(step, []).append(distance)
     return {step: np.array(values) for step, values in found.items()}
+
+
+# --- ranks among dithered copies
+
+
+def rank_test_of(candidate: str, cells: Cells, request: Request) -> RankFinding | None:
+    """The candidate's ranks among the dithered copies of the reference; None where they were not trained."""
+    arms = [f"{CANDIDATE}{candidate}", *(name for name in request.controls if name.startswith(COPY))]
+    seeds = [seed for seed in request.seeds if all(Replica(arm, seed) in cells for arm in arms)]
+    if not seeds or len(arms) < 3:
+        return None
+    found = [[cells[Replica(arm, seed)].sketches for arm in arms] for seed in seeds]
+    steps = [step for step in RANKED_STEPS if step in found[0][0][0]]
+    values = {
+        step: np.stack([[sketches[taken.index(step)].numpy() for taken, sketches in row] for row in found])
+        for step in steps
+    }
+    if not all(np.isfinite(entries).all() for entries in values.values()):
+        return None
+    return rank_test(values, np.random.default_rng(0))

@@ -27,7 +27,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline.controls import NAMES as CONTROLS
+from pipeline.controls import is_control
 from pipeline.errors import UsageError, first_line
 from pipeline.objectives import Replica
 
@@ -148,7 +148,7 @@ class TrialFolder:
             )
 
     def cell_path(self, replica: Replica) -> Path:
-        kind = "controls" if replica.arm in CONTROLS else "cells"
+        kind = "controls" if is_control(replica.arm) else "cells"
         return self.path / kind / replica.arm / f"s{replica.seed}"
 
     def read(self, replica: Replica) -> Cell | None:

@@ -53,7 +53,7 @@ def check(cfg: DictConfig) -> None:
     if dose is not None and (isinstance(dose, bool) or not isinstance(dose, int | float) or not -1 < dose < math.inf):
         raise UsageError(f"dataset.dose={dose!r}; give a number above -1: the logits are multiplied by 1 + dose")
     for name, loss in config["loss"].items():
-        if name in CONTROLS:
+        if name in CONTROLS or name.startswith("rank_"):
             raise UsageError(f"loss.{name} bears the name of a control that trials add by themselves; rename it")
         check_loss(f"loss.{name}", loss)
     for group, given in GIVEN_BY_PIPELINE.items():
@@ -121,6 +121,8 @@ def _check_numbers(config: Plain) -> None:
     for key, (value, smallest) in least.items():
         if value < smallest:
             raise UsageError(f"{key}={value}; it must be at least {smallest}")
+    if config["rank_test"] and config["rank_test"] < 2:
+        raise UsageError(f"rank_test={config['rank_test']}; give at least 2 copies of the reference (9 is usual), or 0")
     if config["until"] == "decided" and config["looks"] < 2:
         raise UsageError("until=decided looks at the data more than once; declare how often, for example looks=2")
     if not 0 < config["alpha"] < 0.5:

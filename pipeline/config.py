@@ -110,6 +110,7 @@ class TrainConf:
     max_seeds: int = 100
     audit: bool = True
     controls: Controls = Controls.auto
+    rank_test: int = 0
 
 
 @dataclass

@@ -5,12 +5,13 @@ placebo  the reference with other roundings, twice: in float32 once in float64 a
          another order; in bfloat16 with gradients from float64, rounded up or down at random, by two draws.
          What they do is what rounding does: the measure for the candidates' early steps, and equivalent by construction
 dose     the reference with its logits times 1 + d: a difference of a known size, which the study has to notice
+rank     where asked for: copies of the reference, and the candidates, with gradients rounded at random
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.formulations import Formulation, LossFn, derive
+from pipeline.rank_test import BITS
 
 REPLAY, DOSE = "replay", "dose"
 IN_FLOAT64, REORDERED = "placebo_float64", "placebo_reordered"
@@ -27,6 +29,27 @@ BY_PRECISION = {"float32": (IN_FLOAT64, REORDERED), "bf16_mixed": (DITHERED, DIT
 """The placebos of each precision; in float64 the audit decides, and none is needed."""
 
 _MADE_OF_LOGITS = ("logits", "log_probs", "probs")
+
+
+RANKED = "rank_"  # what the arms of the rank test begin with: no loss may
+COPY, CANDIDATE = f"{RANKED}copy_", f"{RANKED}of_"
+
+
+def is_control(arm: str) -> bool:
+    """Whether an arm was added by the trial itself."""
+    return arm in NAMES or arm.startswith(RANKED)
+
+
+def ranked_arms(candidates: Sequence[str], copies: int) -> list[str]:
+    """The arms of the rank test: dithered copies of the reference, and every candidate dithered alike."""
+    return [f"{COPY}{k}" for k in range(1, copies + 1)] + [f"{CANDIDATE}{name}" for name in candidates]
+
+
+def ranked(arm: str, formulations: Mapping[str, Formulation], reference: str) -> Formulation:
+    """An arm of the rank test; the draws of every copy, and of a candidate, are others."""
+    if arm.startswith(COPY):
+        return dithered(arm, formulations[reference], BITS, int(arm.removeprefix(COPY)))
+    return dithered(arm, formulations[arm.removeprefix(CANDIDATE)], BITS, 0)
 
 
 def control(name: str, reference: Formulation, dose: float | None = None) -> Formulation:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from pipeline import config as conf
 from pipeline.cells import Cell, TrialFolder
-from pipeline.controls import NAMES as CONTROLS
+from pipeline.controls import is_control
 from pipeline.objectives import Replica
 from pipeline.pairs import YARDSTICKS
 from pipeline.tracking import Run, git_state
@@ -27,7 +27,7 @@ def cell_run(cell: Cell, folder: TrialFolder, reference: str) -> Run:
         "seed": str(record.seed),
         "model": conf.short_name(made["model"]["_target_"]),
         "dataset": conf.short_name(made["dataset"]["_target_"]),
-        "kind": "control" if record.arm in CONTROLS else "train",
+        "kind": "control" if is_control(record.arm) else "train",
         "status": "ok" if record.diverged_at is None else "diverged",
         "sweep": folder.path.name,
         "fingerprint": record.fingerprint,

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from pipeline import config as conf
-from pipeline.controls import control, declared
+from pipeline.controls import CANDIDATE, RANKED, control, declared, ranked
 from pipeline.datasets import Dataset
 from pipeline.errors import UsageError, first_line
 from pipeline.formulations import Formulation, code_digest, probe
@@ -55,9 +55,14 @@ class Setting:
     def with_controls(self, names: Sequence[str], reference: str) -> Setting:
         """The same setting with controls of the reference as further arms."""
         dose = self.config["dataset"].get("dose")
-        original = next(f for f in self.formulations if f.name == reference)
-        added = {name: declared(name, self.config["loss"][reference], dose) for name in names}
-        formulations = (*self.formulations, *(control(name, original, dose) for name in names))
+        known = {formulation.name: formulation for formulation in self.formulations}
+        bases = {name: name.removeprefix(CANDIDATE) if name.startswith(CANDIDATE) else reference for name in names}
+        added = {name: declared(name, self.config["loss"][base], dose) for name, base in bases.items()}
+        made = (
+            ranked(name, known, reference) if name.startswith(RANKED) else control(name, known[reference], dose)
+            for name in names
+        )
+        formulations = (*self.formulations, *made)
         return replace(
             self, config={**self.config, "loss": {**self.config["loss"], **added}}, formulations=formulations
         )

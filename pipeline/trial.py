@@ -13,7 +13,7 @@ import pandas as pd
 
 from pipeline import config as conf
 from pipeline.cells import Cell, TrialFolder, write_json
-from pipeline.controls import BY_PRECISION, DOSE, REPLAY
+from pipeline.controls import BY_PRECISION, DOSE, REPLAY, ranked_arms
 from pipeline.equivalence import paired_differences
 from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
@@ -72,15 +72,16 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
 
 def chosen_controls(config: Mapping[str, Any], request: Request, folder: TrialFolder) -> tuple[str, ...]:
     """A replay wherever losses are compared; placebos and dose where rounding may part some of them, or if told to."""
+    ranks = ranked_arms(request.candidates, config["rank_test"]) if config["rank_test"] else []
     if config["controls"] == "none" or not request.candidates:
-        return ()
+        return tuple(ranks)
     audit = read_audit(folder.path) if config["audit"] else None
     words = {} if audit is None else {name: entry["objective"] for name, entry in audit["losses"].items()}
     rounding = any(words.get(name) != "identical" for name in request.candidates)
     if config["controls"] == "auto" and not rounding:
-        return (REPLAY,)
+        return (REPLAY, *ranks)
     dose = () if config["dataset"].get("dose") is None else (DOSE,)
-    return (REPLAY, *BY_PRECISION[config["precision"]], *dose)
+    return (REPLAY, *BY_PRECISION[config["precision"]], *dose, *ranks)
 
 
 def more_seeds(request: Request, verdict: Mapping[str, Any]) -> int:

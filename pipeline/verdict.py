@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.assay import assay_sensitivity, controls_in_words, envelope_of
+from pipeline.assay import assay_sensitivity, controls_in_words, envelope_of, rank_test_of
 from pipeline.auditing.finding import strict
 from pipeline.envelope import Envelope
 from pipeline.looks import Look, level_of
 from pipeline.objectives import Replica
 from pipeline.outcomes import Cells, Facts, Request, outcomes, status_of
+from pipeline.rank_test import RankFinding
 from pipeline.statistics import OutcomeFinding
 
 SCHEMA = 1
@@ -79,6 +80,7 @@ def comparison(
     """One entry of `comparisons` in verdict.json; `entry` is the candidate's in audit.json."""
     objective = entry["objective"]
     trajectory = envelope_of(candidate, cells, request)
+    ranks = rank_test_of(candidate, cells, request)
     verdict = word(request.about, objective, finding.word, trajectory.word)
     expected = request.expect.get(candidate)
     return {
@@ -90,9 +92,10 @@ def comparison(
         "side_effects": entry["side_effects"],
         "outcome": finding.word,
         "envelope": {"word": trajectory.word, "excess": strict(trajectory.excess), "reason": trajectory.reason},
+        "rank_test": None if ranks is None else {"p": ranks.p, "mean_rank": dict(ranks.mean_rank)},
         "seeds_needed": finding.seeds_needed if finding.word == "inconclusive" else None,
         "verdict": verdict,
-        "sentence": sentence(finding, entry, trajectory, request, facts),
+        "sentence": sentence(finding, entry, trajectory, ranks, request, facts),
         "expected": expected,
         "confirmed": None if expected is None else confirms(expected, verdict, objective, finding.word),
         "assay_sensitivity": None,  # of the whole study: filled in by `decide`
@@ -104,7 +107,14 @@ def comparison(
     }
 
 
-def sentence(finding: OutcomeFinding, entry: Entry, trajectory: Envelope, request: Request, facts: Facts) -> str:
+def sentence(
+    finding: OutcomeFinding,
+    entry: Entry,
+    trajectory: Envelope,
+    ranks: RankFinding | None,
+    request: Request,
+    facts: Facts,
+) -> str:
     """Both axes in prose, the one that the request is about first."""
     objective = _objective(entry)
     outcome = _outcome_in_words(finding, request, facts)
@@ -112,8 +122,15 @@ def sentence(finding: OutcomeFinding, entry: Entry, trajectory: Envelope, reques
         outcome, objective = f"{outcome} The losses themselves were not audited.", ""
     if trajectory.word in TRAJECTORIES:
         objective = f"{objective} {TRAJECTORIES[trajectory.word]}: {trajectory.reason}.".strip()
+    if ranks is not None:
+        objective = f"{objective} {_ranks(ranks, finding.level)}".strip()
     both = (objective, outcome) if request.about == "objective" else (outcome, objective)
     return " ".join(filter(None, both))
+
+
+def _ranks(ranks: RankFinding, level: float) -> str:
+    apart = "is told apart from" if ranks.rejects(level) else "ranks like"
+    return f"With gradients rounded at random it {apart} the reference's own copies (p = {ranks.p:.2g})."
 
 
 def _objective(entry: Entry) -> str | None:

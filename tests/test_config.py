@@ -66,7 +66,7 @@ def test_the_keys_are_those_that_users_write() -> None:
     assert list(conf.TrainConf.__dataclass_fields__) == [
         "loss", "model", "dataset", "optimizer", "trainer", "tracking", "seed", "reference", "epochs",
         "batch_size", "precision", "schedule", "warmup_steps", "clip_norm", "about", "expect", "alpha",
-        "looks", "until", "max_seeds", "audit", "controls",
+        "looks", "until", "max_seeds", "audit", "controls", "rank_test",
     ]  # fmt: skip
 
 

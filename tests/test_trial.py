@@ -522,3 +522,17 @@ def test_a_loss_that_is_nan_at_once_leaves_a_verdict_that_can_be_read(tmp_path: 
         "reason": "it diverges by step 1 in most seeds",
     }  # fmt: skip
     assert [failure["cause"] for failure in found["failures"]] == ["the objective is not finite"] * 2
+
+
+def test_the_rank_test_tells_a_small_mutant_from_the_reference_and_an_honest_form_not(tmp_path: Path) -> None:
+    smoothed = "{fn: {_target_: torch.nn.CrossEntropyLoss, label_smoothing: 1e-3}, args: [logits, labels]}"
+    losses = ("loss=[ce,nll_logsumexp]", f"+loss.smoothed={smoothed}")
+    trial(tmp_path / "t", "rank_test=5", *losses, "seed=[0,1,2,3,4]", "epochs=1")
+    found = {entry["loss"]: entry for entry in verdict(tmp_path / "t")["comparisons"]}
+    assert found["smoothed"]["rank_test"]["p"] < 0.01
+    assert "is told apart from the reference's own copies" in found["smoothed"]["sentence"]
+    assert found["nll_logsumexp"]["rank_test"]["p"] > 0.05
+    assert "ranks like the reference's own copies" in found["nll_logsumexp"]["sentence"]
+    assert sorted(folder.name for folder in (tmp_path / "t" / "controls").iterdir()) == [
+        *(f"rank_copy_{k}" for k in range(1, 6)), "rank_of_nll_logsumexp", "rank_of_smoothed",
+    ]  # fmt: skip
