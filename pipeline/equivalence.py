@@ -159,6 +159,25 @@ def seeds_needed(
     return sizes[first] if first < len(sizes) else "unreachable"
 
 
+def seeds_to_differ(
+    sd: float, margin: float, mean: float, *, alpha: float = 0.05, power: float = 0.8, max_seeds: int = 1000
+) -> SeedCount:
+    """The fewest seeds at which the minimum-effect test finds a mean beyond the margin, with that power.
+
+    P(t > t_{1-alpha/2, n-1}) for t noncentral with (mean - margin) sqrt(n) / sd; `unreachable` beyond max_seeds.
+    """
+    if not mean > margin:
+        return "unreachable"
+
+    def suffices(n: int) -> bool:
+        beyond = (mean - margin) * math.sqrt(n) / sd if sd > 0 else math.inf
+        return sd == 0 or 1 - float(special.nctdtr(n - 1, beyond, -special.stdtrit(n - 1, alpha / 2))) >= power
+
+    sizes = range(2, max_seeds + 1)
+    first = bisect_left(sizes, True, key=suffices)
+    return sizes[first] if first < len(sizes) else "unreachable"
+
+
 def sd_upper_limit(sd: float, n: int) -> float:
     """Upper 80 % confidence limit of a standard deviation estimated from n normal values."""
     return sd * math.sqrt((n - 1) / float(special.chdtri(n - 1, 0.8)))

@@ -21,6 +21,7 @@ from pipeline.equivalence import (
     holm,
     sd_upper_limit,
     seeds_needed,
+    seeds_to_differ,
 )
 from pipeline.pairs import YARDSTICKS, Failures, Pairs, Status, pair_up
 
@@ -36,7 +37,8 @@ class OutcomeFinding:
     `reasons` says why the word is not a stronger one, or what makes it `different`. `provisional`: all tests
     pass, on 5 to 9 pairs. `num_valid` counts the pairs in which both runs finished. `p_equivalent` and
     `p_different` stand behind the word after the correction over metrics; None where no test decided.
-    `seeds_needed` assumes a true difference of 0, `seeds_needed_shifted` one of a quarter of the margin.
+    `seeds_needed` assumes a true difference of 0, or the one seen where that many seeds have not decided;
+    `seeds_needed_shifted` assumes one of a quarter of the margin.
     `collapse_rate_bound` is the upper 95 % limit of the rate at which the candidate diverges.
     """
 
@@ -188,6 +190,8 @@ def _holm_by_name(p_values: Mapping[str, float]) -> dict[str, float]:
 def _with_seeds_needed(finding: OutcomeFinding, primary: Sequence[str], alpha: float, max_seeds: int) -> OutcomeFinding:
     metrics = [finding.metrics[name] for name in primary]
     centred, shifted = (_advised_seeds(metrics, shift, alpha, max_seeds) for shift in (0.0, 0.25))
+    if isinstance(centred, int) and centred <= finding.num_valid and finding.word == "inconclusive":
+        centred = _advised_as_seen(metrics, alpha, max_seeds)  # a difference of 0 would have been decided by now
     return replace(finding, seeds_needed=centred, seeds_needed_shifted=shifted)
 
 
@@ -203,6 +207,24 @@ def _advised_seeds(metrics: Sequence[MetricFinding], shift: float, alpha: float,
             return needed
         advised = max(advised, needed)
     return advised
+
+
+def _advised_as_seen(metrics: Sequence[MetricFinding], alpha: float, max_seeds: int) -> SeedCount | None:
+    """Seeds for 80 % power if the true means are those seen: for a difference where one lies beyond its margin."""
+    counts: list[SeedCount] = []
+    beyond = [m for m in metrics if m.margin is not None and abs(m.mean_difference) > m.margin]
+    for m in beyond or metrics:
+        if m.margin is None or m.sd is None:
+            return None
+        if beyond:
+            counts.append(seeds_to_differ(m.sd, m.margin, abs(m.mean_difference), alpha=alpha, max_seeds=max_seeds))
+        else:
+            mean = abs(m.mean_difference)
+            counts.append(seeds_needed(m.sd, m.margin, alpha=alpha, mean=mean, max_seeds=max_seeds))
+    known = [count for count in counts if isinstance(count, int)]
+    if beyond:
+        return max(MIN_PAIRS_EQUIVALENT, min(known)) if known else "unreachable"
+    return max(MIN_PAIRS_EQUIVALENT, max(known)) if len(known) == len(counts) else "unreachable"
 
 
 def _integrity_reasons(failures: Failures) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from pipeline.equivalence import (
     power_of_tost,
     sd_upper_limit,
     seeds_needed,
+    seeds_to_differ,
     tost,
 )
 
@@ -277,3 +278,18 @@ def test_pair_correlation_is_pearsons_and_needs_three_pairs_that_vary() -> None:
     assert found.pair_correlation == pytest.approx(stats.pearsonr(*values).statistic)
     assert compare_metric(values[:, :2], "difference", MARGIN, alpha=0.05).pair_correlation is None
     assert compare_accuracy(values[0]).pair_correlation is None
+
+
+def test_seeds_to_differ_have_the_power_in_simulation() -> None:
+    n = seeds_to_differ(1.0, 1.0, 2.0)
+    assert isinstance(n, int)
+    rng = np.random.default_rng(0)
+    found = {size: np.mean(minimum_effect(2 + rng.standard_normal((20_000, size)), 1.0) <= 0.05) for size in (n - 1, n)}
+    assert found[n - 1] < 0.81
+    assert found[n] >= 0.79
+
+
+def test_a_mean_inside_the_margin_never_differs_and_one_without_spread_at_once() -> None:
+    assert seeds_to_differ(1.0, 1.0, 1.0) == "unreachable"
+    assert seeds_to_differ(1.0, 1.0, 1.001, max_seeds=100) == "unreachable"
+    assert seeds_to_differ(0.0, 1.0, 1.5) == 2

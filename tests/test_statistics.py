@@ -372,3 +372,19 @@ def test_requests_out_of_range_are_refused(options: dict[str, Any], message: str
     reference = trained(27, 3)
     with pytest.raises(ValueError, match=message):
         judge(reference, reference, **options)
+
+
+def test_advice_that_was_followed_in_vain_is_not_given_again() -> None:
+    """Ten seeds would have decided a difference of 0; this one lies inside the margin, but near to it."""
+    rng = np.random.default_rng(1)
+    noise = rng.standard_normal(10)
+    noise = 0.003 * (noise - noise.mean()) / noise.std(ddof=1)
+    brier = {"brier": 0.1 + np.zeros(10)}
+    near = compare({"brier": 0.1 + 0.0085 + noise}, brier, primary=["brier"], margins={"brier": 0.01}, num_classes=10)
+    assert near.word == "inconclusive"
+    assert isinstance(near.seeds_needed, int)
+    assert near.seeds_needed > 10
+    beyond = compare({"brier": 0.1 + 0.0115 + noise}, brier, primary=["brier"], margins={"brier": 0.01}, num_classes=10)
+    assert beyond.word == "inconclusive"
+    assert isinstance(beyond.seeds_needed, int)
+    assert beyond.seeds_needed > 10
