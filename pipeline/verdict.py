@@ -83,6 +83,7 @@ def comparison(
     ranks = rank_test_of(candidate, cells, request)
     verdict = word(request.about, objective, finding.word, trajectory.word)
     expected = request.expect.get(candidate)
+    said = sentence(finding, entry, trajectory, ranks, request, facts)
     return {
         "loss": candidate,
         "objective": objective,
@@ -95,7 +96,7 @@ def comparison(
         "rank_test": None if ranks is None else {"p": ranks.p, "mean_rank": dict(ranks.mean_rank)},
         "seeds_needed": finding.seeds_needed if finding.word == "inconclusive" else None,
         "verdict": verdict,
-        "sentence": sentence(finding, entry, trajectory, ranks, request, facts),
+        "sentence": f"{said} {_reconciled(verdict, finding, entry)}".rstrip(),
         "expected": expected,
         "confirmed": None if expected is None else confirms(expected, verdict, objective, finding.word),
         "assay_sensitivity": None,  # of the whole study: filled in by `decide`
@@ -126,6 +127,15 @@ def sentence(
         objective = f"{objective} {_ranks(ranks, finding.level)}".strip()
     both = (objective, outcome) if request.about == "objective" else (outcome, objective)
     return " ".join(filter(None, both))
+
+
+def _reconciled(verdict: str, finding: OutcomeFinding, entry: Entry) -> str:
+    """What a conflict comes from where the audit has named it: runs that left the domain of the loss."""
+    limit = entry["domain"]
+    if verdict != "conflict" or limit is None or not finding.failures.candidate_only:
+        return ""
+    end = f"{limit['axis']} {limit['limit']:.4g}: the {limit['behaviour']}"
+    return f"Both may be true: this training may have gone where the function ends ({end})."
 
 
 def _ranks(ranks: RankFinding, level: float) -> str:

@@ -256,3 +256,11 @@ def test_a_yardstick_that_is_no_number_is_a_diverged_run() -> None:
     found = entry({seed: StubCell(nll=math.nan if seed == 2 else 0.2) for seed in REQUEST.seeds})
     assert found["outcome"] == "inconclusive"
     assert [failure["seed"] for failure in found["failures"]] == [2]
+
+
+def test_a_conflict_by_divergence_names_where_the_function_ends() -> None:
+    limit = {"axis": "gap", "limit": 90.16, "behaviour": "gradient is NaN"}
+    dead = StubCell(record=Record(weights_sha256="other", diverged_at=300, cause="the objective is not finite"))
+    found = judged(audited("rounding", domain=limit), dict.fromkeys(REQUEST.seeds, dead))
+    assert (found["outcome"], found["verdict"]) == ("different", "conflict")
+    assert found["sentence"].endswith("where the function ends (gap 90.16: the gradient is NaN).")
