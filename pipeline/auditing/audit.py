@@ -16,11 +16,11 @@ from pipeline.auditing.judging import Standard
 from pipeline.auditing.normaliser import Normaliser, normaliser
 from pipeline.auditing.power import smallest_differences
 from pipeline.errors import UsageError, first_line
-from pipeline.numerics import in_units, relative_distance, row_errors
+from pipeline.numerics import in_units, row_errors
 
 BOTH = (torch.float32, torch.float64)
 LOW = (torch.bfloat16, torch.float16)
-OTHER_FUNCTION = 1e-3  # relative distance from the mean cross-entropy that no rounding in float64 explains
+MEANS = ("rows", "valid targets", "B*T")
 ORACLE_LOGITS = 600  # in the batches that mpmath is asked about
 
 
@@ -86,8 +86,10 @@ class Audit:
     def oracle_units(self) -> float | None:
         """How far the reference in float64 is from the mean cross-entropy in 50 digits, in float64's units.
 
-        None where it is no mean cross-entropy, or no batch is small enough.
+        None where it is no mean over rows, or no batch is small enough.
         """
+        if self.normaliser.divides_by not in MEANS:
+            return None
         largest = None
         for batch, dtype in self.cells:
             if batch.hidden is not None or batch.logits.numel() > ORACLE_LOGITS or dtype != self.dtypes[-1]:
@@ -97,8 +99,6 @@ class Audit:
             exact = oracle.cross_entropy(logits.tolist(), targets.tolist())
             found = self.standard.exact(batch).exact("logits").flatten(0, -2)[valid]
             unit = self.standard.rounding(batch, torch.float64)["logits"][valid]
-            if relative_distance(found, exact.gradient) > OTHER_FUNCTION:
-                return None
             units = in_units(row_errors(found, exact.gradient), unit).max().item()
             largest = units if largest is None else max(largest, units)
         return largest
