@@ -14,7 +14,7 @@ from pipeline import config as conf
 from pipeline.audit_figures import write_audit_figures
 from pipeline.audited import AuditSettings, audit_losses
 from pipeline.auditing.deciding import SAMENESS
-from pipeline.cells import write_json
+from pipeline.cells import refusing_disk_errors, write_json
 from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
 from pipeline.terminal import closing_audit, show_audit
@@ -30,6 +30,8 @@ def run(config: Config, folder: Path) -> ExitCode:
         config: the resolved configuration, checked.
     """
     started = time.time()
+    if (folder / "request.yaml").exists():
+        raise UsageError(f"{folder} holds a trial, whose audit this would replace; choose another hydra.run.dir")
     _check_device(config["device"])
     torch.set_num_threads(1)
     reference = conf.reference_of(config)
@@ -40,7 +42,8 @@ def run(config: Config, folder: Path) -> ExitCode:
     for name, entry in audit["losses"].items():
         word, same = expected.get(name), entry["objective"] in SAMENESS
         entry |= {"expected": word, "confirmed": word and (same if word == "same" else word == entry["objective"])}
-    folder.mkdir(parents=True, exist_ok=True)
+    with refusing_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "audit.json", audit)
     pictures = write_audit_figures(folder, audit)
     if tracker is not None:

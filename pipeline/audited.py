@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pipeline.auditing.audit import Audit, audit_of
+from pipeline.auditing.audit import Audit, audit_of, with_ignored
 from pipeline.auditing.batches import Batch
 from pipeline.auditing.calls import Loss
 from pipeline.auditing.examination import examine, needs_cuda
@@ -17,7 +18,7 @@ from pipeline.checks import check_loss
 from pipeline.children import Job, Limits, Outcome, Tell
 from pipeline.children import run as run_children
 from pipeline.errors import UsageError
-from pipeline.formulations import FUSED_INPUTS, LossFn, code_digest
+from pipeline.formulations import FUSED_INPUTS, code_digest
 from pipeline.setting import formulation_of
 from pipeline.targets import BrokenImportError, locate
 
@@ -105,8 +106,16 @@ def _audited(
     jobs = {POWER: _power(ready)} | {name: _job(name, loss, ready) for name, loss in losses.items()}
     limits = Limits(settings.time_limit, settings.memory_limit * 2**30)
     outcomes = dict(run_children(jobs, limits, settings.jobs))
-    power = outcomes.pop(POWER).value or {}
-    return {name: _entry(losses[name], outcome) | {"would_have_caught": power} for name, outcome in outcomes.items()}
+    measured = outcomes.pop(POWER)
+    entries = {
+        name: _entry(losses[name], outcome) | {"would_have_caught": measured.value or {}}
+        for name, outcome in outcomes.items()
+    }
+    if measured.value is None:
+        for entry in entries.values():
+            lost = f"the smallest difference that would have been caught: measuring it {measured.failed}"
+            entry["not_covered"] = [*entry["not_covered"], lost]
+    return entries
 
 
 def _shared(
@@ -123,32 +132,42 @@ def _shared(
         fn = formulation.instance(torch.device("cpu"), torch.float32)
         asked = settings.asked
         dtype = None if asked["dtype"] is None else getattr(torch, asked["dtype"])
-        loss = Loss(_with_ignored(fn, settings.ignore_index), formulation.args)
+        loss = Loss(with_ignored(fn, settings.ignore_index), formulation.args)
         audit = audit_of(loss, args, **asked | {"dtype": dtype}, batches=batches, with_grid=not batches)
         audit.warm()
         return audit
 
     if settings.device != "cpu":
         return make
-    audit = make()
+    with _one_thread():
+        audit = make()
     return lambda: audit
 
 
-def _with_ignored(fn: LossFn, ignore_index: int | None) -> LossFn:
-    """torch's own cross-entropy as a reference ignores what the audit ignores."""
-    if ignore_index is not None and isinstance(fn, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss):
-        fn.ignore_index = ignore_index
-    return fn
-
-
 def _power(ready: Callable[[], Audit]) -> Job:
-    return lambda _: ready().power
+    def job(tell: Tell) -> Any:
+        torch.set_num_threads(1)
+        return ready().power
+
+    return job
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What the parent computes has the bits that a child would get: OpenMP's threads do not survive a fork."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _job(name: str, declared: Mapping[str, Any], ready: Callable[[], Audit]) -> Job:
     """What a child does for one loss: find it, import it, ask it."""
 
     def job(tell: Tell) -> Entry:
+        torch.set_num_threads(1)
         try:
             check_loss(f"loss.{name}", declared)
         except BrokenImportError as error:

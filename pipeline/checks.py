@@ -80,6 +80,9 @@ def check_audit(cfg: DictConfig) -> None:
     _check_files(chosen_files("loss"))
     if not config["loss"]:
         raise UsageError("no loss is chosen; give for example 'loss=[ce,nll,kl]'")
+    if len(config["loss"]) < 2:
+        only = next(iter(config["loss"]))
+        raise UsageError(f"{only} is the only loss; add one to compare it with, such as 'loss=[{only},nll]'")
     conf.expectations_of(config)
     for name, loss in config["loss"].items():
         _check_form(f"loss.{name}", loss)
@@ -208,6 +211,8 @@ def _check_args(key: str, args: Any) -> None:
             raise UsageError(f"{key} names {arg!r}{hint}; it is a list of {', '.join(INPUTS)}")
     if isinstance(args, str):
         raise UsageError(f"{key}={args}; give a list: [{args}]")
+    if {"hidden", "weight", "bias"} & set(args) and not {"hidden", "weight"} <= set(args):
+        raise UsageError(f"{key}={list(args)}: a fused loss takes hidden and weight, both")
 
 
 # --- margins

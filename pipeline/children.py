@@ -6,6 +6,7 @@ which does not survive a fork.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ import psutil
 from pipeline.errors import UsageError, first_line
 
 POLL = 0.05  # seconds
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Tell = Callable[[Any], None]
 Job = Callable[[Tell], Any]
@@ -32,7 +34,7 @@ Job = Callable[[Tell], Any]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one job may use: seconds of wall-clock time, and bytes of resident memory."""
+    """What one job may use: seconds of wall-clock time, and bytes of resident memory beside what it inherits."""
 
     seconds: float
     memory: float
@@ -68,6 +70,7 @@ class _Child:
     started: float
     told: Any = None
     seconds: float = 0.0
+    inherited: float | None = None  # bytes that were the parent's before it did anything
 
 
 def run(jobs: Mapping[str, Job], limits: Limits, at_once: int) -> Iterator[tuple[str, Outcome]]:
@@ -110,6 +113,8 @@ def _start(job: Job) -> _Child:
 def _work(job: Job, connection: Connection, output: IO[bytes], errors: IO[bytes]) -> None:
     """The child: its own session, its own output, one answer, and no clean-up of what is the parent's."""
     os.setsid()
+    if sys.platform == "linux":  # a child must not outlive its parent, however that ends
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     faulthandler.disable()  # it would write to the parent's terminal
     os.dup2(output.fileno(), 1)
     os.dup2(errors.fileno(), 2)
@@ -140,7 +145,8 @@ def _heard(child: _Child, limits: Limits) -> Outcome | None:
     if time.monotonic() - child.started > limits.seconds:
         return _closed(child, failed=f"took more than {limits.seconds:g} s")
     memory = _usage(child)
-    if memory > limits.memory:
+    child.inherited = memory if child.inherited is None else child.inherited
+    if memory - child.inherited > limits.memory:
         return _closed(child, failed=f"took more than {limits.memory / 2**30:.3g} GiB of memory")
     return None
 

@@ -90,15 +90,15 @@ def envelope(candidate: Distances, placebos: Sequence[Distances], between_seeds:
     if excess[worst] == math.inf:
         return Envelope("outside", excess, f"it diverges by step {worst} in most seeds")
     reason = f"{excess[worst]:+.2f} decades against the placebos at step {worst}, where {allowed:.2g} are allowed"
-    return Envelope("outside" if excess[worst] > allowed else "inside", excess, reason)
+    return Envelope("inside" if excess[worst] <= allowed else "outside", excess, reason)
 
 
 def _excess(candidate: Floats, placebos: Sequence[Floats]) -> float:
     """Median over seeds of log10 D_B minus the median over seeds and placebos of log10 D_placebo.
 
-    A run that has diverged by then is infinitely far away; that it diverged is for the outcome to say.
+    A run that has diverged by then is infinitely far away; that it diverged is for the outcome to say. One that has not
+    parted at all counts as a tenth of the nearest placebo.
     """
-    distances = np.where(np.isfinite(candidate), candidate, np.inf)
-    with np.errstate(divide="ignore"):  # a distance of 0 is the smallest there is
-        mine = np.median(np.log10(distances))
-    return float(mine - np.median(np.log10(np.concatenate([*placebos]))))
+    known = np.concatenate([*placebos])
+    distances = np.where(np.isfinite(candidate), np.maximum(candidate, known.min() / 10), np.inf)
+    return float(np.median(np.log10(distances)) - np.median(np.log10(known)))

@@ -85,7 +85,10 @@ def units(rows: Rows, u: float, name: str, hidden: Tensor | None = None, weight:
     row = u * rows.reach * rows.weight
     if name == "logits":
         return row
-    share = rows.probs + rows.targets
+    largest = torch.nn.functional.one_hot(
+        rows.probs.argmax(1), rows.probs.shape[1]
+    )  # what a maximum subtracted sums up
+    share = rows.probs + rows.targets + largest
     if name == "hidden":
         return row * (share @ cast(Tensor, weight).abs()).amax(1)
     if name == "bias":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,27 @@ def ask_audit(setting: Setting, request: Request, folder: TrialFolder) -> None:
     losses, reference = setting.config["loss"], request.reference
     known = read_audit(folder.path) or {}
     settings = AuditSettings(num_classes=sorted({*AUDITED_CLASSES, setting.data.num_classes}))
+    low_precision = setting.config["precision"] == "bf16_mixed"
     about = {"reference": reference, "reference_made_from": made_from(reference, losses[reference])}
     kept: dict[str, Any] = {}
     if known.get("settings") == settings.asked and all(known[key] == value for key, value in about.items()):
-        found = {name: entry for name, entry in known["losses"].items() if name in losses}
+        found = {
+            name: entry
+            for name, entry in known["losses"].items()
+            if name in losses and ("at_precision" in entry) == low_precision
+        }
         kept = {name: entry for name, entry in found.items() if entry["made_from"] == made_from(name, losses[name])}
     missing = [name for name in request.candidates if name not in kept]
     if not missing:
         return
     console.print(f"auditing {', '.join(missing)} against {reference}")
-    audit = audit_losses({name: losses[name] for name in (reference, *missing)}, reference, settings)
+    asked = {name: losses[name] for name in (reference, *missing)}
+    audit = audit_losses(asked, reference, settings)
+    if low_precision:  # what reaches the losses in this trial
+        low = audit_losses(asked, reference, replace(settings, dtype="bfloat16"))
+        for name, entry in low["losses"].items():
+            said = {key: entry[key] for key in ("objective", "sentence", "covered")}
+            audit["losses"][name]["at_precision"] = said
     write_json(folder.path / "audit.json", audit | {"losses": kept | audit["losses"]})
 
 

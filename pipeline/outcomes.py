@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.cells import Cell
-from pipeline.controls import REPLAY
+from pipeline.controls import CANDIDATE, REPLAY
 from pipeline.looks import Look, level_of
 from pipeline.objectives import Replica
 from pipeline.pairs import YARDSTICKS, Status
@@ -36,6 +36,12 @@ class Request:
     def candidates(self) -> list[str]:
         """The losses that are compared with the reference."""
         return [loss for loss in self.losses if loss != self.reference]
+
+    @property
+    def question(self) -> str:
+        """What a look at the same seeds may ask otherwise: the reference, the margins and what decides."""
+        asked = {"reference": self.reference, "margins": dict(self.margins), "primary": list(self.primary)}
+        return json.dumps(asked, sort_keys=True)
 
     @property
     def protocol_hash(self) -> str:
@@ -81,6 +87,20 @@ def wanted_controls(request: Request) -> list[Replica]:
     ]
 
 
+def own_controls(controls: Cells, cells: Cells, request: Request) -> dict[Replica, Cell]:
+    """The controls that were made of the reference that is asked about; those of another one say nothing."""
+    known = next((cell for replica, cell in cells.items() if replica.arm == request.reference), None)
+    if known is None:
+        return {}
+    declared = known.record.made_from.get("loss", {})
+    return {
+        replica: cell
+        for replica, cell in controls.items()
+        if replica.arm.startswith(CANDIDATE)
+        or {**declared, "control": replica.arm}.items() <= cell.record.made_from["loss"].items()
+    }
+
+
 def status_of(cell: Cell | None, reference: Cell | None, facts: Facts) -> Status:
     """ok, diverged, missing, or infra for a cell that was edited.
 
@@ -101,7 +121,7 @@ def status_of(cell: Cell | None, reference: Cell | None, facts: Facts) -> Status
 
 def outcomes(cells: Cells, request: Request, facts: Facts, look: Look | None = None) -> dict[str, OutcomeFinding]:
     """The outcome axis for every candidate at a look's level, corrected for their number."""
-    look = look or Look(1, level_of(request.alpha, request.looks, 1))
+    look = look or Look(1, level_of(request.alpha, request.looks, 1), request.alpha, request.looks)
     found = {name: outcome_of(name, cells, request, facts, look) for name in request.candidates}
     return correct_for_arms(found)
 
@@ -129,7 +149,7 @@ def outcome_of(candidate: str, cells: Cells, request: Request, facts: Facts, loo
         reference_status=[status_of(b, None, facts) for b in theirs],
         bitwise_identical=identical,
         alpha=look.level,
-        next_alpha=level_of(request.alpha, request.looks, look.number + 1),
+        next_alpha=level_of(look.alpha, look.declared, look.number + 1),
         max_seeds=request.max_seeds,
     )
     if unlike := _unlike(mine, theirs):

@@ -239,6 +239,8 @@ def _metric_reasons(metrics: Mapping[str, MetricFinding], primary: Sequence[str]
 
 
 def _not_equivalent(name: str, metric: MetricFinding) -> str:
+    if metric.ci_tost is None and metric.margin and abs(metric.mean_difference) < metric.margin:
+        return f"{name}: {metric.mean_difference:+.3g} without a spread, in too few seeds ({metric.n})"
     if metric.ci_tost is None:
         shown = f"{metric.mean_difference:+.3g} in all {metric.n} seeds"
     else:

@@ -21,7 +21,7 @@ from pipeline.looks import look_at
 from pipeline.looks import record as record_look
 from pipeline.objective_axis import ask_at_weights, ask_audit, read_audit
 from pipeline.objectives import Replica
-from pipeline.outcomes import Facts, Request, status_of, wanted, wanted_controls
+from pipeline.outcomes import Facts, Request, own_controls, status_of, wanted, wanted_controls
 from pipeline.pairs import YARDSTICKS
 from pipeline.progress import Progress
 from pipeline.request import check_resolution, facts_of, request_of, write_request
@@ -76,8 +76,15 @@ def chosen_controls(config: Mapping[str, Any], request: Request, folder: TrialFo
     if config["controls"] == "none" or not request.candidates:
         return tuple(ranks)
     audit = read_audit(folder.path) if config["audit"] else None
-    words = {} if audit is None else {name: entry["objective"] for name, entry in audit["losses"].items()}
-    rounding = any(words.get(name) != "identical" for name in request.candidates)
+    found = (
+        {}
+        if audit is None
+        else {name: [entry, entry.get("at_precision", entry)] for name, entry in audit["losses"].items()}
+    )
+    rounding = any(
+        {entry["objective"] for entry in found.get(name, [{"objective": "not_run"}])} != {"identical"}
+        for name in request.candidates
+    )
     if config["controls"] == "auto" and not rounding:
         return (REPLAY, *ranks)
     dose = () if config["dataset"].get("dose") is None else (DOSE,)
@@ -86,7 +93,7 @@ def chosen_controls(config: Mapping[str, Any], request: Request, folder: TrialFo
 
 def more_seeds(request: Request, verdict: Mapping[str, Any]) -> int:
     """How many seeds the next declared look needs; 0 where all is decided, or nothing within reach decides it."""
-    if verdict["protocol"]["look"] >= request.looks:
+    if verdict["protocol"]["look"] >= verdict["protocol"]["looks"]:
         return 0
     advised = [entry["seeds_needed"] for entry in verdict["comparisons"] if entry["outcome"] == "inconclusive"]
     within = [needed for needed in advised if isinstance(needed, int)]
@@ -150,11 +157,11 @@ def conclude(
     cells = _read(folder, wanted(request))
     if not cells:
         raise UsageError(f"{folder.path} holds no finished run; train first")
-    look = look_at(folder.path, request.seeds, request.reference, request.alpha, request.looks)
-    known = cells | _read(folder, wanted_controls(request))
+    look = look_at(folder.path, request.seeds, request.question, request.alpha, request.looks)
+    known = cells | own_controls(_read(folder, wanted_controls(request)), cells, request)
     verdict = decide(known, request, facts, _header(folder, cells), read_audit(folder.path), look)
     words = {entry["loss"]: entry["outcome"] for entry in verdict["comparisons"]}
-    record_look(folder.path, look, request.seeds, request.reference, words)
+    record_look(folder.path, look, request.seeds, request.question, words)
     history = trial_history(cells, request)
     write_json(folder.path / "verdict.json", verdict)
     folder.write_history(history)

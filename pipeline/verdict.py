@@ -46,14 +46,17 @@ UNAUDITED: Entry = {
 }  # fmt: skip
 
 
-def word(about: str, objective: str, outcome: str, trajectory: str = "not_applicable") -> str:
+def word(about: str, objective: str, outcome: str, trajectory: str = "not_applicable", diverged: bool = False) -> str:
     """One word for both axes; the axis that the request is about, checked against the other.
 
     Args:
         trajectory: the envelope's word: weights that part faster than rounding makes them part contradict an audit
             that found the same function.
+        diverged: whether the candidate diverged where the reference did not, which no sameness survives.
     """
-    if objective in ("identical", "rounding", "offset") and "different" in (outcome, PARTED.get(trajectory)):
+    if objective in ("identical", "rounding", "offset") and (
+        diverged or "different" in (outcome, PARTED.get(trajectory))
+    ):
         return "conflict"
     if about == "outcome":
         return outcome
@@ -81,7 +84,7 @@ def comparison(
     objective = entry["objective"]
     trajectory = envelope_of(candidate, cells, request)
     ranks = rank_test_of(candidate, cells, request)
-    verdict = word(request.about, objective, finding.word, trajectory.word)
+    verdict = word(request.about, objective, finding.word, trajectory.word, finding.failures.candidate_only > 0)
     expected = request.expect.get(candidate)
     said = sentence(finding, entry, trajectory, ranks, request, facts)
     return {
@@ -176,7 +179,7 @@ def _effect(name: str, finding: OutcomeFinding, request: Request) -> str:
 
 def _advice(finding: OutcomeFinding) -> str:
     needed = finding.seeds_needed
-    if needed is None:
+    if needed is None or (isinstance(needed, int) and needed <= finding.num_valid):
         return ""
     return (
         " No affordable number of seeds would decide it."
@@ -258,7 +261,27 @@ def audited_entry(candidate: str, audit: Mapping[str, Any] | None, cells: Cells,
         known = about.get(replica.arm, {})
         if any(cell.record.made_from.get(key) != value for key, value in known.items()):
             return None
-    return _at_weights(entry)
+    return _at_weights(_at_precision(entry))
+
+
+def _at_precision(entry: Entry) -> Entry:
+    """The entry with what bfloat16 adds to it, where the trial trains in it."""
+    at = entry.get("at_precision")
+    if at is None or at["objective"] in ("not_run", "error"):
+        return entry
+    covered = [*entry["covered"], *at["covered"]]
+    if entry["objective"] in SAME and at["objective"] not in SAME:
+        said = f"the same function in float32 and float64, but not in bfloat16: {at['sentence']}"
+        return {**entry, "objective": "different", "sentence": said, "covered": covered}
+    word = "rounding" if entry["objective"] == "identical" else entry["objective"]
+    if at["objective"] != "identical":  # the weaker of the two
+        return {
+            **entry,
+            "objective": word,
+            "sentence": f"{entry['sentence']}; in bfloat16 {at['sentence']}",
+            "covered": covered,
+        }
+    return {**entry, "covered": covered}
 
 
 def _at_weights(entry: Entry) -> Entry:
@@ -289,10 +312,10 @@ def decide(
         audit: the content of audit.json, where the losses were audited.
         look: which look at the data this is; the first and only one where none is given.
     """
-    look = look or Look(1, level_of(request.alpha, request.looks, 1))
+    look = look or Look(1, level_of(request.alpha, request.looks, 1), request.alpha, request.looks)
     found = outcomes(cells, request, facts, look)
     protocol = {
-        "hash": request.protocol_hash, "alpha": request.alpha, "looks": request.looks, "look": look.number,
+        "hash": request.protocol_hash, "alpha": look.alpha, "looks": look.declared, "look": look.number,
         "level": look.level, "margins": dict(request.margins) or None, "primary": list(request.primary),
     }  # fmt: skip
     comparisons = [

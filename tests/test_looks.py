@@ -13,8 +13,8 @@ from pipeline.looks import FILE, Look, level_of, look_at, record
 TESTED = {"mine": "inconclusive"}
 
 
-def look(folder: Path, count: int, declared: int = 1, words: dict[str, str] = TESTED) -> Look:
-    found = look_at(folder, range(count), "ce", 0.05, declared)
+def look(folder: Path, count: int, declared: int = 1, words: dict[str, str] = TESTED, alpha: float = 0.05) -> Look:
+    found = look_at(folder, range(count), "ce", alpha, declared)
     record(folder, found, range(count), "ce", words)
     return found
 
@@ -32,11 +32,10 @@ def test_however_many_looks_follow_they_spend_less_than_twice_alpha(declared: in
 
 
 def test_more_seeds_are_another_look_and_the_same_seeds_are_not(tmp_path: Path) -> None:
-    assert look(tmp_path, 10) == Look(1, 0.05)
-    assert look(tmp_path, 10) == Look(1, 0.05)
-    assert look(tmp_path, 20) == Look(2, 0.025)
-    assert look(tmp_path, 40) == Look(3, 0.0125)
-    assert look(tmp_path, 20) == Look(2, 0.025)
+    found = [look(tmp_path, count) for count in (10, 10, 20, 40, 20)]
+    assert [(each.number, each.level) for each in found] == [
+        (1, 0.05), (1, 0.05), (2, 0.025), (3, 0.0125), (2, 0.025),
+    ]  # fmt: skip
     assert len((tmp_path / FILE).read_text().splitlines()) == 3
 
 
@@ -55,9 +54,15 @@ def test_where_nothing_was_tested_there_was_no_look(tmp_path: Path) -> None:
     assert look(tmp_path, 10).number == 1
 
 
-def test_another_reference_is_another_question(tmp_path: Path) -> None:
+def test_another_question_about_the_same_seeds_is_another_look(tmp_path: Path) -> None:
     look(tmp_path, 10)
-    assert look_at(tmp_path, range(20), "nll", 0.05, 1).number == 1
+    assert look_at(tmp_path, range(10), "other margins", 0.05, 1) == Look(2, 0.025)
+
+
+def test_what_was_declared_first_holds(tmp_path: Path) -> None:
+    look(tmp_path, 3)
+    later = [look(tmp_path, count, declared=declared, alpha=0.2) for count, declared in ((4, 2), (5, 3))]
+    assert [each.level for each in later] == [0.025, 0.0125]
 
 
 def test_the_record_only_grows(tmp_path: Path) -> None:
@@ -66,7 +71,8 @@ def test_the_record_only_grows(tmp_path: Path) -> None:
     look(tmp_path, 20)
     assert (tmp_path / FILE).read_text().startswith(before)
     assert json.loads(before) == {
-        "look": 1, "level": 0.05, "reference": "ce", "seeds": list(range(10)), "words": TESTED,
+        "number": 1, "level": 0.05, "alpha": 0.05, "declared": 1, "question": "ce", "seeds": list(range(10)),
+        "words": TESTED,
     }  # fmt: skip
 
 

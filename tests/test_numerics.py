@@ -111,10 +111,11 @@ def test_the_units_of_logits_are_roundoff_times_reach_times_weight() -> None:
 
 
 def test_units_behind_a_linear_layer_are_those_of_the_logits_carried_on() -> None:
-    """|d hidden| <= sum_c (p + y)_c |w_c| per entry, |d weight_c| <= sum_n (p + y)_nc |h_n|, |d bias_c| alike."""
+    """|d hidden| <= sum_c s_c |w_c| per entry, |d weight_c| <= sum_n s_nc |h_n|, s = p + y + 1 at the largest."""
     hidden, weight, bias = normal(5, 3, seed=1), normal(4, 3, seed=2), normal(4, seed=3)
     rows = described(F.linear(hidden, weight, bias), [0, 1, 2, 3, 3])
-    row, share = units(rows, 1e-8, "logits"), rows.probs + rows.targets
+    row = units(rows, 1e-8, "logits")
+    share = rows.probs + rows.targets + F.one_hot(rows.probs.argmax(1), 4)
     by_hand: dict[str, Tensor] = {
         "hidden": torch.stack([row[n] * max(share[n] @ weight[:, d].abs() for d in range(3)) for n in range(5)]),
         "weight": torch.stack([(row * share[:, c] * hidden.abs().amax(1)).sum() for c in range(4)]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -536,3 +537,54 @@ def test_the_rank_test_tells_a_small_mutant_from_the_reference_and_an_honest_for
     assert sorted(folder.name for folder in (tmp_path / "t" / "controls").iterdir()) == [
         *(f"rank_copy_{k}" for k in range(1, 6)), "rank_of_nll_logsumexp", "rank_of_smoothed",
     ]  # fmt: skip
+
+
+# --- what the verdict must not let pass
+
+
+def test_a_trial_in_bfloat16_is_audited_in_it(tmp_path: Path) -> None:
+    smoothed_in_bf16 = f"{{fn: {{_target_: {__name__}.smoothed_in_bfloat16, _partial_: true}}, args: [logits, labels]}}"
+    request = ("audit=true", "precision=bf16_mixed", "loss=[ce]", f"+loss.sly={smoothed_in_bf16}", "seed=[0,1]")
+    trial(tmp_path / "t", *request, "epochs=1")
+    (found,) = verdict(tmp_path / "t")["comparisons"]
+    assert found["objective"] == "different"
+    assert found["sentence"].startswith(
+        "Another function: the same function in float32 and float64, but not in bfloat16"
+    )
+    assert any("bfloat16" in entry for entry in found["covered"])
+
+
+def smoothed_in_bfloat16(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    smoothing = 0.5 if logits.dtype == torch.bfloat16 else 0.0
+    return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+
+def test_a_loss_that_diverges_alone_is_never_the_same(tmp_path: Path) -> None:
+    """log(softmax) at a rate that drives the logits out of its domain."""
+    request = ("audit=true", "loss=[ce,nll_softmax]", "seed=[0,1]", "optimizer.lr=2", "epochs=3")
+    assert trial(tmp_path / "t", *request, "expect=same") == ExitCode.REFUTED
+    (found,) = verdict(tmp_path / "t")["comparisons"]
+    assert found["failures"]
+    assert found["verdict"] in ("conflict", "different")
+
+
+def test_with_more_threads_the_audit_still_ends(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "pipeline.train", *FAST, "audit=true", "loss=[ce,nll]", "seed=0", "trainer.threads=2",
+        "batch_size=512", f"hydra.run.dir={tmp_path / 't'}",
+    ]  # fmt: skip
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == ExitCode.HOLDS, done.stderr
+    (found,) = verdict(tmp_path / "t")["comparisons"]
+    assert found["objective"] == "identical"
+
+
+def test_a_report_about_another_reference_leaves_the_first_one_s_controls_out(tmp_path: Path) -> None:
+    from pipeline.report import report
+
+    trial(tmp_path / "t", "controls=all", "loss=[ce,nll_logsumexp,label_smoothing]", "seed=[0,1]")
+    assert verdict(tmp_path / "t")["controls"]["replay"]["bitwise"]
+    report([str(tmp_path / "t"), "reference=nll_logsumexp"])
+    assert verdict(tmp_path / "t")["controls"] == {"replay": None, "outcomes": {}, "assay_sensitivity": None}
+    assert "not deterministic" not in str(verdict(tmp_path / "t")["comparisons"])

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pipeline.auditing import oracle
 from pipeline.auditing.batches import CLASSES, VOCABULARIES, Batch, Shape, grid
-from pipeline.auditing.calls import NO_GRADIENT, Loss
+from pipeline.auditing.calls import NO_GRADIENT, Loss, differentiable
 from pipeline.auditing.judging import Standard
 from pipeline.auditing.normaliser import Normaliser, normaliser
 from pipeline.auditing.power import smallest_differences
 from pipeline.errors import UsageError, first_line
+from pipeline.formulations import LossFn
 from pipeline.numerics import in_units, row_errors
 
 BOTH = (torch.float32, torch.float64)
@@ -51,13 +54,27 @@ class Audit:
         self.standard = Standard(self.reference, self.device)
         asked = [*(grid(self.shape) if self.with_grid else ()), *self.own_batches]
         self.cells = [(batch.at(dtype), dtype) for batch in asked for dtype in self.dtypes]
-        usable = [(batch, dtype) for batch, dtype in self.cells if self.standard.exact(batch).error is None]
+        usable = [(batch, dtype) for batch, dtype in self.cells if self._usable(batch)]
         if not usable:
             error = self.standard.exact(self.cells[0][0]).error or ""
             hint = "it has to return a scalar that is differentiable" if NO_GRADIENT in error else "check args"
             raise UsageError(f"the reference cannot be called on any batch: {error}; {hint}")
+        ignored = self.shape.ignore_index
+        if ignored is not None and self.shape.ignoring and all(batch.valid.all() for batch, _ in usable):
+            raise UsageError(
+                f"the reference can be called on no batch with targets of {ignored}; let it ignore them too, "
+                f"for example partial(cross_entropy, ignore_index={ignored})"
+            )
         self.refused = len(self.cells) - len(usable)
         self.cells = usable
+
+    def _usable(self, batch: Batch) -> bool:
+        """Whether the reference gives a gradient that says something: finite in some row, and not all zero."""
+        found = self.standard.exact(batch)
+        if found.error is not None:
+            return False
+        gradient = found.exact(differentiable(batch)[0])
+        return bool((gradient.isfinite().all(-1) & gradient.any(-1)).any())
 
     def warm(self) -> None:
         """Ask the reference everything that candidates are compared with, so that forks of this process need not."""
@@ -104,6 +121,19 @@ class Audit:
         return largest
 
 
+def with_ignored(fn: LossFn, ignore_index: int | None) -> LossFn:
+    """torch's own losses, as references, ignore what the audit ignores; any other is left as it is."""
+    if ignore_index is None:
+        return fn
+    if fn in (F.cross_entropy, F.nll_loss):
+        return partial(fn, ignore_index=ignore_index)
+    if isinstance(fn, nn.CrossEntropyLoss | nn.NLLLoss):
+        changed = copy.copy(fn)
+        changed.ignore_index = ignore_index
+        return changed
+    return fn
+
+
 def audit_of(
     reference: Loss,
     candidate_args: Sequence[str],
@@ -122,6 +152,11 @@ def audit_of(
     Raises:
         UsageError: the reference cannot be called, or an argument is out of its range.
     """
+    if soft_targets and "target_probs" not in {*reference.args, *candidate_args}:
+        raise UsageError("soft_targets needs target_probs in args or reference_args; labels cannot be soft")
+    for args_given in (reference.args, tuple(candidate_args)):
+        if {"hidden", "weight"} & set(args_given) and not {"hidden", "weight"} <= set(args_given):
+            raise UsageError(f"args={list(args_given)}: a fused loss takes hidden and weight, both")
     if dtype is not None and dtype not in (*LOW, *BOTH):
         raise UsageError(f"dtype={dtype}; give one of torch.bfloat16, float16, float32 and float64, or nothing")
     args = {*reference.args, *candidate_args}

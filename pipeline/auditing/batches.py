@@ -114,7 +114,8 @@ class Shape:
         tokens: rows come as [B, T] rather than [N].
         fused: logits are made of hidden, weight and, where `bias`, a bias.
         soft: target_probs are distributions, not one-hot.
-        ignore_index: the label of rows to ignore, some in every other batch; None for none.
+        ignore_index: the label of rows to ignore, some in every other batch; None for none. No other row bears it.
+        ignoring: whether any row is ignored.
     """
 
     num_classes: tuple[int, ...]
@@ -123,6 +124,7 @@ class Shape:
     bias: bool = False
     soft: bool = False
     ignore_index: int | None = None
+    ignoring: bool = True
 
 
 def grid(shape: Shape) -> list[Batch]:
@@ -153,7 +155,7 @@ def make_batch(
 ) -> Batch:
     """A batch of one family; `first` varies which labels, gaps and ignored rows it begins with."""
     rows = math.prod(lead)
-    labels = _labels(rows, classes, draw, first)
+    labels = meant(_labels(rows, classes, draw, first), classes, shape.ignore_index)
     odds = torch.stack([_log_odds(kind, classes, first + i, draw) for i, kind in enumerate(_kinds(family, rows))])
     kinds = list(_kinds(family, rows))
     if shape.fused:
@@ -163,7 +165,7 @@ def make_batch(
     else:
         logits, fused = _logits(kinds, odds, labels, classes, draw, first), {}
     valid = torch.ones(rows, dtype=torch.bool)
-    if shape.ignore_index is not None and rows > 1 and first % 2 == 0:
+    if shape.ignoring and shape.ignore_index is not None and rows > 1 and first % 2 == 0:
         valid = torch.arange(rows) % 3 != 1
     targets = targets_of(labels, classes, shape.soft, draw) * valid[:, None]
     if shape.ignore_index is not None:
@@ -175,6 +177,11 @@ def make_batch(
 def _kinds(family: str, rows: int) -> Iterator[str]:
     kinds = [kind for kind in FAMILIES if kind != "mixed"] if family == "mixed" else [family]
     return itertools.islice(itertools.cycle(kinds), rows)
+
+
+def meant(labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
+    """The labels, none of which is ignored by accident: where the index to ignore is a class, the next one instead."""
+    return labels if ignore_index is None else labels.where(labels != ignore_index, (labels + 1) % classes)
 
 
 def _labels(rows: int, classes: int, draw: torch.Generator, first: int) -> Tensor:

@@ -172,7 +172,7 @@ def evaluate(loss: Loss, batch: Batch, dtype: torch.dtype, device: torch.device)
         outside = torch.full_like(value, batch.upstream)
         if value.requires_grad:
             found = torch.autograd.grad(value, list(leaves.values()), outside, allow_unused=True)
-    except Exception as raised:  # whatever a user's loss raises is what is told of it
+    except (Exception, SystemExit) as raised:  # whatever a user's loss raises is what is told of it
         return Evaluation(error=f"{type(raised).__name__}: {first_line(raised)}")
     step = 2 if batch.layout == "strided" else 1
     gradients = {

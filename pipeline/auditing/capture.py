@@ -101,6 +101,8 @@ def capture(model: nn.Module, most: int = MOST) -> Iterator[Captured]:
     Raises:
         UsageError: no loss was seen.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"capture needs a torch.nn.Module, got {type(model).__name__}")
     captured = Captured(most)
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
 

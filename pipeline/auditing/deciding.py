@@ -105,7 +105,10 @@ def _scaled(cells: Sequence[Judgement], failing: Sequence[Judgement]) -> Decisio
         reason = f"wrong {where}: k from {min(factors):.4g} to {max(factors):.4g}"
         return Decision("different", reason, worst=worst)
     spans = {c: _span(intervals) for c, intervals in sorted(by_classes.items())}
-    reason = f"parallel in every batch, k from {min(factors):.4g} to {max(factors):.4g}"
+    low, high = f"{min(factors):.4g}", f"{max(factors):.4g}"
+    if low == high:  # they differ by less
+        low, high = f"{min(factors):.{DIGITS}g}", f"{max(factors):.{DIGITS}g}"
+    reason = f"parallel in every batch, k from {low} to {high}"
     return Decision("reweighted", reason, Scale("by batch", spans), worst)
 
 
@@ -146,7 +149,9 @@ def _apart(
 ) -> str:
     where = separating(cells, failing, _traits(cells)) or _where_rows_fail(failing)
     if where is not None:
-        return f"wrong {where}"
+        worst = max(failing, key=lambda cell: cell.units if math.isfinite(cell.units) else 0.0)
+        off = f", off by {worst.distance:.2g} relative to the reference" if worst.distance > 0 else ""
+        return f"wrong {where}{off}"
     if not known:
         return "gradients bear no relation to the reference's"
     largest = max(crooked, key=lambda cell: cell.residual if math.isfinite(cell.residual) else 0.0)

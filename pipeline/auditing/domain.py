@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.auditing.batches import CORE_GAP, CORE_OFFSET, WIDTH, Batch, Shape, targets_of
+from pipeline.auditing.batches import CORE_GAP, CORE_OFFSET, WIDTH, Batch, Shape, meant, targets_of
 from pipeline.auditing.calls import Evaluation, Loss, differentiable, evaluate
 from pipeline.auditing.judging import Judgement, Standard, compare
 from pipeline.numerics import CONSTANT
@@ -180,7 +180,7 @@ def _finite(found: Evaluation) -> bool:
 def _batch(axis: str, value: float, classes: int, shape: Shape) -> Batch:
     rows = int(value) if axis == "rows" else ROWS
     draw = torch.Generator().manual_seed(4)
-    labels = (torch.arange(rows) * 7 + classes - 1) % classes
+    labels = meant((torch.arange(rows) * 7 + classes - 1) % classes, classes, shape.ignore_index)
     if shape.fused:
         return _fused(axis, value, labels, classes, shape, draw)
     logits = torch.randn(rows, classes, generator=draw, dtype=torch.float64)

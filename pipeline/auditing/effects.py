@@ -18,7 +18,7 @@ def small_batch(shape: Shape) -> Batch:
     """Four rows, none of them to be ignored."""
     draw = torch.Generator().manual_seed(8)
     classes = next((c for c in shape.num_classes if c >= 10), shape.num_classes[0])
-    return make_batch("random", (2, 2) if shape.tokens else (4,), classes, replace(shape, ignore_index=None), draw)
+    return make_batch("random", (2, 2) if shape.tokens else (4,), classes, replace(shape, ignoring=False), draw)
 
 
 def random_state(device: torch.device) -> Tensor:
@@ -41,6 +41,31 @@ def changed_state(loss: Loss, before: dict[str, Tensor]) -> list[str]:
         name for name, tensor in state_of(loss).items() if name in before and not same_bits(tensor, before[name])
     ]
     return sorted({name.partition(".")[2] for name in changed})
+
+
+def interleaved_effects(loss: Loss, shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
+    """Two calls before either backward, as gradient accumulation over a stack has them: neither may forget itself."""
+    lead, asked = (2, 2) if shape.tokens else (4,), replace(shape, ignoring=False)
+    draws = (torch.Generator().manual_seed(seed) for seed in (8, 9))
+    batches = [make_batch("random", lead, shape.num_classes[0], asked, draw).at(dtype) for draw in draws]
+    alone = [evaluate(loss, batch, dtype, device) for batch in batches]
+    if any(found.error is not None for found in alone):
+        return
+    calls = []
+    try:
+        for batch in batches:
+            leaves, given = inputs(batch, loss.args, dtype, device)
+            calls.append((list(leaves.values()), scalar(loss(given, dtype, device))))
+        for found, (leaves_of, value) in zip(alone, calls, strict=True):
+            gradients = torch.autograd.grad(value, leaves_of, allow_unused=True)
+            if not all(
+                same_bits(None if g is None else g.cpu(), known)
+                for g, known in zip(gradients, found.gradients.values(), strict=True)
+            ):
+                yield "keeps state: a call forgets what it was called with once another follows before its backward"
+                return
+    except Exception:  # told where the loss is judged
+        return
 
 
 def backward_effects(loss: Loss, shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:

@@ -78,6 +78,8 @@ def example(audit: Audit, loss: Loss) -> dict[str, Any] | None:
         return None
     lead = (1, 1) if audit.shape.tokens else (1,)
     logits = torch.tensor(PROBS, dtype=torch.float64).log().view(*lead, 3)
+    if audit.shape.ignore_index == LABEL:
+        return None
     labels = torch.full(lead, LABEL)
     targets = torch.nn.functional.one_hot(labels, 3).double()
     batch = Batch("example", logits, labels, targets, torch.ones(lead, dtype=torch.bool))

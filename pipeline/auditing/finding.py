@@ -14,6 +14,9 @@ from pipeline.auditing.mutants import LADDER
 from pipeline.auditing.normaliser import Normaliser
 from pipeline.auditing.values import Offset
 
+GROSS = 1000.0
+"""Units by which no order of summation makes a value wrong; the gradients, which decide the word, may be right."""
+
 Power = Mapping[str, Mapping[str, float | None]]
 
 
@@ -55,6 +58,16 @@ class Finding:
     def same(self) -> bool:
         """Whether training with it is training with the reference: identical, rounding or offset."""
         return self.objective in SAMENESS
+
+    @property
+    def value_holds(self) -> bool:
+        """Whether the value is the reference's too, up to a constant and to what a poor order of summation may cost."""
+        units = self.evidence.get("value_units") or {}
+        off = any(effect.startswith("value") for effect in self.side_effects)
+        return not off or max((u if u is not None else math.inf for u in units.values()), default=0.0) <= GROSS
+
+    def __str__(self) -> str:
+        return self.show()
 
     @property
     def would_have_caught(self) -> Power:

@@ -213,7 +213,7 @@ def _survival(
     """How far sums and means over two micro-batches are from the gradient of the whole batch."""
     draw = torch.Generator().manual_seed(6)
     lead = (4, 3) if shape.tokens else (12,)
-    batch = make_batch("random", lead, classes, replace(shape, ignore_index=None), draw)
+    batch = make_batch("random", lead, classes, replace(shape, ignoring=False), draw)
     half = batch.labels.shape[0] // 2
     cut = half // 2 if shape.ignore_index is None else half
     uneven = batch

@@ -59,7 +59,7 @@ def systematic_part(loss: Loss, standard: Standard, shape: Shape, dtype: torch.d
     draw = torch.Generator().manual_seed(2)
     lead = (2, ROWS // 2) if shape.tokens else (ROWS,)
     classes = next((c for c in shape.num_classes if c >= 10), shape.num_classes[0])
-    asked = replace(shape, ignore_index=None)
+    asked = replace(shape, ignoring=False)
     largest = 0.0
     for family in NOISY_FAMILIES:
         batch = make_batch(family, lead, classes, asked, draw)

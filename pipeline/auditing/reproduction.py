@@ -22,7 +22,12 @@ def reproduction(fn: LossFn, reference: LossFn, finding: Finding, settings: Mapp
     args = tuple(settings.get("args", ("logits", "labels")))
     reference_args = tuple(settings.get("reference_args", ("logits", "labels")))
     if batch.hidden is not None or batch.logits.numel() > LITERAL or not batch.contiguous:
-        return f"# the smallest batch that shows it: {dtype}, {batch.where}"
+        asked = ", ".join(f"{key}={value!r}" for key, value in settings.items() if key != "batches")
+        call = f"check(mine, {_name(reference, 'reference')}{', ' if asked else ''}{asked})"
+        return (
+            f"# the smallest batch that shows it: {dtype}, {batch.where}\n"
+            f"batch, dtype = likelihood_lab.{call}.worst  # batch.logits, .labels, .hidden, .weight"
+        )
     logits = batch.logits.tolist()
     lines = [
         "import torch; import torch.nn.functional as F",

@@ -48,7 +48,7 @@ def offset(loss: Loss, standard: Standard, shape: Shape, dtype: torch.dtype, all
     """
     draw = torch.Generator().manual_seed(7)
     classes = next((c for c in shape.num_classes if c >= 10), shape.num_classes[0])
-    asked = replace(shape, ignore_index=None)
+    asked = replace(shape, ignoring=False)
     constants: list[float] = []
     unit = 0.0
     for place in range(TARGET_SETS):

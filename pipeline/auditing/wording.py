@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from pipeline.auditing.audit import Audit, name_of
-from pipeline.auditing.batches import Batch
+from pipeline.auditing.batches import UPSTREAM, Batch
 from pipeline.auditing.deciding import Decision
 from pipeline.auditing.finding import Finding, in_words
 from pipeline.auditing.judging import Judgement
 from pipeline.auditing.normaliser import Normaliser
 from pipeline.auditing.values import Offset
+from pipeline.numerics import CONSTANT
 
 Refusals = Sequence[tuple[Batch, torch.dtype, str]]
 
@@ -39,8 +40,10 @@ def sentence(audit: Audit, finding: Finding, decision: Decision, refused: Refusa
 def _domain(finding: Finding, decision: Decision) -> str:
     if finding.domain is not None and finding.domain.core:
         return f"the same for ordinary rows, but {in_words(finding.domain)}, within the core"
-    where = "" if decision.worst is None else f" ({decision.worst.where})"
-    return f"the same for ordinary rows, wrong elsewhere in the core{where}"
+    if decision.worst is None:
+        return "the same for ordinary rows, wrong elsewhere in the core"
+    size = f"{decision.worst.units:.3g} units of rounding, where {CONSTANT:g} are allowed"
+    return f"the same for ordinary rows, wrong elsewhere in the core: {size} ({decision.worst.where})"
 
 
 def _offset(offset: Offset) -> str:
@@ -67,16 +70,27 @@ def covered(audit: Audit, cells: Sequence[Judgement]) -> tuple[str, ...]:
         f"{len(cells)} batches: C = {classes}; {min(rows)} to {max(rows)} rows; {dtypes}; {audit.device}",
         "soft targets" if audit.shape.soft else "one-hot targets",
     ]
-    if audit.shape.ignore_index is not None:
+    if any(not cell.batch.valid.all() for cell in cells):
         entries.append(f"targets ignored by {audit.shape.ignore_index}")
     if audit.own_batches:
         entries.append(f"{len(audit.own_batches)} batches of the user's own")
     return tuple(entries)
 
 
+def _classes(batch: Batch) -> int:
+    return batch.num_classes
+
+
+def _rows(batch: Batch) -> int:
+    return batch.num_rows
+
+
 def not_covered(audit: Audit, refused: Refusals) -> tuple[str, ...]:
     """What was not asked, and what could not be."""
+    classes, rows = (sorted({read(batch) for batch, _ in audit.cells}) for read in (_classes, _rows))
     entries = [
+        f"other numbers of classes than {', '.join(map(str, classes))}; more than {rows[-1]} rows; "
+        f"gradients from outside above {UPSTREAM:g}",
         f"state that shows only after more than {2 * len(audit.cells)} calls",
         "other devices, builds of torch, and compiled graphs",
     ]
