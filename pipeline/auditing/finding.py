@@ -29,7 +29,7 @@ class Finding:
     """What an audit found of one loss.
 
     Attributes:
-        objective: the word, as DESIGN section 3 has them.
+        objective: identical, rounding, offset, scaled, reweighted, domain, different, not_run or error.
         sentence: it in prose, with the reason.
         scale: the factor between the gradients, where there is one other than 1.
         offset: the constant between the values, where there is one.
@@ -37,8 +37,10 @@ class Finding:
         normaliser: what the loss divides by.
         side_effects: what it does besides; empty where nothing was seen.
         covered, not_covered: what was asked, and what was not.
-        evidence: numbers behind the word.
+        evidence: numbers behind the word: r32 and r64, the median over batches of ||g - g_ref|| / ||g_ref|| in float32
+            and float64, and rho, their ratio; the largest errors in units of rounding; the limits found.
         worst: the smallest batch that speaks against sameness, and its precision.
+        power: what `would_have_caught` asks.
     """
 
     objective: str
@@ -81,7 +83,8 @@ class Finding:
             lines.append(f"  domain        {in_words(self.domain)}")
         if self.normaliser is not None:
             lines.append(
-                f"  divides by    {self.normaliser.divides_by}; micro-batches survive in {self.normaliser.survives}"
+                f"  divides by    {self.normaliser.divides_by}; accumulated micro-batches are right by "
+                f"{self.normaliser.survives}"
             )
         lines += [f"  side effect   {effect}" for effect in self.side_effects]
         lines += [f"  covered       {entry}" for entry in self.covered]
