@@ -634,7 +634,7 @@ def test_the_finding_as_text() -> None:
     assert shown.startswith("rounding: ")
     assert "\n  domain        from the label's logit 90.16 below the largest on, the gradient is NaN" in shown
     for line in (
-        "  divides by    rows; micro-batches survive in a mean of equal micro-batches",
+        "  divides by    rows; accumulated micro-batches are right by a mean of equal micro-batches",
         "  covered       one-hot targets",
         "  not covered   soft targets",
         "  would have caught, from  float32  float64",

@@ -99,8 +99,9 @@ def _search(axis: str, ask: Callable[[float], str | None]) -> tuple[float, str] 
         low, high = before, float(point)
         if low == start and axis != "masked" and (said := ask(low)) is not None:
             return low, said
-        while axis != "masked" and high - low > RESOLUTION * high:
-            middle = (low + high) / 2
+        whole = axis == "rows"
+        while axis != "masked" and high - low > max(RESOLUTION * high, float(whole)):
+            middle = float((low + high) // 2) if whole else (low + high) / 2
             said = ask(middle)
             low, high, behaviour = (middle, high, behaviour) if said is None else (low, middle, said)
         return high, behaviour
