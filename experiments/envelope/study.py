@@ -1,6 +1,6 @@
 """How often the envelope of early trajectories is wrong, on real training of the digits MLP.
 
-python -m experiments.envelope.study             the full study, as recorded: 300 seeds, five regimes
+python -m experiments.envelope.study             the full study, as recorded: 300 seeds, six regimes
 python -m experiments.envelope.study --seeds 60  a fifth of it
 
 Every arm trains 18 steps under every seed; a study is a subset of S seeds, judged by the function that trials use.
@@ -45,6 +45,7 @@ REGIMES = {
     "Adam": ("optimizer=adam",),
     "chaotic Adam": ("optimizer=adam", "optimizer.lr=0.05"),
     "bf16, calm SGD": ("optimizer=sgd", "optimizer.lr=0.1", "precision=bf16_mixed"),
+    "bf16, chaotic SGD": ("optimizer=sgd", "optimizer.lr=1.0", "precision=bf16_mixed"),
 }
 REFERENCE = Formulation("ce", ("logits", "labels"), nn.CrossEntropyLoss)
 
