@@ -77,8 +77,8 @@ types: .venv/.dev ## mypy in strict mode
 
 check: .venv/.dev ## what CI runs: lint, types, all tests, the main job; prints the time of each part
 	@for part in lint types equivalence "test-all"; do \
-	  start=$$SECONDS; $(MAKE) --no-print-directory $$part; echo "== $$part took $$((SECONDS - start)) s"; done
-	@echo "== all parts took $$SECONDS s"
+	  start=$$SECONDS; $(MAKE) --no-print-directory $$part; echo "== $$part took $$((SECONDS - start)) s"; done; \
+	  echo "== all parts took $$SECONDS s"
 
 test-all: .venv/.dev
 	$(PY) -m pytest --durations=15 $(ARGS)

@@ -21,7 +21,7 @@ from pipeline.trajectory import relative_distance
 PLACEBOS = tuple(name for names in BY_PRECISION.values() for name in names)
 
 
-def assay_sensitivity(cells: Cells, request: Request, facts: Facts, look: Look) -> dict[str, Any]:
+def control_findings(cells: Cells, request: Request, facts: Facts, look: Look) -> dict[str, Any]:
     """`controls` of verdict.json: replay, each placebo's outcome, the dose's, and whether both are as they should be.
 
     A placebo has to come out equivalent (or identical) and a dosed control different: then the study can tell.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.assay import assay_sensitivity, controls_in_words, envelope_of, rank_test_of
+from pipeline.assay import control_findings, controls_in_words, envelope_of, rank_test_of
 from pipeline.auditing.finding import strict
 from pipeline.envelope import Envelope
 from pipeline.looks import Look, level_of
@@ -76,6 +76,7 @@ def comparison(
     candidate: str,
     finding: OutcomeFinding,
     entry: Entry,
+    controls: Mapping[str, Any],
     cells: Cells,
     request: Request,
     facts: Facts,
@@ -86,7 +87,11 @@ def comparison(
     ranks = rank_test_of(candidate, cells, request)
     verdict = word(request.about, objective, finding.word, trajectory.word, finding.failures.candidate_only > 0)
     expected = request.expect.get(candidate)
-    said = sentence(finding, entry, trajectory, ranks, request, facts)
+    said = [
+        sentence(finding, entry, trajectory, ranks, request, facts),
+        _reconciled(verdict, finding, entry),
+        controls_in_words(controls),
+    ]
     return {
         "loss": candidate,
         "objective": objective,
@@ -99,10 +104,10 @@ def comparison(
         "rank_test": None if ranks is None else {"p": ranks.p, "mean_rank": dict(ranks.mean_rank)},
         "seeds_needed": finding.seeds_needed if finding.word == "inconclusive" else None,
         "verdict": verdict,
-        "sentence": f"{said} {_reconciled(verdict, finding, entry)}".rstrip(),
+        "sentence": " ".join(filter(None, said)),
         "expected": expected,
         "confirmed": None if expected is None else confirms(expected, verdict, objective, finding.word),
-        "assay_sensitivity": None,  # of the whole study: filled in by `decide`
+        "assay_sensitivity": controls["assay_sensitivity"],
         "would_have_caught": would_have_caught(finding, entry, request),
         "covered": [facts.scope, *entry["covered"]],
         "not_covered": ["other data, splits, hyperparameters and devices", *entry["not_covered"]],
@@ -318,14 +323,11 @@ def decide(
         "hash": request.protocol_hash, "alpha": look.alpha, "looks": look.declared, "look": look.number,
         "level": look.level, "margins": dict(request.margins) or None, "primary": list(request.primary),
     }  # fmt: skip
+    controls = control_findings(cells, request, facts, look)
+    entries = {name: audited_entry(name, audit, cells, request) or UNAUDITED for name in request.candidates}
     comparisons = [
-        comparison(name, found[name], audited_entry(name, audit, cells, request) or UNAUDITED, cells, request, facts)
-        for name in request.candidates
+        comparison(name, found[name], entry, controls, cells, request, facts) for name, entry in entries.items()
     ]
-    controls = assay_sensitivity(cells, request, facts, look)
-    for entry in comparisons:
-        entry["assay_sensitivity"] = controls["assay_sensitivity"]
-        entry["sentence"] = " ".join(filter(None, (entry["sentence"], controls_in_words(controls))))
     return {
         "schema": SCHEMA,
         **header,

@@ -179,6 +179,7 @@ def test_fused_losses_and_weights_of_their_own(tmp_path: Path, mine: Path) -> No
         (["loss=[ce,nll]", "+seed=3"], "unknown key 'seed'"),
         (["loss=[ce,nll]", "reference=kl"], "reference=kl is not among the chosen losses"),
         (["loss=[ce]", "expect=same"], "ce is the only loss"),
+        (["loss=[ce]"], "ce is the only loss; add one to compare it with"),
         (["loss=[ce,nll]", "loss.ce.fn.reductoin=sum"], "reductoin"),
     ],
 )
@@ -231,3 +232,16 @@ def test_the_audit_is_a_report_run_in_mlflow(tmp_path: Path, monkeypatch: pytest
     assert run.data.tags["objective.kl_mean"] == "scaled"
     assert run.data.tags["sweep"] == "tracked"
     assert {found.path for found in client.list_artifacts(run.info.run_id)} == {"audit.json", "figures"}
+
+
+def test_a_trial_s_folder_and_a_path_that_is_none_are_refused(tmp_path: Path) -> None:
+    trial = tmp_path / "trial"
+    trial.mkdir()
+    (trial / "request.yaml").write_text("{}\n")
+    (tmp_path / "file").write_text("")
+    for folder, said in ((trial, "holds a trial"), (tmp_path / "file", "cannot write to")):
+        done = audit(folder, "loss=[ce,nll]")
+        assert done.returncode == 2, done.stdout + done.stderr
+        (line,) = done.stderr.splitlines()
+        assert said in line
+    assert [path.name for path in trial.iterdir()] == ["request.yaml"]

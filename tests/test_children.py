@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -14,6 +15,7 @@ import pytest
 from pipeline.children import Limits, Outcome, Tell, run
 from pipeline.errors import UsageError
 
+ROOT = Path(__file__).parents[1]
 AMPLE = Limits(seconds=60, memory=8 * 2**30)
 
 
@@ -134,6 +136,25 @@ def test_no_child_outlives_a_caller_that_gives_up(tmp_path: Path) -> None:
     running.close()  # type: ignore[attr-defined]
     pid = int((tmp_path / "pid").read_text())
     assert not psutil.pid_exists(pid)
+
+
+def test_no_child_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import os, pathlib, sys, time\n"
+        "from pipeline.children import Limits, run\n"
+        "def job(tell):\n"
+        "    pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
+        "list(run({'sleeps': job}, Limits(600, 2**33), 1))\n"
+    )
+    told = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", script, str(told)], cwd=ROOT)
+    while not (told.exists() and told.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    assert gone(int(told.read_text()))
 
 
 def test_no_more_than_asked_for_run_at_once() -> None:
