@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from pipeline.cells import Cell
 from pipeline.controls import BY_PRECISION, CANDIDATE, COPY, DOSE, REPLAY
-from pipeline.envelope import Distances, Envelope, envelope
+from pipeline.envelope import SMALLEST_CAUGHT, Distances, Envelope, envelope
 from pipeline.looks import Look
 from pipeline.objectives import Replica
 from pipeline.outcomes import Cells, Facts, Request, outcome_of
@@ -71,7 +72,9 @@ def envelope_of(candidate: str, cells: Cells, request: Request) -> Envelope:
     placebos = [name for name in BY_PRECISION[precision] if set(seeds) <= set(_paired(name, cells, request))]
     mine = _distances([cells[Replica(candidate, seed)] for seed in seeds], references)
     theirs = [_distances([cells[Replica(name, seed)] for seed in seeds], references) for name in placebos]
-    return envelope(mine, theirs, _between(references))
+    found = envelope(mine, theirs, _between(references))
+    recorded = found.word == "inside" and len(seeds) >= 5
+    return replace(found, smallest=SMALLEST_CAUGHT[precision]) if recorded else found
 
 
 def _paired(arm: str, cells: Cells, request: Request) -> list[int]:

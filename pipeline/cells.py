@@ -77,7 +77,12 @@ class Cell:
 
     @cached_property
     def edited(self) -> list[str]:
-        """The files that are not as they were written; a cell from before they were hashed has none."""
+        """The files that are not as they were written; a cell from before they were hashed has none.
+
+        One that was copied here is the result of another (arm, seed), and never one of this.
+        """
+        if (self.record.arm, f"s{self.record.seed}") != (self.folder.parent.name, self.folder.name):
+            return ["config.yaml"]
         found = {name: self.folder / name for name in self.record.files}
         return [name for name, path in found.items() if _sha256(path.read_bytes()) != self.record.files[name]]
 

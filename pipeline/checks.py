@@ -186,8 +186,11 @@ def _check_form(key: str, loss: Any) -> None:
     for part in ("fn", "args"):
         if not loss.get(part):
             raise UsageError(f"{key}.{part} is missing; a loss declares fn (with _target_) and args")
-    _check_fields(f"{key}.", loss, ("fn", "args"))
+    _check_fields(f"{key}.", {"lr_scale": 1, **loss}, ("fn", "args", "lr_scale"))
     _check_args(f"{key}.args", loss["args"])
+    scale = loss.get("lr_scale", 1)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise UsageError(f"{key}.lr_scale={scale!r}; give a positive factor of the learning rate, such as 10")
 
 
 def _check_partial(key: str, target: Any, fn: Plain) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,7 +60,7 @@ def control(name: str, reference: Formulation, dose: float | None = None) -> For
         dose: d of the negative control.
     """
     if name == REPLAY:
-        return Formulation(name, reference.args, reference.make)
+        return replace(reference, name=name)
     wrap: Mapping[str, Callable[[LossFn], LossFn]] = {
         IN_FLOAT64: lambda fn: _Rewritten(fn, reference.args, _in_float64),
         DITHERED: lambda fn: _Rewritten(fn, reference.args, partial(_dithered, number=1)),
@@ -67,14 +68,16 @@ def control(name: str, reference: Formulation, dose: float | None = None) -> For
         REORDERED: lambda fn: _Rewritten(fn, reference.args, _reordered),
         DOSE: lambda fn: _Rewritten(fn, reference.args, lambda given: _dosed(given, dose or 0.0)),
     }
-    return Formulation(name, base_args(reference.args), lambda: wrap[name](reference.make()))
+    return replace(reference, name=name, args=base_args(reference.args), make=lambda: wrap[name](reference.make()))
 
 
 def dithered(name: str, formulation: Formulation, bits: int, number: int) -> Formulation:
     """A formulation whose gradients are rounded at random to so many significant bits; its own precision is kept."""
     change = partial(_dithered, number=number, bits=bits, double=False)
     args = formulation.args
-    return Formulation(name, base_args(args), lambda: _Rewritten(formulation.make(), args, change))
+    return replace(
+        formulation, name=name, args=base_args(args), make=lambda: _Rewritten(formulation.make(), args, change)
+    )
 
 
 def base_args(args: tuple[str, ...]) -> tuple[str, ...]:

@@ -37,11 +37,13 @@ class Formulation:
         name: the arm's name.
         args: what the callable receives, in its own order; a subset of `INPUTS`.
         make: returns a fresh instance of the callable; every replica gets its own.
+        lr_scale: the arm's learning rate is the trial's times this; what a loss that is k times another needs 1/k of.
     """
 
     name: str
     args: tuple[str, ...]
     make: Callable[[], LossFn]
+    lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
         unknown = [arg for arg in self.args if arg not in INPUTS]

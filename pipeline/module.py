@@ -102,6 +102,8 @@ class SideBySide(pl.LightningModule):
         self._measured: list[tuple[str, int, Tensor]] = []
         device = next(stack.parameters()).device
         self._slots = self._slots.to(device)
+        scales = objectives.lr_scales + [1.0] * fillers
+        self._lr_scales = None if set(scales) == {1.0} else torch.tensor(scales, dtype=torch.float64, device=device)
         self._first_nonfinite = torch.zeros(len(self.replicas), dtype=torch.int64, device=device)
         self._objectives: list[tuple[int, Tensor]] = []  # this epoch's: batch size, [R]
 
@@ -154,12 +156,21 @@ class SideBySide(pl.LightningModule):
                     parameter.grad = torch.zeros_like(parameter)
         if self.recipe.clip_norm is not None:
             self.stack.clip_gradients(self.recipe.clip_norm)
-        self._optimizer.step()
+        self._update()
         self._optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         self._objectives.append((indices.shape[1], objectives.detach()))
         if self.steps_done in self.snapshots:
             self._snapshot()
+
+    def _update(self) -> None:
+        """The optimizer's step, longer or shorter for replicas whose loss declares a rate of its own."""
+        if self._lr_scales is None:
+            self._optimizer.step()
+            return
+        before = [parameter.detach().clone() for parameter in self.stack.parameters()]
+        self._optimizer.step()
+        self.stack.scale_step(before, self._lr_scales)
 
     def _forward(self, indices: Tensor) -> list[Tensor]:
         layout = indices[self._slots].movedim(0, self.stack.replica_axis).contiguous()

@@ -40,6 +40,7 @@ class Objectives:
 
     Attributes:
         seeds: the distinct seeds; labels and targets come once for each.
+        lr_scales: what each replica's learning rate is multiplied by.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Objectives:
             self.arms.append(_Arm(formulation, [formulation.instance(device, dtype) for _ in seeds], streams))
         self.sizes = [len(arm.fns) for arm in self.arms]
         self.fused = any(arm.formulation.fused for arm in self.arms)
+        self.lr_scales = [arm.formulation.lr_scale for arm in self.arms for _ in arm.fns]
         self.needs_target_probs = any("target_probs" in arm.formulation.args for arm in self.arms)
 
     def __call__(self, outputs: Outputs, labels: Tensor, target_probs: Tensor | None) -> list[Tensor]:

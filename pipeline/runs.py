@@ -43,7 +43,7 @@ def cell_run(cell: Cell, folder: TrialFolder, reference: str) -> Run:
         name=f"{record.arm}/s{record.seed}",
         tags=tags,
         params={"loss": record.arm, "seed": str(record.seed)}
-        | _flat({"fn": made["loss"]["fn"], "args": made["loss"]["args"]}, "loss.")
+        | _flat({key: made["loss"][key] for key in ("fn", "args", "lr_scale") if key in made["loss"]}, "loss.")
         | _flat(settings),
         metrics=pd.concat([cell.history, distances], ignore_index=True) if len(distances) else cell.history,
         started=record.started,

@@ -192,7 +192,7 @@ def formulation_of(name: str, loss: Mapping[str, Any]) -> Formulation:
         except Exception as error:
             raise UsageError(f"loss.{name}.fn cannot be made: {_cause(error)}") from error
 
-    return Formulation(name, tuple(loss["args"]), make)
+    return Formulation(name, tuple(loss["args"]), make, float(loss.get("lr_scale", 1)))
 
 
 def _check_batches(batch_size: int, builder: ModelBuilder, num_examples: int) -> None:

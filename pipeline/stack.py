@@ -82,6 +82,20 @@ class Stack(nn.Module):
         """Multiply each replica's gradient by its own factor, in place."""
         raise NotImplementedError
 
+    def scale_step(self, before: Sequence[Tensor], factors: Tensor) -> None:
+        """Make each replica's last step its own factor times as long, given all parameters as they were before it.
+
+        Every optimizer that a stack takes moves a weight in proportion to the learning rate, so this is a rate of the
+        replica's own. Where the factor is 1 the bits stay as they are.
+        """
+        with torch.no_grad():
+            for now, old, factor in self._by_factor(before, factors):
+                now.copy_(torch.where(factor == 1, now, old + factor * (now - old)))
+
+    def _by_factor(self, before: Sequence[Tensor], factors: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Parameters, what they were, and factors that broadcast to them."""
+        raise NotImplementedError
+
     def shared(self, inputs: Tensor) -> Tensor:
         """One batch [B, ...] laid out for all replicas, without a copy."""
         axis = self.replica_axis
@@ -145,6 +159,10 @@ class Fold(Stack):
         for gradient in self._gradients():
             gradient.mul_(factors[:, None])
 
+    def _by_factor(self, before: Sequence[Tensor], factors: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for now, old in zip(self.parameters(), before, strict=True):
+            yield now, old, factors.to(now).view(-1, *[1] * (now.ndim - 1))
+
 
 class Loop(Stack):
     """The loop engine: plain modules, each drawing its dropout masks from a stream of its own."""
@@ -200,6 +218,11 @@ class Loop(Stack):
             for parameter in module.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
+
+    def _by_factor(self, before: Sequence[Tensor], factors: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        rest = iter(before)
+        for module, factor in zip(self.replicas, factors.unbind(), strict=True):
+            yield from ((now, next(rest), factor.to(now)) for now in module.parameters())
 
 
 ENGINES: dict[str, type[Fold] | type[Loop]] = {"fold": Fold, "loop": Loop}

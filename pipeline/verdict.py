@@ -24,6 +24,7 @@ SAME = frozenset({"identical", "rounding", "offset", "equivalent"})
 Entry = Mapping[str, Any]
 
 PARTED = {"outside": "different"}
+ANOTHER_RATE = Envelope("not_applicable", reason="it was trained at another learning rate")
 AS_FUNCTIONS = {
     "identical": "The same function, bit for bit",
     "rounding": "The same function up to rounding",
@@ -46,18 +47,26 @@ UNAUDITED: Entry = {
 }  # fmt: skip
 
 
-def word(about: str, objective: str, outcome: str, trajectory: str = "not_applicable", diverged: bool = False) -> str:
+def word(
+    about: str,
+    objective: str,
+    outcome: str,
+    trajectory: str = "not_applicable",
+    diverged: bool = False,
+    rate: float = 1.0,
+) -> str:
     """One word for both axes; the axis that the request is about, checked against the other.
 
     Args:
         trajectory: the envelope's word: weights that part faster than rounding makes them part contradict an audit
             that found the same function.
         diverged: whether the candidate diverged where the reference did not, which no sameness survives.
+        rate: the candidate's learning rate over the reference's; another one explains another model.
     """
     if objective in ("identical", "rounding", "offset") and (
         diverged or "different" in (outcome, PARTED.get(trajectory))
     ):
-        return "conflict"
+        return "conflict" if rate == 1 else "different"
     if about == "outcome":
         return outcome
     if objective in ("not_run", "error"):
@@ -83,12 +92,14 @@ def comparison(
 ) -> dict[str, Any]:
     """One entry of `comparisons` in verdict.json; `entry` is the candidate's in audit.json."""
     objective = entry["objective"]
-    trajectory = envelope_of(candidate, cells, request)
+    rate = rate_of(candidate, cells) / rate_of(request.reference, cells)
+    trajectory = envelope_of(candidate, cells, request) if rate == 1 else ANOTHER_RATE
     ranks = rank_test_of(candidate, cells, request)
-    verdict = word(request.about, objective, finding.word, trajectory.word, finding.failures.candidate_only > 0)
+    verdict = word(request.about, objective, finding.word, trajectory.word, finding.failures.candidate_only > 0, rate)
     expected = request.expect.get(candidate)
     said = [
         sentence(finding, entry, trajectory, ranks, request, facts),
+        "" if rate == 1 else f"It was trained at {rate:g} times the reference's learning rate.",
         _reconciled(verdict, finding, entry),
         controls_in_words(controls),
     ]
@@ -108,7 +119,7 @@ def comparison(
         "expected": expected,
         "confirmed": None if expected is None else confirms(expected, verdict, objective, finding.word),
         "assay_sensitivity": controls["assay_sensitivity"],
-        "would_have_caught": would_have_caught(finding, entry, request),
+        "would_have_caught": would_have_caught(finding, entry, trajectory, request),
         "covered": [facts.scope, *entry["covered"]],
         "not_covered": ["other data, splits, hyperparameters and devices", *entry["not_covered"]],
         "failures": _failures(candidate, cells, request, facts),
@@ -193,7 +204,13 @@ def _advice(finding: OutcomeFinding) -> str:
     )
 
 
-def would_have_caught(finding: OutcomeFinding, entry: Entry, request: Request) -> str | None:
+def rate_of(arm: str, cells: Cells) -> float:
+    """What an arm's loss declares its learning rate to be multiplied by."""
+    made = next((cell.record.made_from for replica, cell in cells.items() if replica.arm == arm), {})
+    return float(made.get("loss", {}).get("lr_scale", 1))
+
+
+def would_have_caught(finding: OutcomeFinding, entry: Entry, trajectory: Envelope, request: Request) -> str | None:
     """The smallest difference that this check would have noticed, in words, on both axes."""
     noticed = []
     if finding.word == "identical":
@@ -203,6 +220,8 @@ def would_have_caught(finding: OutcomeFinding, entry: Entry, request: Request) -
         noticed.append(f"a true mean difference at the margins ({limits}), in {1 - finding.level:.3g} of such studies")
     if power := entry["would_have_caught"]:
         noticed.append(f"in the losses themselves {_smallest(power)}")
+    if trajectory.smallest is not None:
+        noticed.append(f"in the first steps label smoothing {trajectory.smallest:.0e} (95 % of recorded studies)")
     return "; ".join(noticed) or None
 
 

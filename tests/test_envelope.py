@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.envelope import STEPS, Distances, envelope, limit, usable_steps
+from pipeline.envelope import SMALLEST_CAUGHT, STEPS, Distances, envelope, limit, usable_steps
 
 RNG = np.random.default_rng(0)
 SEEDS = 10
@@ -104,6 +107,17 @@ def test_later_steps_are_never_judged() -> None:
     found = envelope(distances(1e-8) | {100: np.full(SEEDS, 1.0)}, [p | late for p in PLACEBOS], BETWEEN)
     assert found.word == "inside"
     assert set(found.excess) <= set(STEPS)
+
+
+def test_the_smallest_caught_is_what_the_record_says() -> None:
+    record = pd.read_csv(Path(__file__).parents[1] / "experiments" / "envelope" / "envelope.csv")
+    mutants = record[record["arm"].str.startswith(("label smoothing", "temperature"))]
+    size = mutants["arm"].str.rpartition(", ")[2].astype(float)
+    for precision, smallest in SMALLEST_CAUGHT.items():
+        regimes = mutants["regime"].str.startswith("bf16") == (precision == "bf16_mixed")
+        caught = mutants[regimes].groupby(size)["outside"].min()
+        assert caught[smallest] >= 0.95
+        assert (caught[caught.index < smallest] < 0.95).all()
 
 
 def test_few_seeds_are_allowed_more_for_the_error_of_their_median() -> None:

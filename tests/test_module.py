@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from laboratory import (
     builder,
     largest_difference,
     recipe,
+    same_bits,
     shipped,
     stack_of,
     toy_data,
@@ -35,6 +37,7 @@ MODELS: dict[str, Make] = {
     "cnn": partial(cnn, channels=[4, 4], hidden=8),
     "cnn with dropout": partial(cnn, channels=[4], hidden=8, dropout=0.3),
 }
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAM = partial(torch.optim.Adam, lr=0.01, weight_decay=0.01)
 ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.01)
 FIFTY_STEPS = {"epochs": 25, "batch_size": 10}  # of 20 examples
@@ -97,6 +100,26 @@ def test_a_schedule_is_that_of_torchs_lambda_lr(schedule: str, warmup_steps: int
     how = recipe(**FIFTY_STEPS, schedule=schedule, warmup_steps=warmup_steps)
     assert_as_by_hand(MODELS["mlp"], "fold", how, factor=factor)
     assert_as_by_hand(MODELS["mlp"], "loop", how, factor=factor)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("optimizer", [SGD, ADAM, ADAMW], ids=["sgd", "adam", "adamw"])
+def test_a_loss_s_own_rate_is_that_rate_and_no_neighbour_s(engine: str, optimizer: Any) -> None:
+    data = toy_data((1, 6, 6), dtype=torch.float64)
+    build = builder(MODELS["mlp"], data)
+    how = recipe(**FIFTY_STEPS, make_optimizer=optimizer, schedule="cosine")
+    (plain,) = shipped("ce")
+    arms = (plain, replace(plain, name="slower", lr_scale=0.25))
+    module = trained(build, data, arms, (0, 3), how, engine)
+    alone = trained(build, data, [plain], (0, 3), how, engine)
+    quarter = partial(optimizer, lr=optimizer.keywords["lr"] / 4)
+    slow = trained(build, data, [plain], (0, 3), replace(how, make_optimizer=quarter), engine)
+    for seed in (0, 3):
+        assert same_bits(weights_of(module, "ce", seed), weights_of(alone, "ce", seed))
+        mine, expected = weights_of(module, "slower", seed), weights_of(slow, "ce", seed)
+        assert (
+            largest_difference(mine, expected) <= 1e-12 < 1e-6 < largest_difference(mine, weights_of(alone, "ce", seed))
+        )
 
 
 def nudged(module: nn.Module) -> nn.Module:

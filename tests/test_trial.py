@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -450,6 +451,38 @@ def test_an_edited_cell_is_named_by_the_report_and_trained_again(tmp_path: Path)
     trial(path, "loss=[ce,nll]", "seed=[0,1]")
     assert words(path) == {"nll": "identical"}
     assert list((path / "stale" / "nll").iterdir())
+
+
+def test_a_cell_that_was_copied_from_another_arm_is_no_result_of_this_one(tmp_path: Path) -> None:
+    from pipeline.report import report
+
+    path = tmp_path / "t"
+    trial(path, "loss=[ce,brier]", "seed=[0,1]")
+    shutil.rmtree(path / "cells" / "brier" / "s1")
+    shutil.copytree(path / "cells" / "ce" / "s1", path / "cells" / "brier" / "s1")
+    report([str(path)])
+    (found,) = verdict(path)["comparisons"]
+    assert (found["outcome"], found["failures"][0]["seed"]) == ("inconclusive", 1)
+    trial(path, "loss=[ce,brier]", "seed=[0,1]")
+    assert verdict(path)["comparisons"][0]["failures"] == []
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # kl_mean's very point
+def test_a_factor_in_the_loss_is_undone_by_one_in_its_rate(tmp_path: Path) -> None:
+    mean = "{_target_: torch.nn.KLDivLoss, reduction: mean}"
+    declared = f"+loss.faster={{fn: {mean}, args: [log_probs, target_probs], lr_scale: 10}}"
+    trial(tmp_path / "t", "loss=[ce,kl_mean]", declared, "seed=[0]", "audit=true")
+    slow, fast = verdict(tmp_path / "t")["comparisons"]
+    assert (slow["objective"], fast["objective"]) == ("scaled", "scaled")
+    assert "10 times the reference's learning rate" in fast["sentence"]
+    assert "learning rate" not in slow["sentence"]
+    reference = weights(tmp_path / "t", "ce", 0)
+    apart = {
+        arm: max((mine[name] - reference[name]).abs().max().item() for name in mine)
+        for arm in ("kl_mean", "faster")
+        if (mine := weights(tmp_path / "t", arm, 0))
+    }
+    assert apart["faster"] < 1e-5 < 1e-2 < apart["kl_mean"]
 
 
 # --- controls

@@ -107,6 +107,15 @@ def test_one_function_and_another_model_are_a_conflict() -> None:
     assert (found["outcome"], found["verdict"]) == ("different", "conflict")
 
 
+def test_another_learning_rate_explains_another_model() -> None:
+    made = {"loss": {"lr_scale": 10.0}}
+    other = StubCell(nll=0.9, brier=0.5, record=Record(weights_sha256="other", made_from=made))
+    found = judged(audited("rounding"), dict.fromkeys(REQUEST.seeds, other))
+    assert found["verdict"] == "different"
+    assert "trained at 10 times the reference's learning rate" in found["sentence"]
+    assert found["envelope"]["reason"] == "it was trained at another learning rate"
+
+
 def test_a_failed_audit_leaves_the_outcome_to_decide() -> None:
     found = judged(audited("error"), {seed: StubCell() for seed in REQUEST.seeds})
     assert found["verdict"] == "identical"
