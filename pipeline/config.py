@@ -53,6 +53,13 @@ class Schedule(Enum):
     cosine = "cosine"
 
 
+class Vary(Enum):
+    all = "all"
+    weights = "weights"
+    order = "order"
+    bit = "bit"
+
+
 class About(Enum):
     objective = "objective"
     outcome = "outcome"
@@ -95,6 +102,7 @@ class TrainConf:
     trainer: TrainerConf = field(default_factory=TrainerConf)
     tracking: TrackingConf = field(default_factory=TrackingConf)
     seed: Any = 0  # an integer or a list of integers
+    vary: Vary = Vary.all
     reference: str | None = None  # null: ce, or the first loss where ce is not chosen
     epochs: int = 30
     batch_size: int = 64
@@ -133,8 +141,9 @@ class AuditConf:
 # What names a trial: all that shapes its numbers, but neither losses nor seeds, which may be added later.
 IDENTITY = (
     "model", "dataset", "optimizer", "epochs", "batch_size", "precision", "schedule", "warmup_steps",
-    "clip_norm",
+    "clip_norm", "vary",
 )  # fmt: skip
+UNNAMED = {"vary": "all"}  # values that leave a trial the name that it had before there was the key
 # What names an audit.
 AUDIT_IDENTITY = ("loss", "reference", "dtype", "device", "ignore_index", "soft_targets", "tokens", "num_classes")
 # Keys of conf/dataset/*.yaml that the loader does not receive.
@@ -156,7 +165,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What names a plain configuration's trial; margins belong to the verdict, not to the numbers."""
-    kept = {key: config[key] for key in IDENTITY}
+    kept = {key: config[key] for key in IDENTITY if key not in UNNAMED or config[key] != UNNAMED[key]}
     kept["dataset"] = {k: v for k, v in config["dataset"].items() if k not in DATASET_PROTOCOL}
     return kept
 

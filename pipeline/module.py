@@ -17,6 +17,7 @@ from pipeline.objectives import Objectives, Replica
 from pipeline.randomness import derive_seed
 from pipeline.stack import Stack
 from pipeline.trajectory import sketch, snapshot_steps
+from pipeline.variation import EVERYTHING, Variation
 from pipeline.yardsticks import Yardsticks
 
 EVALUATION_BATCH = 500
@@ -34,6 +35,7 @@ class Recipe:
     clip_norm: float | None = None
     autocast: bool = False
     inner_steps: int = 11
+    variation: Variation = EVERYTHING
 
     def steps_per_epoch(self, num_examples: int) -> int:
         """Batches in an epoch; the last one may be short."""
@@ -126,7 +128,9 @@ class SideBySide(pl.LightningModule):
         self._orders = torch.stack([train[self._order(seed)] for seed in self.objectives.seeds])
 
     def _order(self, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "order", self.current_epoch))
+        generator = torch.Generator().manual_seed(
+            derive_seed(self.recipe.variation.training(seed), "order", self.current_epoch)
+        )
         return torch.randperm(self.num_examples, generator=generator).to(self._slots.device)
 
     def training_step(self, steps: slice, batch_idx: int) -> None:

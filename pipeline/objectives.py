@@ -13,6 +13,7 @@ from pipeline.errors import UsageError, first_line
 from pipeline.formulations import FUSED_INPUTS, Formulation, LossFn, derive, probe
 from pipeline.randomness import RandomStream, derive_seed
 from pipeline.stack import Outputs
+from pipeline.variation import EVERYTHING, Variation
 
 _NOTHING = nullcontext()
 
@@ -50,6 +51,7 @@ class Objectives:
         num_classes: int,
         device: torch.device,
         dtype: torch.dtype,
+        variation: Variation = EVERYTHING,
     ) -> None:
         self.seeds = list(dict.fromkeys(replica.seed for replica in replicas))
         self.slots = [self.seeds.index(replica.seed) for replica in replicas]
@@ -57,7 +59,7 @@ class Objectives:
         self.calls = 0
         self.arms: list[_Arm] = []
         for formulation in formulations:
-            seeds = [replica.seed for replica in replicas if replica.arm == formulation.name]
+            seeds = [variation.training(replica.seed) for replica in replicas if replica.arm == formulation.name]
             draws = probe(formulation, num_classes, device, dtype).draws_random_numbers
             streams = [RandomStream(derive_seed(seed, "loss"), device) for seed in seeds] if draws else None
             self.arms.append(_Arm(formulation, [formulation.instance(device, dtype) for _ in seeds], streams))

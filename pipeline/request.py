@@ -17,6 +17,7 @@ from pipeline.cells import read_yaml, write_whole, yaml_bytes
 from pipeline.errors import UsageError
 from pipeline.outcomes import Facts, Request
 from pipeline.setting import Setting
+from pipeline.variation import SCOPE
 
 
 def request_of(config: Mapping[str, Any]) -> Request:
@@ -46,7 +47,7 @@ def facts_of(setting: Setting, request: Request, command: str) -> Facts:
         num_classes=setting.data.num_classes,
         label_entropy=-torch.xlogy(frequencies, frequencies).sum().item(),
         scope=(
-            f"{_spans(request.seeds)}, {steps} steps of "
+            f"{_spans(request.seeds)}{SCOPE[setting.recipe.variation.vary]}, {steps} steps of "
             f"{conf.short_name(setting.config['optimizer']['_target_'])} in {setting.config['precision']}, "
             f"{setting.data.name}, {setting.builder.name}, on {setting.environment['device']}"
         ),

@@ -26,6 +26,7 @@ from pipeline.module import Recipe
 from pipeline.objectives import Replica
 from pipeline.stack import Stack, build_stack, choose_engine, convolves, find_head, pads, tile_size
 from pipeline.targets import locate
+from pipeline.variation import Variation
 
 ENGINE_VERSION = 1  # raised whenever the bits of a cell change
 
@@ -94,8 +95,10 @@ class Setting:
         seeds = [replica.seed for replica in replicas]
         if self.engine == "fold" and pads(self.device):
             seeds += [seeds[-1]] * (self.tile - len(seeds))
-        modules = [self.builder(seed).to(self.device, self.dtype) for seed in seeds]
-        return build_stack(self.engine, modules, seeds, self.head).train()
+        vary = self.recipe.variation
+        fresh = (self.builder(vary.initial(seed)).to(self.device, self.dtype) for seed in seeds)
+        modules = [vary.touch(module, seed) for module, seed in zip(fresh, seeds, strict=True)]
+        return build_stack(self.engine, modules, [vary.training(seed) for seed in seeds], self.head).train()
 
 
 def prepare(config: Mapping[str, Any]) -> Setting:
@@ -277,6 +280,7 @@ def _recipe(config: Mapping[str, Any]) -> Recipe:
         clip_norm=config["clip_norm"],
         autocast=config["precision"] == "bf16_mixed",
         inner_steps=config["trainer"]["inner_steps"],
+        variation=Variation(config["vary"]),
     )
 
 

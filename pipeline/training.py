@@ -50,7 +50,9 @@ def train_tile(
     """Train these replicas as one stack and write their cells."""
     started = time.time()
     present = [f for f in setting.formulations if any(replica.arm == f.name for replica in replicas)]
-    objectives = Objectives(present, replicas, setting.data.num_classes, setting.device, setting.dtype)
+    objectives = Objectives(
+        present, replicas, setting.data.num_classes, setting.device, setting.dtype, setting.recipe.variation
+    )
     module = SideBySide(
         setting.stack(replicas),
         objectives,

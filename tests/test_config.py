@@ -64,7 +64,7 @@ def test_a_loss_file_declares_one_loss_under_its_own_name(loss: str) -> None:
 
 def test_the_keys_are_those_that_users_write() -> None:
     assert list(conf.TrainConf.__dataclass_fields__) == [
-        "loss", "model", "dataset", "optimizer", "trainer", "tracking", "seed", "reference", "epochs",
+        "loss", "model", "dataset", "optimizer", "trainer", "tracking", "seed", "vary", "reference", "epochs",
         "batch_size", "precision", "schedule", "warmup_steps", "clip_norm", "about", "expect", "alpha",
         "looks", "until", "max_seeds", "audit", "controls", "rank_test",
     ]  # fmt: skip
@@ -334,3 +334,11 @@ def test_a_trial_is_named_by_its_configuration_alone(composed: DictConfig) -> No
     assert conf.trial_name({**config, "seed": [5], "loss": {}, "expect": "same"}) == name
     assert conf.trial_name({**config, "dataset": {**config["dataset"], "margins": {"nll": 9.0}}}) == name
     assert conf.trial_name({**config, "epochs": 31}) != name
+
+
+def test_what_varies_by_default_is_in_no_name_and_all_else_is(composed: DictConfig) -> None:
+    config = conf.plain(composed)
+    assert config["vary"] == "all"
+    assert "vary" not in conf.identity(config)
+    names = [conf.trial_name({**config, "vary": vary.value}) for vary in conf.Vary]
+    assert len(set(names)) == len(names)
