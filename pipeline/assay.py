@@ -23,22 +23,24 @@ PLACEBOS = tuple(name for names in BY_PRECISION.values() for name in names)
 
 
 def control_findings(cells: Cells, request: Request, facts: Facts, look: Look) -> dict[str, Any]:
-    """`controls` of verdict.json: replay, each placebo's outcome, the dose's, and whether both are as they should be.
+    """Replay, each placebo's outcome, the dose's, the findings behind them, and whether both are as they should be.
 
     A placebo has to come out equivalent (or identical) and a dosed control different: then the study can tell.
     """
-    words = {
-        name: outcome_of(name, cells, request, facts, look).word
+    findings = {
+        name: outcome_of(name, cells, request, facts, look)
         for name in request.controls
         if name in (*PLACEBOS, DOSE) and any(Replica(name, seed) in cells for seed in request.seeds)
     }
+    words = {name: finding.word for name, finding in findings.items()}
     placebos = [word for name, word in words.items() if name != DOSE]
     sensitivity = None
     if placebos or DOSE in words:
         same = bool(placebos) and all(word in ("equivalent", "identical") for word in placebos)
         noticed = None if DOSE not in words else words[DOSE] == "different"
         sensitivity = {"placebo_equivalent": same, "dose_different": noticed, "holds": same and noticed is True}
-    return {"replay": _replay(cells, request), "outcomes": words, "assay_sensitivity": sensitivity}
+    replay = _replay(cells, request)
+    return {"replay": replay, "outcomes": words, "findings": findings, "assay_sensitivity": sensitivity}
 
 
 def controls_in_words(controls: Mapping[str, Any]) -> str:

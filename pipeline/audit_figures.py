@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.cells import write_whole
-from pipeline.drawing import COLOURS, INK, MINUS, MUTED, PAPER, canvas, described, row_names, short
+from pipeline.drawing import COLOURS, INK, MUTED, PAPER, Picture, canvas, described, row_names, short
+from pipeline.prose import MINUS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,21 +55,21 @@ class _Loss:
         return "no gradient" if self.measured else "not measured"
 
 
-FIGURES = ("audit_strip.svg", "p_minus_y.svg")
-"""What an audit draws; a report that is drawn into the same folder leaves these alone."""
-
-
 def write_audit_figures(folder: Path, audit: Mapping[str, Any]) -> list[Path]:
     """Write `figures/audit_strip.svg` and `figures/p_minus_y.svg` from the content of audit.json."""
-    losses = [_read(name, found) for name, found in audit["losses"].items()]
-    if not losses:
-        return []
-    pictures = {"audit_strip": _strip(losses, audit["reference"]), "p_minus_y": _multiples(losses, audit)}
     figures = folder / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    for name, svg in pictures.items():
-        write_whole(figures / f"{name}.svg", svg.encode())
-    return [figures / f"{name}.svg" for name in pictures]
+    drawn = {figures / f"{picture.name}.svg": picture.svg for picture in audit_pictures(audit)}
+    if drawn:
+        figures.mkdir(parents=True, exist_ok=True)
+    for path, svg in drawn.items():
+        write_whole(path, svg.encode())
+    return list(drawn)
+
+
+def audit_pictures(audit: Mapping[str, Any]) -> list[Picture]:
+    """The strip and p - y; nothing where nothing was audited. Their captions stand in the pictures themselves."""
+    losses = [_read(name, found) for name, found in audit["losses"].items()]
+    return [_strip(losses, audit["reference"]), _multiples(losses, audit)] if losses else []
 
 
 def _read(name: str, found: Mapping[str, Any]) -> _Loss:
@@ -95,7 +96,7 @@ def _number(value: float | None) -> float:
 # ---------------------------------------------------------------- the strip
 
 
-def _strip(losses: Sequence[_Loss], reference: str) -> str:
+def _strip(losses: Sequence[_Loss], reference: str) -> Picture:
     """A row for each loss: r in float32 and in float64 on one axis of decades, joined by a line."""
     with canvas("audit_strip", 1.5 + 0.25 * len(losses)) as drawing:
         axes = drawing.axes
@@ -114,7 +115,8 @@ def _strip(losses: Sequence[_Loss], reference: str) -> str:
         _caption(axes, lines)
     spoken = "; ".join(f"{loss.name}: {loss.words}, {_spoken(loss)}" for loss in losses)
     alt = f"Relative distance of gradients, float32 and float64, logarithmic. {' '.join(lines)} {spoken}."
-    return described(drawing.svg, alt)
+    title = f"How far gradients are from those of {reference}"
+    return Picture("audit_strip", title, alt, (), described(drawing.svg, alt))
 
 
 def _decades(axes: Axes, distances: Sequence[float]) -> float:
@@ -183,7 +185,7 @@ def _caption(axes: Axes, lines: Sequence[str]) -> None:
 # ---------------------------------------------------------------- p - y
 
 
-def _multiples(losses: Sequence[_Loss], audit: Audit) -> str:
+def _multiples(losses: Sequence[_Loss], audit: Audit) -> Picture:
     """A panel for each loss: bars of its gradient in the logits, the reference's as an outline on top."""
     columns = min(COLUMNS, len(losses))
     rows = -(-len(losses) // columns)
@@ -199,7 +201,8 @@ def _multiples(losses: Sequence[_Loss], audit: Audit) -> str:
         _caption(drawing.axes, lines)
     spoken = "; ".join(f"{loss.name}: {_listed(loss)}" for loss in losses)
     alt = f"p {MINUS} y: the gradient of each loss at one example. {' '.join(lines)} {spoken}."
-    return described(drawing.svg, alt)
+    title = f"p {MINUS} y: the gradient at one example"
+    return Picture("p_minus_y", title, alt, (), described(drawing.svg, alt))
 
 
 def _example(audit: Audit) -> list[str]:

@@ -7,7 +7,7 @@ import io
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import isotonic_regression
 
+from pipeline.prose import MINUS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -25,12 +27,22 @@ INK, PAPER, MUTED = "#1b1f25", "#fffffe", "#808890"
 COLOURS = ("#2f75c8", "#c8641b", "#2c9467", "#c8415a", "#8865bd", "#92702d", "#c65a97", "#2f93a3")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 3)))
 MARKERS = "os^DvP<X>hp*"
-MINUS = "\N{MINUS SIGN}"
 WIDTH = 5.0  # inches: text stays readable where a picture is shown 340 pixels wide
 MOST_POINTS = 150  # of one curve
 LONGEST_NAME = 24  # characters
 
 Centre = Literal["mean", "median"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report; `name` is the stem of its file."""
+
+    name: str
+    title: str
+    alt: str
+    caption: Sequence[str]
+    svg: str
 
 
 @dataclass
@@ -209,6 +221,24 @@ def distance_scale(axes: Axes, values: pd.Series[float]) -> float:
     return floor
 
 
+def ribbon(axes: Axes, placebos: pd.DataFrame) -> None:
+    """What rounding alone does, from (loss, seed, step, value): a hatched band from lowest to highest."""
+    known = placebos[np.isfinite(placebos["value"]) & (placebos["value"] > 0)]
+    if known.empty:
+        return
+    span = known.groupby("step")["value"].agg(["min", "max"])
+    hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": MUTED, "hatch": "////", "linewidth": 0, "alpha": 0.8}
+    axes.fill_between(span.index, span["min"], span["max"], zorder=0.6, **hatched)
+
+
+def ceiling(axes: Axes, between_seeds: pd.DataFrame) -> None:
+    """How far two seeds of the reference are apart, from (step, value): a dotted line at the median."""
+    known = between_seeds[np.isfinite(between_seeds["value"]) & (between_seeds["value"] > 0)]
+    if len(known):
+        middle = known.groupby("step")["value"].median()
+        axes.plot(middle.index, middle, color=INK, linewidth=1.2, linestyle=(0, (1, 2)), label="another seed")
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of a forest: differences [S], NaN where a run failed, and an interval, [2] or empty."""
@@ -217,12 +247,14 @@ class Row:
     values: npt.NDArray[np.float64]
     interval: npt.NDArray[np.float64]
     note: str
+    control: bool = False
 
 
 def forest(axes: Axes, rows: Sequence[Row], margin: bool) -> None:
     """Rows from the top down; with a margin, it is the unit, and far outside it the axis is logarithmic."""
     for height, row in enumerate(rows):
         _forest_row(axes, height, row)
+    _divide(axes, [row.control for row in rows])
     drawn = np.concatenate([[0.0], *(part for row in rows for part in (row.values, row.interval))])
     drawn = drawn[np.isfinite(drawn)]
     low, high = 1.15 * drawn.min(), 1.15 * drawn.max()
@@ -247,12 +279,35 @@ def _forest_row(axes: Axes, height: int, row: Row) -> None:
     """Dots above the interval; pairs that are exactly equal share one open diamond on 0."""
     moved = np.isfinite(row.values) & (row.values != 0)
     heights = height + np.linspace(-0.3, 0.12, len(row.values))
-    dot: dict[str, Any] = {"color": COLOURS[0], "markersize": 3, "alpha": 0.7, "markeredgewidth": 0}
+    colour = MUTED if row.control else COLOURS[0]
+    dot: dict[str, Any] = {"color": colour, "markersize": 3, "alpha": 0.7, "markeredgewidth": 0}
     axes.plot(row.values[moved], heights[moved], "o", **dot)
     if len(row.interval) == 2 and row.interval[0] < row.interval[1]:
         axes.plot(row.interval, [height + 0.28] * 2, "|-", color=INK, linewidth=2, markersize=5)
     if (row.values == 0).any():
         axes.plot(0, height, "D", color=INK, markersize=6.5, markerfacecolor=PAPER, markeredgewidth=1.3)
+
+
+def _divide(axes: Axes, controls: Sequence[bool]) -> None:
+    """A line between what was asked about and the controls below it."""
+    first = list(controls).index(True) if True in controls else 0
+    if first:
+        axes.axhline(first - 0.5, color=MUTED, linewidth=0.8)
+
+
+def reaches(axes: Axes, reached: Mapping[str, float], margin: float, controls: Sequence[bool]) -> None:
+    """A row for each loss: the smallest margin that would have sufficed, on decades, and the one that was declared."""
+    for height, (value, control) in enumerate(zip(reached.values(), controls, strict=True)):
+        colour = MUTED if control else COLOURS[0]
+        face = colour if value < margin else PAPER
+        axes.plot(value, height, "o", markersize=6, markerfacecolor=face, markeredgecolor=colour)
+    _divide(axes, controls)
+    axes.axvline(margin, color=INK, linewidth=1, linestyle="--")
+    values = [*reached.values(), margin]
+    axes.set(xscale="log", xlim=(min(values) / 2, max(values) * 2), xlabel="smallest margin that the test passes")
+    decades(axes.xaxis, [1] if max(values) > 50 * min(values) else [1, 2, 5])
+    row_names(axes, list(reached), [f"{value:.2g}" for value in reached.values()])
+    axes.grid(True, axis="x")
 
 
 def row_names(axes: Axes, names: Sequence[str], notes: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +11,47 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pipeline.audit_figures import FIGURES as AUDIT_FIGURES
-from pipeline.drawing import Row, Seen, bands, canvas, decades, described, distance_scale, forest, label_ends
-from pipeline.page import YARDSTICKS, estimates, listed, losses_in_order, page
+from pipeline.answers import controls_of, smallest_margin
+from pipeline.assay import PLACEBOS
+from pipeline.audit_figures import audit_pictures
+from pipeline.drawing import (
+    Picture,
+    Row,
+    Seen,
+    bands,
+    canvas,
+    ceiling,
+    decades,
+    described,
+    distance_scale,
+    forest,
+    label_ends,
+    reaches,
+    ribbon,
+)
+from pipeline.page import YARDSTICKS, Findings, estimates, losses_in_order, page
+from pipeline.prose import listed, prose
 
 Verdict = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the report; `name` is the stem of its file."""
-
-    name: str
-    title: str
-    alt: str
-    caption: Sequence[str]
-    svg: str
-
-
-def write_report(
-    folder: Path, verdict: Verdict, history: pd.DataFrame, differences: pd.DataFrame, command: str
-) -> Path:
-    """Write `figures/*.svg` and `report.html`, each renamed into place whole; returns the page's path.
-
-    `verdict` is the content of verdict.json. `history` has the columns loss, seed, metric, step, value.
-    `differences` has loss, metric, seed, difference: candidate minus reference (for NLL the log of their
-    ratio), NaN where either run failed.
-    """
+def write_report(folder: Path, found: Findings) -> Path:
+    """Write `figures/*.svg` and `report.html`, each renamed into place whole; returns the page's path."""
     chapters = {
-        "differences": paired_differences(verdict, differences),
-        "curves": loss_curves(verdict, history),
-        "distances": parameter_distances(verdict, history),
+        "losses": audit_pictures(found.audit) if found.audit else [],
+        "differences": paired_differences(found),
+        "margins": smallest_margins(found),
+        "distances": weight_distances(found),
+        "curves": loss_curves(found.verdict, found.history),
     }
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     drawn = {figures / f"{picture.name}.svg": picture.svg for group in chapters.values() for picture in group}
     for path, svg in drawn.items():
         _replace(path, svg)
-    for stale in set(figures.glob("*.svg")) - drawn.keys() - {figures / name for name in AUDIT_FIGURES}:
+    for stale in set(figures.glob("*.svg")) - drawn.keys():
         stale.unlink()
-    return _replace(folder / "report.html", page(verdict, history, chapters, command))
+    return _replace(folder / "report.html", page(found, chapters))
 
 
 def loss_curves(verdict: Verdict, history: pd.DataFrame) -> list[Picture]:
@@ -80,22 +80,26 @@ def _loss_curve(name: str, frame: pd.DataFrame, order: Sequence[str]) -> Picture
     return Picture(f"curve-{name}", title, alt, notes, described(drawing.svg, alt))
 
 
-def parameter_distances(verdict: Verdict, history: pd.DataFrame) -> list[Picture]:
-    """How far the weights are from the reference's, pair by pair; exact zero has a line of its own."""
-    reference = verdict.get("reference")
-    gaps = history[(history["metric"] == "gap/parameters") & (history["step"] > 0)]
-    gaps = gaps[gaps["loss"] != reference]
-    if gaps.empty:
+def weight_distances(found: Findings) -> list[Picture]:
+    """How far the weights are from the reference's, pair by pair, beside what rounding and another seed do."""
+    mine = found.distances[~found.distances["control"].astype(bool)]
+    placebos = found.distances[found.distances["loss"].isin(PLACEBOS)]
+    if mine.empty:
         return []
-    with canvas("distance", 3.6) as drawing:
-        floor = distance_scale(drawing.axes, gaps["value"])
-        raised = gaps.assign(value=gaps["value"].where(gaps["value"] != 0, floor))
-        seen = bands(drawing.axes, raised, losses_in_order(verdict, history), "median")
+    reference = found.verdict.get("reference")
+    with canvas("distance", 3.9) as drawing:
+        floor = distance_scale(drawing.axes, pd.concat([found.distances["value"], found.between_seeds["value"]]))
+        ceiling(drawing.axes, found.between_seeds)
+        ribbon(drawing.axes, placebos)
+        raised = mine.assign(value=mine["value"].where(mine["value"] != 0, floor))
+        seen = bands(drawing.axes, raised, losses_in_order(found.verdict, mine), "median")
         drawing.axes.set(xlabel="optimizer steps", ylabel="relative distance")
         label_ends(drawing.axes)
     notes = ["Norm of the difference over the reference's norm. Line: median; band: lowest to highest."]
+    notes += ["Hatched: the placebos, what rounding alone does."] if len(placebos) else []
+    notes += ["Dotted: the reference under one seed and under the next."] if len(found.between_seeds) else []
     notes += _words(seen)
-    equal = [str(loss) for loss, values in gaps.groupby("loss")["value"] if (values == 0).all()]
+    equal = [str(loss) for loss, values in mine.groupby("loss")["value"] if (values == 0).all()]
     if equal:
         notes.append(f"Exactly 0, equal in every bit, at every recorded step of every seed: {listed(equal)}.")
     title = f"Distance of the weights from those of {reference}"
@@ -114,33 +118,60 @@ def _words(seen: Seen) -> list[str]:
     return notes
 
 
-def paired_differences(verdict: Verdict, differences: pd.DataFrame) -> list[Picture]:
-    """One forest a metric: a dot for each pair, the interval that the test used, and the margin."""
-    if differences.empty:
+def paired_differences(found: Findings) -> list[Picture]:
+    """One forest a metric: a dot for each pair, the interval that the test used, and the margin; controls below."""
+    if found.differences.empty:
         return []
-    margins = (verdict.get("protocol") or {}).get("margins") or {}
-    return [
-        _forest(str(metric), frame, verdict, margins.get(metric))
-        for metric, frame in differences.groupby("metric", sort=False)
-    ]
+    by_metric = found.differences.groupby("metric", sort=False)
+    return [_forest(str(metric), frame, found.verdict) for metric, frame in by_metric]
 
 
-def _forest(metric: str, frame: pd.DataFrame, verdict: Verdict, margin: float | None) -> Picture:
+def _forest(metric: str, frame: pd.DataFrame, verdict: Verdict) -> Picture:
     name, title = f"difference-{metric.replace('/', '-')}", YARDSTICKS.get(metric, metric)
+    margin = _margin(verdict, metric)
     intervals = {loss: found.get("ci_tost") for loss, of, found in estimates(verdict) if of == metric}
     rows = []
-    for loss in losses_in_order(verdict, frame):
-        values = frame[frame["loss"] == loss].sort_values("seed")["difference"].to_numpy(float)
+    for loss in dict.fromkeys(map(str, frame["loss"])):
+        pairs = frame[frame["loss"] == loss].sort_values("seed")
+        values = pairs["difference"].to_numpy(float)
         interval = np.array([end for end in intervals.get(loss) or () if end is not None], float)
-        if len(values):
-            rows.append(Row(loss, values / (margin or 1), interval / (margin or 1), _tally(values)))
+        control = bool(pairs["control"].any())
+        rows.append(Row(loss, values / (margin or 1), interval / (margin or 1), _tally(values), control))
     with canvas(name, 1.05 + 0.31 * len(rows)) as drawing:
         forest(drawing.axes, rows, margin is not None)
     what = "logarithm of the ratio to the reference" if metric == "nll" else "difference to the reference"
     band = f"Shaded: the margin, ±{margin:g}." if margin else "It has no margin: equivalence is not judged by it."
     spoken = "; ".join(f"{row.name}: {row.note}" for row in rows)
     alt = f"{title}: paired differences to {verdict.get('reference')}, a row for each loss. {spoken}."
-    return Picture(name, title, alt, [f"Dot: one seed's {what}. {band}"], described(drawing.svg, alt))
+    notes = [f"Dot: one seed's {what}. {band}"]
+    notes += ["Below the line: controls that the trial added."] if any(row.control for row in rows) else []
+    return Picture(name, title, alt, notes, described(drawing.svg, alt))
+
+
+def _margin(verdict: Verdict, metric: str) -> float | None:
+    margins = (verdict.get("protocol") or {}).get("margins") or {}
+    margin: float | None = margins.get(metric)
+    return margin
+
+
+def smallest_margins(found: Findings) -> list[Picture]:
+    """For each primary metric how small the margin could have been: the farther end of the test's interval."""
+    primary = (found.verdict.get("protocol") or {}).get("primary") or ()
+    return [picture for metric in primary if (picture := _smallest(metric, found.verdict)) is not None]
+
+
+def _smallest(metric: str, verdict: Verdict) -> Picture | None:
+    margin = _margin(verdict, metric)
+    reached = {loss: end for loss, of, entry in estimates(verdict) if of == metric and (end := smallest_margin(entry))}
+    if margin is None or not reached:
+        return None
+    name, title = f"margin-{metric}", YARDSTICKS.get(metric, metric)
+    with canvas(name, 1.05 + 0.27 * len(reached)) as drawing:
+        reaches(drawing.axes, reached, margin, [loss in controls_of(verdict) for loss in reached])
+    spoken = "; ".join(f"{loss}: {prose(end)}" for loss, end in reached.items())
+    notes = [f"Left of the line, the margin of {margin:g}, a loss is shown equivalent in this metric."]
+    alt = f"{title}: the smallest margin at which the equivalence test passes. {spoken}."
+    return Picture(name, title, alt, notes, described(drawing.svg, alt))
 
 
 def _tally(values: npt.NDArray[np.float64]) -> str:

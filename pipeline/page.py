@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import pandas as pd
 from jinja2 import ChainableUndefined, Environment
 
-from pipeline.drawing import MINUS, themed
+from pipeline.answers import controls_of, ever_no, how_small
+from pipeline.drawing import themed
+from pipeline.prose import listed, prose
 
 Verdict = Mapping[str, Any]
 Run = tuple[str, int]  # loss, seed
@@ -38,8 +41,33 @@ COVERAGE = ("covered", "not_covered", "would_have_caught")  # said even where no
 ASIDES = ("assay_sensitivity", "domain", "side_effects", "seeds_needed")
 
 
-def page(verdict: Verdict, history: pd.DataFrame, chapters: Mapping[str, Sequence[Any]], command: str) -> str:
+@dataclass(frozen=True)
+class Findings:
+    """Everything that a report shows, ready made.
+
+    Attributes:
+        verdict: the content of verdict.json.
+        history: loss, seed, metric, step, value.
+        differences: loss, metric, seed, control, difference: candidate minus reference (for NLL the log of their
+            ratio), NaN where either run failed.
+        distances: loss, seed, step, control, value: of the weights from the reference's of the same seed, relative.
+        between_seeds: step, value: the same between the reference under two seeds.
+        audit: the content of audit.json, or None where the losses were not audited.
+        command: how to get it all again.
+    """
+
+    verdict: Verdict
+    history: pd.DataFrame
+    differences: pd.DataFrame
+    distances: pd.DataFrame
+    between_seeds: pd.DataFrame
+    audit: Mapping[str, Any] | None
+    command: str
+
+
+def page(found: Findings, chapters: Mapping[str, Sequence[Any]]) -> str:
     """The text of report.html; `chapters` are lists of pictures, empty where there is nothing to draw."""
+    verdict, history = found.verdict, found.history
     environment = Environment(autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(prose=prose, listed=listed, themed=themed)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
@@ -49,11 +77,13 @@ def page(verdict: Verdict, history: pd.DataFrame, chapters: Mapping[str, Sequenc
         expecting=any(comparison.get("expected") for comparison in verdict["comparisons"]),
         failures=failures(verdict, history),
         chapters=chapters,
+        noticed=how_small(verdict, found.audit),
+        refused=ever_no(verdict, found.audit),
         estimates=estimates(verdict),
         finals=final_yardsticks(verdict, history),
         coverage=coverage(verdict),
         setting=setting(verdict),
-        command=command,
+        command=found.command,
         signs=SIGNS,
         yardsticks=YARDSTICKS,
     )
@@ -129,11 +159,12 @@ def _summary(values: pd.Series[float]) -> str:
 
 
 def estimates(verdict: Verdict) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Every (loss, metric, finding) of the verdict."""
+    """Every (loss, metric, finding) of the verdict, the controls' last."""
+    by_arm = {comparison["loss"]: comparison.get("metrics") for comparison in verdict["comparisons"]}
     return [
-        (comparison["loss"], metric, found)
-        for comparison in verdict["comparisons"]
-        for metric, found in (comparison.get("metrics") or {}).items()
+        (arm, metric, found)
+        for arm, metrics in {**by_arm, **controls_of(verdict)}.items()
+        for metric, found in (metrics or {}).items()
         if found
     ]
 
@@ -157,25 +188,7 @@ def setting(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def prose(value: Any) -> str:
-    """A JSON value as a reader would write it; a dash for null."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}".replace("-", MINUS)
-    if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {prose(item)}" for key, item in value.items()) or "—"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return (", " if all(isinstance(item, int) for item in value) else "; ").join(map(prose, value)) or "none"
-    return str(value) if value is not None and value != "" else "—"
-
-
 def losses_in_order(verdict: Verdict, frame: pd.DataFrame) -> list[str]:
     """Losses as the report names them: the reference, the candidates, then whatever else was trained."""
     named = [verdict.get("reference"), *(comparison["loss"] for comparison in verdict["comparisons"])]
     return list(dict.fromkeys([name for name in named if name] + sorted(map(str, frame["loss"].unique()))))
-
-
-def listed(names: Sequence[str]) -> str:
-    """`a, b and c`."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

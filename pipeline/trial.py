@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from pipeline import config as conf
 from pipeline.cells import Cell, TrialFolder, write_json
 from pipeline.controls import BY_PRECISION, DOSE, REPLAY, ranked_arms
-from pipeline.equivalence import paired_differences
 from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
 from pipeline.looks import look_at
 from pipeline.looks import record as record_look
 from pipeline.objective_axis import ask_at_weights, ask_audit, read_audit
 from pipeline.objectives import Replica
-from pipeline.outcomes import Facts, Request, own_controls, status_of, wanted, wanted_controls
-from pipeline.pairs import YARDSTICKS
+from pipeline.outcomes import Facts, Request, own_controls, wanted, wanted_controls
 from pipeline.progress import Progress
 from pipeline.request import check_resolution, facts_of, request_of, write_request
-from pipeline.runs import cell_run, gaps, report_run
+from pipeline.runs import cell_run, report_run
 from pipeline.setting import Setting, prepare
+from pipeline.tables import between_seeds, differences, distances, trial_history
 from pipeline.terminal import announce, closing, console, show_verdict
 from pipeline.tracking import Tracker
 from pipeline.training import tiles, train_tile
@@ -153,20 +149,30 @@ def conclude(
 ) -> tuple[ExitCode, dict[str, Any]]:
     """Verdict, report and checkpoints from the cells alone; prints the table, returns exit code and verdict."""
     from pipeline.figures import write_report
+    from pipeline.page import Findings
 
     cells = _read(folder, wanted(request))
     if not cells:
         raise UsageError(f"{folder.path} holds no finished run; train first")
     look = look_at(folder.path, request.seeds, request.question, request.alpha, request.looks)
     known = cells | own_controls(_read(folder, wanted_controls(request)), cells, request)
-    verdict = decide(known, request, facts, _header(folder, cells), read_audit(folder.path), look)
+    audit = read_audit(folder.path)
+    verdict = decide(known, request, facts, _header(folder, cells), audit, look)
     words = {entry["loss"]: entry["outcome"] for entry in verdict["comparisons"]}
     record_look(folder.path, look, request.seeds, request.question, words)
-    history = trial_history(cells, request)
+    found = Findings(
+        verdict=verdict,
+        history=trial_history(cells, request),
+        differences=differences(known, request, facts),
+        distances=distances(known, request),
+        between_seeds=between_seeds(cells, request),
+        audit=audit,
+        command=facts.command,
+    )
     write_json(folder.path / "verdict.json", verdict)
-    folder.write_history(history)
+    folder.write_history(found.history)
     folder.export_checkpoints(list(cells.values()))
-    write_report(folder.path, verdict, history, differences(cells, request, facts), facts.command)
+    write_report(folder.path, found)
     show_verdict(verdict)
     link = None
     if tracker:
@@ -188,29 +194,3 @@ def _header(folder: TrialFolder, cells: Cells) -> dict[str, Any]:
         "precision": made["precision"],
         "environment": {**record.environment, **engine},
     }
-
-
-def trial_history(cells: Cells, request: Request) -> pd.DataFrame:
-    """All measurements of all cells: loss, seed, metric, step, value."""
-    frames = []
-    for replica, cell in cells.items():
-        reference = cells.get(Replica(request.reference, replica.seed))
-        distances = [gaps(cell, reference)] if reference and replica.arm != request.reference else []
-        frames.append(pd.concat([cell.history, *distances]).assign(loss=replica.arm, seed=replica.seed))
-    return pd.concat(frames, ignore_index=True)
-
-
-def differences(cells: Cells, request: Request, facts: Facts) -> pd.DataFrame:
-    """Paired differences of the final yardsticks: loss, metric, seed, difference (NaN where a run failed)."""
-    rows = []
-    for name in request.candidates:
-        for seed in request.seeds:
-            mine, theirs = cells.get(Replica(name, seed)), cells.get(Replica(request.reference, seed))
-            if mine is None or theirs is None:
-                continue
-            ok = status_of(mine, theirs, facts) == status_of(theirs, None, facts) == "ok"
-            for metric, yardstick in YARDSTICKS.items():
-                pair = (mine.yardsticks[f"test/{metric}"], theirs.yardsticks[f"test/{metric}"])
-                difference = float(paired_differences(*pair, yardstick.scale)) if ok else math.nan
-                rows.append((name, metric, seed, difference))
-    return pd.DataFrame(rows, columns=["loss", "metric", "seed", "difference"])

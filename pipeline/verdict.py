@@ -111,7 +111,12 @@ def comparison(
         "domain": entry["domain"],
         "side_effects": entry["side_effects"],
         "outcome": finding.word,
-        "envelope": {"word": trajectory.word, "excess": strict(trajectory.excess), "reason": trajectory.reason},
+        "envelope": {
+            "word": trajectory.word,
+            "excess": strict(trajectory.excess),
+            "reason": trajectory.reason,
+            "smallest": trajectory.smallest,
+        },
         "rank_test": None if ranks is None else {"p": ranks.p, "mean_rank": dict(ranks.mean_rank)},
         "seeds_needed": finding.seeds_needed if finding.word == "inconclusive" else None,
         "verdict": verdict,
@@ -123,7 +128,7 @@ def comparison(
         "covered": [facts.scope, *entry["covered"]],
         "not_covered": ["other data, splits, hyperparameters and devices", *entry["not_covered"]],
         "failures": _failures(candidate, cells, request, facts),
-        "metrics": {name: _metric(metric) for name, metric in finding.metrics.items()},
+        "metrics": metric_entries(finding),
     }
 
 
@@ -252,6 +257,11 @@ def _failures(candidate: str, cells: Cells, request: Request, facts: Facts) -> l
     return failures
 
 
+def metric_entries(finding: OutcomeFinding) -> dict[str, dict[str, Any]]:
+    """What is said of each metric."""
+    return {name: _metric(metric) for name, metric in finding.metrics.items()}
+
+
 def _metric(finding: Any) -> dict[str, Any]:
     """A metric's entry; null for what was not computed."""
     names = (
@@ -343,6 +353,7 @@ def decide(
         "level": look.level, "margins": dict(request.margins) or None, "primary": list(request.primary),
     }  # fmt: skip
     controls = control_findings(cells, request, facts, look)
+    tested = {name: metric_entries(finding) for name, finding in controls.pop("findings").items()}
     entries = {name: audited_entry(name, audit, cells, request) or UNAUDITED for name in request.candidates}
     comparisons = [
         comparison(name, found[name], entry, controls, cells, request, facts) for name, entry in entries.items()
@@ -354,7 +365,7 @@ def decide(
         "reference": request.reference,
         "seeds": list(request.seeds),
         "protocol": protocol,
-        "controls": controls,
+        "controls": controls | {"metrics": tested},
         "reference_failures": _failures(request.reference, cells, request, facts),
         "comparisons": comparisons,
     }

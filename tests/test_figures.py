@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pipeline.answers import ever_no, how_small
 from pipeline.figures import write_report
-from pipeline.page import headline, page, prose
+from pipeline.page import Findings, headline, page
+from pipeline.prose import prose
 
 MARGINS = {"nll": 0.02, "accuracy": 0.01, "brier": 0.005}
 NLL_ALONE = {"nll": 0.02}
@@ -26,7 +29,7 @@ STEPS = (10, 20, 30)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole report: one loss that equals the reference in every bit, one that does not."""
     folder = tmp_path_factory.mktemp("report")
-    write_report(folder, *findings(["nll", "brier"], margins=MARGINS), COMMAND)
+    write_report(folder, found(*findings(["nll", "brier"], margins=MARGINS)))
     return folder
 
 
@@ -52,7 +55,7 @@ def test_page_is_self_contained(whole: Page) -> None:
 
 def test_tags_are_balanced_and_ids_unique_across_pictures(whole: Page) -> None:
     ids = Counter(attributes["id"] for _, attributes in whole.tags if "id" in attributes)
-    assert whole.counts["svg"] == 6  # three forests, two learning curves, the distances
+    assert whole.counts["svg"] == 7  # three forests, a smallest margin, the distances, two learning curves
     assert whole.open == []
     assert [name for name, count in ids.items() if count > 1] == []
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', whole.text)) <= ids.keys()
@@ -63,7 +66,7 @@ def test_every_picture_is_a_file_and_has_a_text_for_those_who_cannot_see_it(whol
     files = sorted(path.stem for path in (folder / "figures").iterdir())
     forests = ["difference-accuracy", "difference-brier", "difference-nll"]
     assert all(picture["role"] == "img" and len(picture["aria-label"]) > 40 for picture in pictures)
-    assert files == ["curve-accuracy", "curve-nll", *forests, "distance"]
+    assert files == ["curve-accuracy", "curve-nll", *forests, "distance", "margin-nll"]
 
 
 def test_the_same_findings_give_the_same_bytes(whole: Page, tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_a_second_report_replaces_the_first_whole(tmp_path: Path) -> None:
     report(tmp_path, *findings(["nll"]))
     report(tmp_path, *findings([]))
     names = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    assert names == ["curve-nll.svg", "report.html"]
+    assert names == ["curve-nll.svg", "report.html"]  # nothing of the comparisons is left
 
 
 def test_text_is_escaped_wherever_a_name_appears(tmp_path: Path) -> None:
@@ -149,7 +152,9 @@ def test_a_loss_that_is_never_finite_is_named_though_it_has_no_line(tmp_path: Pa
     verdict, history, differences = findings(["kl_literal"])
     history.loc[history["loss"] == "kl_literal", "value"] = np.nan
     differences["difference"] = np.nan
-    seen = report(tmp_path, verdict, history, differences)
+    made = found(verdict, history, differences)
+    made.distances["value"] = np.nan
+    seen = Page(write_report(tmp_path, made).read_text(encoding="utf-8"))
     assert seen.words.count("Not drawn, never finite: kl_literal.") >= 2
     assert "3 failed" in seen.words
 
@@ -222,12 +227,119 @@ def test_fifteen_losses_and_thirty_seeds_stay_under_three_megabytes(tmp_path: Pa
     losses = [f"loss_{i}" for i in range(14)]
     seen = report(tmp_path, *findings(losses, seeds=30, steps=range(10, 2010, 10), margins=MARGINS))
     assert len(seen.text.encode()) < 3_000_000
-    assert seen.counts["svg"] == 6
+    assert seen.counts["svg"] == 7
+
+
+# ---------------------------------------------------------------- controls
+
+
+def with_controls(dose: str = "different") -> Findings:
+    """One loss, a placebo that is nearly equal, and a dose at two margins."""
+    verdict, history, differences = findings(["brier"])
+    added = [(name, "nll", seed, True, size * 0.02) for name, size in CONTROLS.items() for seed in range(3)]
+    distances = [(name, seed, step, True, 1e-8 * step) for name in CONTROLS for seed in range(3) for step in (1, 3, 10)]
+    metric = {"margin": 0.02, "p_tost": 0.1, "n": 3, "pair_correlation": None}
+    verdict["controls"] = {
+        "replay": {"seed": 0, "bitwise": True},
+        "outcomes": {"placebo_float64": "equivalent", "dose": dose},
+        "metrics": {
+            name: {"nll": metric | {"mean_difference": size * 0.02, "ci_tost": [0.0, size * 0.02]}}
+            for name, size in CONTROLS.items()
+        },
+    }
+    whole = found(verdict, history, differences)
+    return replace(
+        whole,
+        differences=pd.concat([differences, pd.DataFrame(added, columns=differences.columns)]),
+        distances=pd.concat([whole.distances, pd.DataFrame(distances, columns=whole.distances.columns)]),
+    )
+
+
+CONTROLS = {"placebo_float64": 0.01, "dose": 2.0}
+AUDIT = {
+    "reference": "ce",
+    "losses": {
+        "brier": {
+            "objective": "different",
+            "would_have_caught": {
+                "label smoothing": {"float32": 3e-6, "float64": 1e-14, "float32 inside float64": 1e-7},
+                "epsilon in the log": {"float32": None, "float64": None},
+            },
+        }
+    },
+}
+
+
+def test_controls_stand_below_the_losses_on_the_same_axes(tmp_path: Path) -> None:
+    seen = Page(write_report(tmp_path, with_controls()).read_text(encoding="utf-8"))
+    assert "Below the line: controls that the trial added." in seen.words
+    assert "Hatched: the placebos" in seen.words
+    forest = (tmp_path / "figures" / "difference-nll.svg").read_text()
+    margins = (tmp_path / "figures" / "margin-nll.svg").read_text()
+    for picture in (forest, margins):
+        places = [picture.index(f">{name}<") for name in ("brier", "placebo_float64", "dose")]
+        assert places == sorted(places)
+    assert "placebo_float64: 0.0002; dose: 0.04" in seen.text
+
+
+def test_the_losses_gradients_are_drawn_where_they_were_audited(tmp_path: Path) -> None:
+    path = write_report(tmp_path, replace(with_controls(), audit=AUDIT))
+    assert {"audit_strip.svg", "p_minus_y.svg"} <= {file.name for file in (tmp_path / "figures").iterdir()}
+    assert "The losses themselves" in path.read_text(encoding="utf-8")
+    write_report(tmp_path, with_controls())
+    assert not (tmp_path / "figures" / "audit_strip.svg").exists()
+
+
+# ---------------------------------------------------------------- what a sceptic asks first
+
+
+def test_how_small_is_answered_for_losses_first_steps_and_outcome() -> None:
+    made = with_controls()
+    made.verdict["comparisons"][0]["envelope"] = {"smallest": 1e-5}
+    losses, steps, outcome = how_small(made.verdict, AUDIT)
+    assert losses == "In the losses themselves: label smoothing by 3e-06 in float32 and 1e-14 in float64."
+    assert "label smoothing 1e-05" in steps
+    assert outcome.startswith("In the outcome: nll 0.0002 where 0.02 was asked.")
+
+
+def test_how_small_without_controls_is_each_loss_s_own() -> None:
+    verdict, *_ = findings(["brier", "nll"])
+    unknown, equal, brier = how_small(verdict, None)
+    assert "not audited" in unknown
+    assert equal == "In the trained models: one bit of any weight in any pair (nll)."
+    assert brier.startswith("In the outcome of brier: nll 0.")
+
+
+@pytest.mark.parametrize(
+    ("dose", "answer"),
+    [("different", "Yes, in training"), ("inconclusive", "Not in training"), ("equivalent", "Not in")],
+)
+def test_whether_it_ever_said_no_is_what_became_of_the_dose(dose: str, answer: str) -> None:
+    said = ever_no(with_controls(dose).verdict, AUDIT)
+    assert said[0].startswith(answer)
+    assert "moves nll by 2 margins" in said[0]
+    assert "were called equivalent" in said[1]
+    assert "Yes, of what was asked about: brier." in said
+    assert "faults of 1 of 2 kinds were planted and caught" in said[3]
+    assert said[-1] == "The reference, trained once more in another place, got the same bits."
+
+
+def test_where_nothing_was_planted_and_nothing_found_that_is_the_answer() -> None:
+    verdict, *_ = findings(["nll"])
+    assert ever_no(verdict, None)[0].startswith("Not in this trial: nothing different was planted")
+    verdict["controls"] = {"replay": {"seed": 0, "bitwise": False}}
+    assert "not deterministic" in ever_no(verdict, None)[-1]
+
+
+def test_both_questions_stand_before_the_verdict(whole: Page) -> None:
+    order = ["How small a difference would this have noticed?", "Did it ever say no?", "Verdict"]
+    places = [whole.words.index(heading) for heading in order]
+    assert places == sorted(places)
 
 
 # ---------------------------------------------------------------- findings made up
 
-Findings = tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]
+Made = tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]
 
 
 def findings(
@@ -235,11 +347,11 @@ def findings(
     seeds: int = 3,
     steps: Sequence[int] = STEPS,
     margins: Mapping[str, float] = NLL_ALONE,
-) -> Findings:
+) -> Made:
     """`nll` and `kl` equal the reference `ce` in every bit; every other loss is its own."""
     runs = [run(loss, seed, np.array(steps), margins) for loss in ["ce", *losses] for seed in range(seeds)]
     rows = [
-        (loss, metric, seed, offset(loss) * margin * (5 + seed))
+        (loss, metric, seed, False, offset(loss) * margin * (5 + seed))
         for loss in losses
         for metric, margin in margins.items()
         for seed in range(seeds)
@@ -248,10 +360,10 @@ def findings(
         **{"schema": 1, "sweep": "digits-mlp", "about": "objective", "reference": "ce", "dataset": "digits"},
         **{"model": "mlp", "optimizer": "sgd", "precision": "float32", "seeds": list(range(seeds))},
         "environment": {"torch": "2.14.1", "device": "cpu"},
-        "protocol": {"hash": "0f", "alpha": 0.05, "looks": 1, "look": 1, "margins": dict(margins)},
+        "protocol": {"hash": "0f", "alpha": 0.05, "looks": 1, "look": 1, "margins": dict(margins), "primary": ["nll"]},
         "comparisons": [comparison(loss, margins) for loss in losses],
     }
-    differences = pd.DataFrame(rows, columns=["loss", "metric", "seed", "difference"])
+    differences = pd.DataFrame(rows, columns=["loss", "metric", "seed", "control", "difference"])
     return verdict, pd.concat(runs, ignore_index=True), differences
 
 
@@ -264,7 +376,6 @@ def run(loss: str, seed: int, step: np.ndarray, metrics: Collection[str]) -> pd.
     values = {"nll": nll, "accuracy": np.exp(-nll), "brier": nll / 3}
     rows = [(f"val/{name}", t, v) for name in metrics for t, v in zip(step, values[name], strict=True)]
     rows += [(f"test/{name}", step[-1], values[name][-1]) for name in metrics]
-    rows += [("gap/parameters", t, offset(loss) * 1e-8 * t) for t in (1, 3, 10)]
     return pd.DataFrame(rows, columns=["metric", "step", "value"]).assign(loss=loss, seed=seed)
 
 
@@ -293,13 +404,33 @@ def report(
     differences: pd.DataFrame | None = None,
     command: str = COMMAND,
 ) -> Page:
-    differences = pd.DataFrame() if differences is None else differences
-    return Page(write_report(folder, verdict, history, differences, command).read_text(encoding="utf-8"))
+    path = write_report(folder, found(verdict, history, differences, command=command))
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def found(
+    verdict: dict[str, Any], history: pd.DataFrame, differences: pd.DataFrame | None = None, **more: Any
+) -> Findings:
+    """What a report is made of; weights part as each loss's `offset` says."""
+    losses = [loss for loss in history["loss"].unique() if loss != verdict["reference"]]
+    rows = [
+        (loss, seed, step, False, offset(loss) * 1e-8 * step)
+        for loss in losses
+        for seed in verdict["seeds"]
+        for step in (1, 3, 10)
+    ]
+    between = [(step, 0.5 + step / 100) for step in (1, 3, 10)]
+    tables = {
+        "differences": pd.DataFrame() if differences is None else differences,
+        "distances": pd.DataFrame(rows, columns=["loss", "seed", "step", "control", "value"]),
+        "between_seeds": pd.DataFrame(between, columns=["step", "value"]),
+    }
+    return Findings(**{"verdict": verdict, "history": history, **tables, "audit": None, "command": COMMAND, **more})
 
 
 def words_of(verdict: dict[str, Any], history: pd.DataFrame) -> str:
     """What the page says around its pictures."""
-    return Page(page(verdict, history, {}, COMMAND)).words
+    return Page(page(found(verdict, history), {})).words
 
 
 class Page(HTMLParser):

@@ -1,0 +1,140 @@
+"""What a sceptic asks first of a verdict: how small a difference would it have noticed, and did it ever say no?
+
+The answers are made of what was measured in this trial, and say where nothing was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipeline.prose import listed, prose
+
+Verdict = Mapping[str, Any]
+Audit = Mapping[str, Any] | None
+
+LADDER = ("label smoothing", "temperature 1 + d")  # two kinds of planted fault stand for the rest
+
+
+def smallest_margin(found: Mapping[str, Any]) -> float | None:
+    """The smallest margin at which the equivalence test passes: its interval has to lie inside; None without one."""
+    ends = [abs(end) for end in found.get("ci_tost") or () if end is not None]
+    return max(ends, default=None)
+
+
+def controls_of(verdict: Verdict) -> Mapping[str, Mapping[str, Any]]:
+    """The metrics of every control that was tested like a loss, by its name."""
+    return (verdict.get("controls") or {}).get("metrics") or {}
+
+
+def how_small(verdict: Verdict, audit: Audit) -> list[str]:
+    """The smallest difference that each part of the check would have noticed."""
+    return [*_in_the_losses(verdict, audit), *_in_the_first_steps(verdict), *_in_the_outcome(verdict)]
+
+
+def _in_the_losses(verdict: Verdict, audit: Audit) -> Iterator[str]:
+    if audit is None:
+        if verdict["comparisons"]:
+            yield "In the losses themselves: unknown, they were not audited."
+        return
+    known = []
+    for kind in LADDER:
+        sizes = _planted(audit).get(kind) or {}
+        caught = [f"{size:.0e} in {name}" for name, size in sizes.items() if size is not None and " " not in name]
+        known += [f"{kind} by {listed(caught)}"] if caught else []
+    if known:
+        yield f"In the losses themselves: {'; '.join(known)}."
+
+
+def _planted(audit: Audit) -> Mapping[str, Any]:
+    """Kind of planted fault -> precision -> the smallest size that the audit caught."""
+    entries = (audit or {}).get("losses", {}).values()
+    return next((sizes for entry in entries if (sizes := entry.get("would_have_caught"))), {})
+
+
+def _in_the_first_steps(verdict: Verdict) -> Iterator[str]:
+    known = [(row.get("envelope") or {}).get("smallest") for row in verdict["comparisons"]]
+    for size in {size for size in known if size is not None}:
+        yield f"In the first steps of training: label smoothing {size:.0e}, in 95 % of recorded studies like this one."
+
+
+def _in_the_outcome(verdict: Verdict) -> Iterator[str]:
+    if equal := [row["loss"] for row in verdict["comparisons"] if row.get("outcome") == "identical"]:
+        yield f"In the trained models: one bit of any weight in any pair ({listed(equal)})."
+    placebos = {name: found for name, found in controls_of(verdict).items() if name.startswith("placebo")}
+    if placebos:
+        limits = _reached(verdict, list(placebos.values()))
+        yield f"In the outcome: {limits}. So closely were the placebos shown equal, which differ by rounding alone."
+        return
+    for row in verdict["comparisons"]:
+        if row.get("outcome") != "identical" and (limits := _reached(verdict, [row.get("metrics") or {}])):
+            yield f"In the outcome of {row['loss']}: {limits}."
+
+
+def _reached(verdict: Verdict, found: Sequence[Mapping[str, Any]]) -> str:
+    """For each primary metric the smallest margin that all of these pass, beside the one that was declared."""
+    limits = []
+    for metric in (verdict.get("protocol") or {}).get("primary") or ():
+        entries = [metrics[metric] for metrics in found if metrics.get(metric)]
+        ends = [end for entry in entries if (end := smallest_margin(entry)) is not None]
+        if ends:
+            declared = entries[0].get("margin")
+            asked = f" where {prose(declared)} was asked" if declared else ""
+            limits.append(f"{metric} {prose(float(f'{max(ends):.2g}'))}{asked}")
+    return ", ".join(limits)
+
+
+def ever_no(verdict: Verdict, audit: Audit) -> list[str]:
+    """What was found different: planted faults, controls, losses. Nothing found is said too."""
+    said = [*_planted_in_training(verdict), *_losses_refused(verdict), *_planted_in_losses(audit)]
+    if not said:
+        said = [
+            "Not in this trial: nothing different was planted in it and nothing was found. "
+            "Add a loss that must differ, or controls=all."
+        ]
+    return [*said, *_replayed(verdict)]
+
+
+def _planted_in_training(verdict: Verdict) -> Iterator[str]:
+    words = (verdict.get("controls") or {}).get("outcomes") or {}
+    if (dose := words.get("dose")) is not None:
+        planted = f"the reference with its logits scaled, planted by the trial{_moved(verdict)}"
+        if dose == "different":
+            yield f"Yes, in training: {planted}, was called different."
+        else:
+            yield f"Not in training: {planted}, was called {dose}. So large a difference these seeds cannot tell."
+    placebos = [word for name, word in words.items() if name.startswith("placebo")]
+    if placebos:
+        yield f"And yes where it should: the placebos, which differ by rounding alone, were called {listed(placebos)}."
+
+
+def _moved(verdict: Verdict) -> str:
+    """By how much the dose moved the first primary metric."""
+    metric = next(iter((verdict.get("protocol") or {}).get("primary") or ()), "")
+    found = (controls_of(verdict).get("dose") or {}).get(metric) or {}
+    if found.get("mean_difference") is None or not found.get("margin"):
+        return ""
+    share = found["mean_difference"] / found["margin"]
+    return f", which moves {metric} by {prose(float(f'{share:.2g}'))} margins"
+
+
+def _losses_refused(verdict: Verdict) -> Iterator[str]:
+    if refused := [row["loss"] for row in verdict["comparisons"] if row.get("verdict") in ("different", "conflict")]:
+        yield f"Yes, of what was asked about: {listed(refused)}."
+
+
+def _planted_in_losses(audit: Audit) -> Iterator[str]:
+    sizes = _planted(audit)
+    caught = [kind for kind, found in sizes.items() if any(size is not None for size in found.values())]
+    if caught:
+        yield (
+            f"Yes, in the losses: faults of {len(caught)} of {len(sizes)} kinds were planted and caught, "
+            "down to the sizes on the left."
+        )
+
+
+def _replayed(verdict: Verdict) -> Iterator[str]:
+    replay = (verdict.get("controls") or {}).get("replay")
+    if replay is not None:
+        bits = "the same bits" if replay["bitwise"] else "other bits: this platform is not deterministic"
+        yield f"The reference, trained once more in another place, got {bits}."

@@ -1,0 +1,79 @@
+"""What a report draws, as tables, from the cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+import pandas as pd
+
+from pipeline.cells import Cell
+from pipeline.controls import RANKED, REPLAY, is_control
+from pipeline.equivalence import paired_differences
+from pipeline.objectives import Replica
+from pipeline.outcomes import Cells, Facts, Request, status_of
+from pipeline.pairs import YARDSTICKS
+from pipeline.runs import gaps
+from pipeline.trajectory import relative_distance
+
+
+def trial_history(cells: Cells, request: Request) -> pd.DataFrame:
+    """All measurements of all cells: loss, seed, metric, step, value."""
+    frames = []
+    for replica, cell in cells.items():
+        reference = cells.get(Replica(request.reference, replica.seed))
+        apart = [gaps(cell, reference)] if reference and replica.arm != request.reference else []
+        frames.append(pd.concat([cell.history, *apart]).assign(loss=replica.arm, seed=replica.seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def differences(cells: Cells, request: Request, facts: Facts) -> pd.DataFrame:
+    """Paired differences of the final yardsticks, of the controls too: loss, metric, seed, control, difference.
+
+    NaN where a run failed. A replay is under one seed and is compared bit by bit: it has no row.
+    """
+    rows = []
+    for arm, seed, mine, theirs in _pairs(cells, request):
+        ok = status_of(mine, theirs, facts) == status_of(theirs, None, facts) == "ok"
+        for metric, yardstick in YARDSTICKS.items():
+            pair = (mine.yardsticks[f"test/{metric}"], theirs.yardsticks[f"test/{metric}"])
+            difference = float(paired_differences(*pair, yardstick.scale)) if ok else math.nan
+            rows.append((arm, metric, seed, is_control(arm), difference))
+    return pd.DataFrame(rows, columns=["loss", "metric", "seed", "control", "difference"])
+
+
+def distances(cells: Cells, request: Request) -> pd.DataFrame:
+    """||theta_X - theta_A|| / ||theta_A|| of every arm X, controls too, from the reference A of the same seed.
+
+    loss, seed, step, control, value; at steps 1, 3, 10, 30, ... and the last.
+    """
+    rows = [
+        (arm, seed, step, is_control(arm), value)
+        for arm, seed, mine, theirs in _pairs(cells, request)
+        for step, value in _apart(mine, theirs)
+    ]
+    return pd.DataFrame(rows, columns=["loss", "seed", "step", "control", "value"])
+
+
+def between_seeds(cells: Cells, request: Request) -> pd.DataFrame:
+    """The same distance between the reference under one seed and under the next: step, value."""
+    references = [cells.get(Replica(request.reference, seed)) for seed in request.seeds]
+    known = [cell for cell in references if cell is not None]
+    rows = [row for one, other in pairwise(known) for row in _apart(one, other)]
+    return pd.DataFrame(rows, columns=["step", "value"])
+
+
+def _pairs(cells: Cells, request: Request) -> Iterator[tuple[str, int, Cell, Cell]]:
+    """Arm, seed, its cell and the reference's, in the order of the request."""
+    controls = (name for name in request.controls if name != REPLAY and not name.startswith(RANKED))
+    for arm in (*request.candidates, *controls):
+        for seed in request.seeds:
+            mine, theirs = cells.get(Replica(arm, seed)), cells.get(Replica(request.reference, seed))
+            if mine is not None and theirs is not None:
+                yield arm, seed, mine, theirs
+
+
+def _apart(mine: Cell, theirs: Cell) -> Iterable[tuple[int, float]]:
+    steps, sketches = mine.sketches
+    return zip(steps, relative_distance(sketches, theirs.sketches[1]).tolist(), strict=True)
