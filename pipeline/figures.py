@@ -82,7 +82,7 @@ def _loss_curve(name: str, frame: pd.DataFrame, order: Sequence[str]) -> Picture
 
 def weight_distances(found: Findings) -> list[Picture]:
     """How far the weights are from the reference's, pair by pair, beside what rounding and another seed do."""
-    mine = found.distances[~found.distances["control"].astype(bool)]
+    mine = found.distances[~found.distances["control"]]
     placebos = found.distances[found.distances["loss"].isin(PLACEBOS)]
     if mine.empty:
         return []

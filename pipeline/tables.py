@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import pandas as pd
@@ -40,7 +40,7 @@ def differences(cells: Cells, request: Request, facts: Facts) -> pd.DataFrame:
             pair = (mine.yardsticks[f"test/{metric}"], theirs.yardsticks[f"test/{metric}"])
             difference = float(paired_differences(*pair, yardstick.scale)) if ok else math.nan
             rows.append((arm, metric, seed, is_control(arm), difference))
-    return pd.DataFrame(rows, columns=["loss", "metric", "seed", "control", "difference"])
+    return _table(rows, loss="str", metric="str", seed="int64", control="bool", difference="float64")
 
 
 def distances(cells: Cells, request: Request) -> pd.DataFrame:
@@ -53,7 +53,7 @@ def distances(cells: Cells, request: Request) -> pd.DataFrame:
         for arm, seed, mine, theirs in _pairs(cells, request)
         for step, value in _apart(mine, theirs)
     ]
-    return pd.DataFrame(rows, columns=["loss", "seed", "step", "control", "value"])
+    return _table(rows, loss="str", seed="int64", step="int64", control="bool", value="float64")
 
 
 def between_seeds(cells: Cells, request: Request) -> pd.DataFrame:
@@ -61,7 +61,7 @@ def between_seeds(cells: Cells, request: Request) -> pd.DataFrame:
     references = [cells.get(Replica(request.reference, seed)) for seed in request.seeds]
     known = [cell for cell in references if cell is not None]
     rows = [row for one, other in pairwise(known) for row in _apart(one, other)]
-    return pd.DataFrame(rows, columns=["step", "value"])
+    return _table(rows, step="int64", value="float64")
 
 
 def _pairs(cells: Cells, request: Request) -> Iterator[tuple[str, int, Cell, Cell]]:
@@ -77,3 +77,8 @@ def _pairs(cells: Cells, request: Request) -> Iterator[tuple[str, int, Cell, Cel
 def _apart(mine: Cell, theirs: Cell) -> Iterable[tuple[int, float]]:
     steps, sketches = mine.sketches
     return zip(steps, relative_distance(sketches, theirs.sketches[1]).tolist(), strict=True)
+
+
+def _table(rows: Sequence[tuple[object, ...]], **columns: str) -> pd.DataFrame:
+    """Rows under names of their types, which an empty table has too."""
+    return pd.DataFrame(rows, columns=list(columns)).astype(columns)
