@@ -12,7 +12,7 @@ from pipeline import config as conf
 from pipeline.cells import Cell, TrialFolder
 from pipeline.controls import is_control
 from pipeline.objectives import Replica
-from pipeline.pairs import YARDSTICKS
+from pipeline.pairs import measured_in
 from pipeline.tracking import Run, git_state
 from pipeline.trajectory import relative_distance
 
@@ -59,6 +59,9 @@ def report_run(folder: TrialFolder, verdict: Mapping[str, Any], cells: Mapping[R
     words = {f"verdict.{entry['loss']}": entry["verdict"] for entry in verdict["comparisons"]}
     identity = {"kind": "report", "sweep": folder.path.name, "fingerprint": "report"}
     about = {"model": verdict["model"], "dataset": verdict["dataset"]}
+    names = ["verdict.json", "report.html", "history.parquet"]
+    names += ["audit.json"] if (folder.path / "audit.json").exists() else []
+    names += [f"figures/{path.name}" for path in sorted((folder.path / "figures").glob("*.svg"))]
     return Run(
         name=f"{folder.path.name}/report",
         tags=identity | about | words | git_state(conf.ROOT),
@@ -66,7 +69,7 @@ def report_run(folder: TrialFolder, verdict: Mapping[str, Any], cells: Mapping[R
         metrics=pd.DataFrame(columns=["metric", "step", "value"]),
         started=min(record.started for record in records),
         ended=max(record.ended for record in records),
-        artifacts={name: folder.path / name for name in ("verdict.json", "report.html", "history.parquet")},
+        artifacts={name: folder.path / name for name in names},
     )
 
 
@@ -80,7 +83,7 @@ def gaps(cell: Cell, reference: Cell | None) -> pd.DataFrame:
         steps, mine = cell.sketches
         distances = relative_distance(mine, reference.sketches[1]).tolist()
         rows = [("gap/parameters", step, distance) for step, distance in zip(steps, distances, strict=True)]
-        for metric in YARDSTICKS:
+        for metric in measured_in([cell.yardsticks]):
             gap = abs(cell.yardsticks[f"test/{metric}"] - reference.yardsticks[f"test/{metric}"])
             rows.append((f"gap/{metric}", steps[-1], gap))
         rows += [(f"{metric}_log10", step, math.log10(gap)) for metric, step, gap in rows if gap > 0]

@@ -62,7 +62,10 @@ _DESCRIPTION = """\
   relative distance between a run's weights and those of the reference under the same seed.
 * Compare `val/*` and `test/*`, which are computed alike for every loss. Never compare `train/objective`: it
   is what each loss minimised, on its own scale.
-* The verdict and the report are artifacts of the run that `tags.kind = 'report'` finds.
+* The verdict, the report and its pictures are artifacts of the run that `tags.kind = 'report'` finds; they open in
+  the page.
+* `tags.kind = 'control'` finds what a trial trained to test itself: the reference again (replay), with other roundings
+  (placebos) and with a difference that it has to notice (dose).
 * A tag `nonfinite.*` counts the points that were NaN or infinite, which no chart can show.
 """
 
@@ -115,7 +118,7 @@ class Tracker:
             self._id = str(self._found.experiment_id)
             defaults = {
                 "mlflow.note.content": _DESCRIPTION.format(link=self._page(_VIEW)),
-                f"mlflow.sharedViewState.{_VIEW}": _grouped_view("tags.kind != 'report'"),
+                f"mlflow.sharedViewState.{_VIEW}": _grouped_view("tags.kind = 'train'"),
             }
             for key in defaults.keys() - self._found.tags.keys():
                 self._client.set_experiment_tag(self._id, key, defaults[key])
@@ -142,7 +145,7 @@ class Tracker:
     def link(self, sweep: str, ui: str = "http://127.0.0.1:5000") -> str:
         """Publish the sweep's grouped view and return its address; `ui` is where a database's UI listens."""
         key = f"{_VIEW}-{hashlib.sha256(sweep.encode()).hexdigest()[:12]}"
-        view = _grouped_view(f"tags.sweep = {_quoted(sweep)} and tags.kind != 'report'")
+        view = _grouped_view(f"tags.sweep = {_quoted(sweep)} and tags.kind = 'train'")
         with _plain_errors(self.uri):
             self._client.set_experiment_tag(self._id, f"mlflow.sharedViewState.{key}", view)
         base = _without_password(self.uri if self._is_remote else ui)
