@@ -64,7 +64,7 @@ def _in_the_outcome(verdict: Verdict) -> Iterator[str]:
     placebos = {name: found for name, found in controls_of(verdict).items() if name.startswith("placebo")}
     if placebos:
         limits = _reached(verdict, list(placebos.values()))
-        yield f"In the outcome: {limits}. So closely were the placebos shown equal, which differ by rounding alone."
+        yield f"In the outcome: {limits}. So closely do the placebos agree, which differ by rounding alone."
         return
     for row in verdict["comparisons"]:
         if row.get("outcome") != "identical" and (limits := _reached(verdict, [row.get("metrics") or {}])):
@@ -105,7 +105,9 @@ def _planted_in_training(verdict: Verdict) -> Iterator[str]:
             yield f"Not in training: {planted}, was called {dose}. So large a difference these seeds cannot tell."
     placebos = [word for name, word in words.items() if name.startswith("placebo")]
     if placebos:
-        yield f"And yes where it should: the placebos, which differ by rounding alone, were called {listed(placebos)}."
+        as_they_should = set(placebos) <= {"identical", "equivalent"}
+        start = "And yes where it should" if as_they_should else "Nor did it say yes where it should"
+        yield f"{start}: the placebos, which differ by rounding alone, were called {listed(placebos)}."
 
 
 def _moved(verdict: Verdict) -> str:

@@ -318,10 +318,16 @@ def test_whether_it_ever_said_no_is_what_became_of_the_dose(dose: str, answer: s
     said = ever_no(with_controls(dose).verdict, AUDIT)
     assert said[0].startswith(answer)
     assert "moves nll by 2 margins" in said[0]
-    assert "were called equivalent" in said[1]
+    assert said[1].startswith("And yes where it should")
     assert "Yes, of what was asked about: brier." in said
     assert "faults of 1 of 2 kinds were planted and caught" in said[3]
     assert said[-1] == "The reference, trained once more in another place, got the same bits."
+
+
+def test_placebos_that_were_not_shown_equal_are_no_yes() -> None:
+    made = with_controls()
+    made.verdict["controls"]["outcomes"]["placebo_float64"] = "inconclusive"
+    assert ever_no(made.verdict, None)[1].startswith("Nor did it say yes where it should")
 
 
 def test_where_nothing_was_planted_and_nothing_found_that_is_the_answer() -> None:
