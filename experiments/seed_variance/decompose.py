@@ -38,7 +38,7 @@ from pipeline.exit_codes import ExitCode, guarded
 
 HERE = Path(__file__).parent
 OUTPUTS = conf.ROOT / "outputs" / "seed_variance"
-SETTINGS = ("digits", "calm", "chaotic")
+SETTINGS = ("digits", "calm", "chaotic", "annealed")
 VARIES = tuple(vary.value for vary in conf.Vary)
 LEVEL = 0.95
 BEGIN, END = "<!-- recorded: begin -->", "<!-- recorded: end -->"
