@@ -11,10 +11,10 @@ PORT   ?= 5000
 
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help install equivalence train sweep audit report ui experiments simulate data bench test lint types wheel check clean
+.PHONY: help install equivalence train sweep audit report ui experiments experiments-check simulate data bench test lint types wheel check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # --- installation: .venv, with the versions of constraints.txt
 
@@ -51,8 +51,11 @@ ui: .venv/.lab ## the MLflow page of the recorded runs, on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --workers 1 --host 127.0.0.1 --port $(PORT) \
 	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}"
 
-experiments: .venv/.lab ## run every recorded experiment again
-	for file in conf/experiment/*.yaml; do $(PY) -m pipeline.train experiment=$$(basename $$file .yaml) $(ARGS); done
+experiments: .venv/.lab ## run and record every experiment again: make experiments ARGS=textbook_spellings
+	$(PY) -m experiments.record $(ARGS)
+
+experiments-check: .venv/.lab ## run them again and say whether the recorded numbers still hold
+	$(PY) -m experiments.record --check $(ARGS)
 
 simulate: .venv/.lab ## how often the verdict is wrong: the full simulation, a quarter of an hour of CPU
 	$(PY) -m experiments.error_rates.simulate $(ARGS)

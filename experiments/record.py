@@ -1,0 +1,236 @@
+"""Run recorded experiments again: write down what they find, or say whether what was written down still holds.
+
+python -m experiments.record [SLUG ...]           runs the README's commands; results.csv, figure.svg, README's block
+python -m experiments.record [SLUG ...] --check   runs them in a scratch folder and compares with results.csv
+
+Without a slug: every experiment whose README has commands of the recorder's form (experiments/commands.py).
+A check finds a trial `bit for bit` the same; or it `holds`: every word is the same, every difference lies in its
+recorded interval and moved by a tenth of its margin at most, every mean moved by the standard deviation over seeds at
+most; or it `moved`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.commands import Command, Readme, read, with_block
+from experiments.results import compare, markdown, recorded, rows_of, write
+from pipeline.errors import UsageError, did_you_mean
+from pipeline.exit_codes import GRAVITY, ExitCode, attempt
+
+EXPERIMENTS = Path(__file__).resolve().parent
+SHAPES_NUMBERS = ("pipeline", "conf", "hydra_plugins", "constraints.txt")
+# What a trial says that lacks its data or its device; the request is right, it only cannot be run here.
+ABSENT = ("is not here: ", "put the four IDX files there", "holds no sound", "torch sees no CUDA GPU here")
+
+
+class CannotRunHereError(Exception):
+    """The data or the device of a trial is not there."""
+
+
+# --- running
+
+
+def train(command: Command, root: Path) -> float:
+    """Run a training command in `root` and return its CPU time in seconds; what it expects may be refuted.
+
+    Raises:
+        CannotRunHereError: its data or device is not there.
+        UsageError: it was refused.
+        RuntimeError: it failed.
+    """
+    print(f"\n$ python -m pipeline.train {shlex.join(command.words)}", flush=True)
+    before = _cpu_seconds()
+    ended = subprocess.run(  # noqa: S603 - the README's own command
+        [sys.executable, "-m", "pipeline.train", *command.words], cwd=root, stderr=subprocess.PIPE, text=True
+    )
+    print(ended.stderr, end="", file=sys.stderr)
+    if ended.returncode in (ExitCode.HOLDS, ExitCode.REFUTED):
+        return _cpu_seconds() - before
+    said = next((line for line in reversed(ended.stderr.splitlines()) if line.startswith("error: ")), "")
+    reason = said.removeprefix("error: ")
+    if any(words in reason for words in ABSENT):
+        raise CannotRunHereError(reason)
+    if ended.returncode == ExitCode.USAGE:
+        raise UsageError(f"trial {command.trial} was refused: {reason}")
+    raise RuntimeError(f"trial {command.trial} left with exit code {ended.returncode}")
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+# --- recording
+
+
+def record(readme: Readme) -> ExitCode:
+    """Run every command as it stands, then write results.csv, figure.svg and the README's block."""
+    root, folder = readme.path.parents[2], readme.path.parent
+    _check_block(readme)
+    commit = _commit(root)
+    costs = {}
+    for command in readme.commands:
+        begun = (root / "outputs" / readme.slug / command.trial / "cells").exists()
+        try:
+            seconds = train(command, root)
+        except CannotRunHereError as error:
+            print(f"{readme.slug}: skipped, nothing was written: {error}")
+            return ExitCode.HOLDS
+        costs[command.trial] = "trained before" if begun else f"{seconds:.0f} s"
+    trials = {trial: root / "outputs" / readme.slug / trial for trial in costs}
+    table = pd.concat([rows_of(trial, path) for trial, path in trials.items()], ignore_index=True)
+    write(table, folder / "results.csv")
+    _copy_figure(readme, trials)
+    lines = [*markdown(table), "", _environment(next(iter(trials.values())), commit, costs)]
+    readme.path.write_text(with_block(readme.path.read_text(encoding="utf-8"), lines), encoding="utf-8")
+    print(f"{readme.slug}: recorded {len(table)} rows of {len(trials)} trials")
+    return ExitCode.HOLDS
+
+
+def _check_block(readme: Readme) -> None:
+    """Refuse a README without room for the results before anything is run."""
+    try:
+        with_block(readme.path.read_text(encoding="utf-8"), [])
+    except ValueError as error:
+        raise UsageError(f"{readme.path}: {error}") from error
+
+
+def _copy_figure(readme: Readme, trials: Mapping[str, Path]) -> None:
+    """The figure that the README names, else the first trial's differences in its first primary metric."""
+    trial, _, name = (readme.figure or next(iter(trials))).partition("/")
+    if trial not in trials:
+        raise UsageError(f"{readme.path}: the figure is of '{trial}'; the trials are {', '.join(trials)}")
+    if not name:
+        primary = json.loads((trials[trial] / "verdict.json").read_text(encoding="utf-8"))["protocol"]["primary"]
+        name = f"difference-{next(iter(primary), 'nll')}.svg"
+    source = trials[trial] / "figures" / name
+    if not source.is_file():
+        raise UsageError(f"{source} is not there; name another figure in {readme.path}")
+    shutil.copyfile(source, readme.path.parent / "figure.svg")
+
+
+def _environment(folder: Path, commit: str, costs: Mapping[str, str]) -> str:
+    made = json.loads((folder / "verdict.json").read_text(encoding="utf-8"))["environment"]
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    spent = ", ".join(f"{trial} {cost}" for trial, cost in costs.items())
+    return (
+        f"Recorded {today} {commit}; {made['device']}, {made['threads']} thread{'s' if made['threads'] > 1 else ''}, "
+        f"torch {made['torch']}, Python {made['python']}. CPU time: {spent}."
+    )
+
+
+def _commit(root: Path) -> str:
+    """The commit that is run, and whether what shapes the numbers was changed since."""
+    try:
+        commit = _git(root, "rev-parse", "--short=10", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--", *SHAPES_NUMBERS)
+    except (OSError, subprocess.CalledProcessError):
+        return "outside of a git repository"
+    return f"at commit {commit}" + (" with uncommitted changes" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+
+
+# --- checking
+
+
+def check(readme: Readme) -> ExitCode:
+    """Run every command in a scratch folder and compare with what is recorded; prints a line a trial."""
+    known = recorded(readme.path.parent / "results.csv")
+    said = [f"{trial}: moved: it has no command any more" for trial in _gone(readme, known)]
+    code = ExitCode.REFUTED if said else ExitCode.HOLDS
+    with tempfile.TemporaryDirectory(prefix="experiment-") as scratch:
+        for command in readme.commands:
+            folder = Path(scratch) / command.trial
+            try:
+                train(command.into(folder), readme.path.parents[2])
+            except CannotRunHereError as error:
+                said.append(f"{command.trial}: skipped: {error}")
+                continue
+            found = compare(known[known["trial"] == command.trial], rows_of(command.trial, folder))
+            said += [f"{command.trial}: {found.word}", *(f"    {line}" for line in found.moved)]
+            code = ExitCode.REFUTED if found.moved else code
+    print("\n".join(["", *(f"{readme.slug} {line}" for line in said)]))
+    return code
+
+
+def _gone(readme: Readme, known: pd.DataFrame) -> Iterator[str]:
+    return (trial for trial in known["trial"].unique() if trial not in {command.trial for command in readme.commands})
+
+
+# --- which
+
+
+def chosen(slugs: Sequence[str], experiments: Path) -> list[Readme]:
+    """The READMEs of those experiments; without a slug of all that have commands to run.
+
+    Raises:
+        UsageError: there is no such experiment, or its README has no command of the recorder's form.
+    """
+    folders = {path.parent.name: path for path in sorted(experiments.glob("*/README.md"))}
+    for slug in slugs:
+        if slug not in folders:
+            raise UsageError(f"no experiment '{slug}'{did_you_mean(slug, folders)}; there are {', '.join(folders)}")
+    readmes = [read(folders[slug]) for slug in slugs or folders]
+    for readme in readmes:
+        if slugs and not readme.commands:
+            form = f"$ python -m pipeline.train experiment={readme.slug} hydra.run.dir=outputs/{readme.slug}/TRIAL"
+            raise UsageError(f"{readme.path} has no command of this form in a console block: {form}")
+    return readmes
+
+
+def run(slugs: Sequence[str], again: bool, experiments: Path = EXPERIMENTS) -> ExitCode:
+    """Record or check; one experiment that fails does not stop the others. The gravest exit code of all."""
+    readmes = chosen(slugs, experiments)
+    actions = [_of(check if again else record, readme) for readme in readmes if readme.commands]
+    outcomes = [attempt(action) for action in actions]
+    for outcome in outcomes:
+        if outcome.error is not None:
+            print(f"error: {outcome.error}", file=sys.stderr)
+    _tell_others(readmes)
+    return max((outcome.code for outcome in outcomes), key=GRAVITY.index, default=ExitCode.HOLDS)
+
+
+def _of(action: Callable[[Readme], ExitCode], readme: Readme) -> Callable[[], ExitCode]:
+    return lambda: action(readme)
+
+
+def _tell_others(readmes: Sequence[Readme]) -> None:
+    """Commands that were not run, so that nobody takes them for checked."""
+    left = [(readme, line) for readme in readmes for line in readme.others]
+    if left:
+        print("\nnot run here:")
+    for readme, line in left:
+        print(f"  {readme.slug}: {line}")
+
+
+def main() -> None:
+    """Console script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slug", nargs="*", help="a folder in experiments/; without one, all that can be run")
+    parser.add_argument("--check", action="store_true", help="compare with what is recorded, and write nothing")
+    given = parser.parse_args()
+    ended = attempt(lambda: run(given.slug, given.check))
+    if ended.error is not None:
+        print(f"error: {ended.error}", file=sys.stderr)
+    sys.exit(ended.code)
+
+
+if __name__ == "__main__":
+    main()
