@@ -37,6 +37,8 @@ def run(config: Config, folder: Path) -> ExitCode:
     reference = conf.reference_of(config)
     tracker = _tracker(config["tracking"])
     settings = AuditSettings(**{name: config[name] for name in AuditSettings.__dataclass_fields__})
+    if settings.soft_targets and not any("target_probs" in loss["args"] for loss in config["loss"].values()):
+        raise UsageError("soft_targets=true, but no chosen loss takes target_probs; add one that does, such as ce_soft")
     audit = audit_losses(config["loss"], reference, settings)
     expected = conf.expectations_of(config)
     for name, entry in audit["losses"].items():

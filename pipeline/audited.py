@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,13 +57,16 @@ def audit_losses(losses: Mapping[str, Any], reference: str, settings: AuditSetti
     Raises:
         UsageError: a loss is declared wrongly, or the reference cannot be called.
     """
-    groups: dict[tuple[bool, bool], list[str]] = {}
+    groups: dict[tuple[bool, ...], list[str]] = {}
     for name, loss in losses.items():
         if name != reference:
-            groups.setdefault((bool(FUSED_INPUTS & set(loss["args"])), "bias" in loss["args"]), []).append(name)
+            args, pair = set(loss["args"]), {*loss["args"], *losses[reference]["args"]}
+            soft = settings.soft_targets and "target_probs" in pair  # two that see labels alone see no soft ones
+            groups.setdefault((bool(FUSED_INPUTS & args), "bias" in args, soft), []).append(name)
     entries: dict[str, Entry] = {}
-    for names in groups.values():
-        entries |= _audited({name: losses[name] for name in names}, reference, losses[reference], settings)
+    for (*_, soft), names in groups.items():
+        asked = replace(settings, soft_targets=soft)
+        entries |= _audited({name: losses[name] for name in names}, reference, losses[reference], asked)
     return {
         "schema": SCHEMA,
         "reference": reference,
@@ -82,7 +85,9 @@ def audit_at(
     candidates = {name: loss for name, loss in asked.items() if name != reference}
     if reference not in asked or not candidates:
         return {}
-    ready = _shared(reference, losses[reference], [], settings, batches)
+    seen = {arg for loss in asked.values() for arg in loss["args"]}
+    settings = replace(settings, soft_targets=settings.soft_targets and "target_probs" in seen)
+    ready = _shared(reference, losses[reference], sorted(seen), settings, batches)
     jobs = {name: _job(name, loss, ready) for name, loss in candidates.items()}
     limits = Limits(settings.time_limit, settings.memory_limit * 2**30)
     outcomes = run_children(jobs, limits, settings.jobs)

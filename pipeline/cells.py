@@ -88,7 +88,10 @@ class Cell:
 
     @property
     def batches(self) -> list[dict[str, Any]]:
-        """Logits [B, C] and labels [B] that reached the loss at a few steps; empty in cells of older versions."""
+        """Logits [B, C], labels [B] and soft target_probs [B, C] that reached the loss at a few steps.
+
+        Empty in cells of older versions.
+        """
         met: list[dict[str, Any]] = self._state().get("batches", [])
         return met
 

@@ -43,10 +43,11 @@ class Dataset:
 
     name: str
     classes: tuple[str, ...]
-    digest: str  # sha256 of pixels, labels, targets, splits and normalisation
+    digest: str  # sha256 of pixels, labels, targets, truth, splits and normalisation
     splits: dict[str, Tensor] = field(repr=False)  # "train", "val", "test" -> int64 indices into the pool
     labels: Tensor = field(repr=False)  # int64 [N]
-    soft_targets: Tensor | None = field(repr=False)  # [N, K], float64 on the host
+    soft_targets: Tensor | None = field(repr=False)  # [N, K], float64
+    truth: Tensor | None = field(repr=False)  # P(y | x) [N, K], float64
     images: Tensor = field(repr=False)  # [N, C, H, W] as loaded, on the host, possibly a memory map
     statistics: Normalisation = field(repr=False)  # float64 on the host
     pool: Tensor = field(repr=False)  # what take() gathers from: normalised floats, or `images`
@@ -71,6 +72,7 @@ class Dataset:
             splits={name: indices.to(device) for name, indices in self.splits.items()},
             labels=self.labels.to(device),
             soft_targets=None if self.soft_targets is None else self.soft_targets.to(device),
+            truth=None if self.truth is None else self.truth.to(device),
             pool=pool,
             normalisation=normalisation,
             dtype=dtype,
@@ -93,6 +95,10 @@ class Dataset:
         labels = self.labels[indices].unsqueeze(-1)
         return labels.new_zeros(*indices.shape, self.num_classes, dtype=self.dtype).scatter_(-1, labels, 1.0)
 
+    def true_probs(self, indices: Tensor) -> Tensor | None:
+        """P(y | x) of the examples [*I, K] in float64, where it is known."""
+        return None if self.truth is None else self.truth[indices.to(self.truth.device)]
+
 
 def make_dataset(
     name: str,
@@ -101,19 +107,23 @@ def make_dataset(
     splits: Mapping[str, ArrayLike],
     classes: Sequence[str],
     target_probs: ArrayLike | None = None,
+    truth: ArrayLike | None = None,
 ) -> Dataset:
     """Check the data and make a dataset of it, on the CPU in float32.
 
     `images` [N, C, H, W] are uint8 or floats, not normalised, and are not copied: a memory map stays one.
     `labels` [N] count from 0 in the order of `classes`; `splits` holds the indices of train, val and test;
-    `target_probs` [N, K] are the targets where these are not simply the labels.
+    `target_probs` [N, K] are the targets where these are not simply the labels; `truth` [N, K] is P(y | x) where it is
+    known, to measure models by, never to train on.
     """
     images = _shared(images)
     labels, splits = checked_labels(name, labels, splits, classes)
     _check_images(name, images, len(labels))
-    soft = None if target_probs is None else _checked_targets(name, target_probs, len(labels), len(classes))
+    shape = [len(labels), len(classes)]
+    soft = None if target_probs is None else _distributions(name, "target_probs", target_probs, shape)
+    known = None if truth is None else _distributions(name, "truth", truth, shape)
     statistics = _statistics(images, splits["train"])
-    parts = {"images": images, "labels": labels, "targets": soft, **splits, **statistics._asdict()}
+    parts = {"images": images, "labels": labels, "targets": soft, **splits, **statistics._asdict(), "truth": known}
     pool, normalisation = _place(images, statistics, torch.device("cpu"), torch.float32)
     return Dataset(
         name=name,
@@ -122,6 +132,7 @@ def make_dataset(
         digest=_digest(parts),
         labels=labels,
         soft_targets=soft,
+        truth=known,
         images=images,
         statistics=statistics,
         pool=pool,
@@ -164,14 +175,14 @@ def _check_images(name: str, images: Tensor, count: int) -> None:
         require(bool(finite.all()), name, f"image {int(finite.int().argmin())} has NaN or infinite pixels")
 
 
-def _checked_targets(name: str, target_probs: ArrayLike, count: int, num_classes: int) -> Tensor:
-    targets = torch.as_tensor(np.array(target_probs, dtype=np.float64))
-    shape = list(targets.shape)
-    require(shape == [count, num_classes], name, f"target_probs are {shape}, not {[count, num_classes]}")
-    good = (targets >= 0).all(1) & ((targets.sum(1) - 1).abs() <= 1e-5)  # false for NaN
+def _distributions(name: str, what: str, values: ArrayLike, shape: list[int]) -> Tensor:
+    """`values` as float64 [N, K] whose rows are probabilities."""
+    probs = torch.as_tensor(np.array(values, dtype=np.float64))
+    require(list(probs.shape) == shape, name, f"{what} are {list(probs.shape)}, not {shape}")
+    good = (probs >= 0).all(1) & ((probs.sum(1) - 1).abs() <= 1e-5)  # false for NaN
     bad = int(good.int().argmin())
-    require(bool(good.all()), name, f"target_probs of example {bad} are not probabilities that sum to 1")
-    return targets
+    require(bool(good.all()), name, f"{what} of example {bad} are not probabilities that sum to 1")
+    return probs
 
 
 def _integers(name: str, what: str, values: ArrayLike, limit: int) -> Tensor:

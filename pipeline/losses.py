@@ -50,6 +50,11 @@ def nll_by_logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]).mean()
 
 
+def cross_entropy_by_logsumexp(logits: Tensor, target_probs: Tensor) -> Tensor:
+    """Batch mean of -sum_j y_j log q_j = log(sum_j exp z_j) - sum_j y_j z_j, as sum_j y_j = 1; in [0, inf)."""
+    return (logits.logsumexp(1) - (target_probs * logits).sum(1)).mean()
+
+
 def literal_kl_divergence(probs: Tensor, target_probs: Tensor) -> Tensor:
     r"""Batch mean of D_KL(y || q) = -sum_j y_j log(q_j / y_j), computed exactly as it is written.
 

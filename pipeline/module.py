@@ -98,7 +98,7 @@ class SideBySide(pl.LightningModule):
         self.snapshots = snapshot_steps(self.last_step)
         self.sketches: list[Tensor] = []  # one [R, width] a snapshot
         self.moments = {1, self.last_step // 4, self.last_step // 2, self.last_step} - {0}
-        self.met: list[tuple[int, Tensor, Tensor]] = []  # step, logits [R, B, C], labels [S, B] at these moments
+        self.met: list[tuple[int, Tensor, Tensor]] = []  # step, logits [R, B, C], examples [S, B] at these moments
         fillers = stack.num_replicas - len(replicas)
         self._slots = torch.tensor(objectives.slots + objectives.slots[-1:] * fillers)
         self._measured: list[tuple[str, int, Tensor]] = []
@@ -182,7 +182,7 @@ class SideBySide(pl.LightningModule):
         target_probs = self.data.target_probs(indices) if self.objectives.needs_target_probs else None
         labels = self.data.labels[indices]
         if self.steps_done + 1 in self.moments:
-            self.met.append((self.steps_done + 1, outputs.logits.detach().clone(), labels))
+            self.met.append((self.steps_done + 1, outputs.logits.detach().clone(), indices))
         return self.objectives(outputs, labels, target_probs)
 
     def _take(self, indices: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class SideBySide(pl.LightningModule):
             inputs, labels = self._take(indices), self.data.labels[indices]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
                 logits = self.stack(self.stack.shared(inputs)).first(len(self.replicas)).logits
-            yardsticks.update(logits, labels, self.data.target_probs(indices))
+            yardsticks.update(logits, labels, self.data.target_probs(indices), self.data.true_probs(indices))
         self.stack.train(was_training)
         for metric, values in yardsticks.result().items():
             self._measure(f"{split}/{metric}", values)
@@ -234,8 +234,15 @@ class SideBySide(pl.LightningModule):
     def batches(self, replica: int) -> list[dict[str, Any]]:
         """What reached one replica's loss at the first step, after a quarter, half and all of the training."""
         seed = self.objectives.slots[replica]
-        mine = ((step, logits[replica], labels[seed]) for step, logits, labels in self.met)
-        return [{"step": step, "logits": logits.cpu(), "labels": labels.cpu()} for step, logits, labels in mine]
+        mine = ((step, logits[replica], indices[seed]) for step, logits, indices in self.met)
+        return [{"step": step, "logits": logits.cpu(), **self._targets(indices)} for step, logits, indices in mine]
+
+    def _targets(self, indices: Tensor) -> dict[str, Tensor]:
+        """Labels [B] and, where they are not one-hot, targets [B, C] in float64, on the CPU."""
+        found = {"labels": self.data.labels[indices]}
+        if self.data.soft_targets is not None:
+            found["target_probs"] = self.data.soft_targets[indices]
+        return {name: tensor.cpu() for name, tensor in found.items()}
 
     def latest(self, metric: str) -> dict[str, float]:
         """The last measured value of a metric, averaged over each arm's replicas."""

@@ -29,7 +29,8 @@ def ask_audit(setting: Setting, request: Request, folder: TrialFolder) -> None:
         return
     losses, reference = setting.config["loss"], request.reference
     known = read_audit(folder.path) or {}
-    settings = AuditSettings(num_classes=sorted({*AUDITED_CLASSES, setting.data.num_classes}))
+    soft = setting.data.soft_targets is not None
+    settings = AuditSettings(num_classes=sorted({*AUDITED_CLASSES, setting.data.num_classes}), soft_targets=soft)
     low_precision = setting.config["precision"] == "bf16_mixed"
     about = {"reference": reference, "reference_made_from": made_from(reference, losses[reference])}
     kept: dict[str, Any] = {}
@@ -72,14 +73,15 @@ def ask_at_weights(setting: Setting, request: Request, folder: TrialFolder) -> N
     The answers go into audit.json, beside what the grid has said, for the losses that were trained from the same code.
     """
     audit, cell = read_audit(folder.path), folder.read(Replica(request.reference, request.seeds[0]))
-    if audit is None or cell is None or not (met := cell.batches):
+    soft = setting.data.soft_targets is not None
+    if audit is None or cell is None or not (met := cell.batches) or (soft and "target_probs" not in met[0]):
         return
     about = {"weights": cell.record.weights_sha256, "steps": [batch["step"] for batch in met], "seed": cell.record.seed}
     missing = [name for name, entry in audit["losses"].items() if entry.get("at_weights", {}).get("about") != about]
     losses = {name: setting.config["loss"][name] for name in (request.reference, *missing) if name in request.losses}
     if len(losses) < 2:
         return
-    settings = AuditSettings(num_classes=[setting.data.num_classes])
+    settings = AuditSettings(num_classes=[setting.data.num_classes], soft_targets=soft)
     found = audit_at(losses, request.reference, settings, [_batch(**batch) for batch in met])
     for name, entry in found.items():
         said = {"objective": entry["objective"], "sentence": entry["sentence"], "about": about}
@@ -87,8 +89,7 @@ def ask_at_weights(setting: Setting, request: Request, folder: TrialFolder) -> N
     write_json(folder.path / "audit.json", audit)
 
 
-def _batch(step: int, logits: Tensor, labels: Tensor) -> Batch:
-    classes = logits.shape[-1]
-    targets = F.one_hot(labels, classes).double()
+def _batch(step: int, logits: Tensor, labels: Tensor, target_probs: Tensor | None = None) -> Batch:
+    targets = F.one_hot(labels, logits.shape[-1]).double() if target_probs is None else target_probs
     valid = torch.ones_like(labels, dtype=torch.bool)
     return Batch(f"the trial's (step {step})", logits.double(), labels, targets, valid)

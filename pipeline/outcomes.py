@@ -12,7 +12,7 @@ from pipeline.cells import Cell
 from pipeline.controls import CANDIDATE, REPLAY
 from pipeline.looks import Look, level_of
 from pipeline.objectives import Replica
-from pipeline.pairs import YARDSTICKS, Status
+from pipeline.pairs import Status, measured_in
 from pipeline.statistics import OutcomeFinding, compare, correct_for_arms
 
 
@@ -59,7 +59,8 @@ class Facts:
 
     Attributes:
         num_classes: C.
-        label_entropy: entropy of the training labels' frequencies in nats; a model that does no better learned nothing.
+        label_entropy: entropy of the classes' frequencies in training in nats; a model that does no better learned
+            nothing.
         scope: what a verdict is limited to, in words.
         command: how to get the trial again.
     """
@@ -111,7 +112,7 @@ def status_of(cell: Cell | None, reference: Cell | None, facts: Facts) -> Status
     if cell.edited:
         return "infra"
     if cell.record.diverged_at is not None or not all(
-        math.isfinite(cell.yardsticks[f"test/{metric}"]) for metric in YARDSTICKS
+        math.isfinite(cell.yardsticks[f"test/{metric}"]) for metric in measured_in([cell.yardsticks])
     ):
         return "diverged"
     both = (c.yardsticks["test/nll"] if c else math.nan for c in (cell, reference))
@@ -139,9 +140,10 @@ def outcome_of(candidate: str, cells: Cells, request: Request, facts: Facts, loo
         for seed, a, b in zip(request.seeds, mine, theirs, strict=True)
         if a is not None and b is not None and a.record.initial_sha256 != b.record.initial_sha256
     ]
+    metrics = measured_in(cell.yardsticks for cell in (*mine, *theirs) if cell is not None)
     found = compare(
-        _finals(mine),
-        _finals(theirs),
+        _finals(mine, metrics),
+        _finals(theirs, metrics),
         primary=request.primary,
         margins=request.margins,
         num_classes=facts.num_classes,
@@ -187,8 +189,8 @@ def _learned_nothing(cell: Cell, facts: Facts) -> bool:
     return cell.yardsticks["test/nll"] >= facts.label_entropy
 
 
-def _finals(cells: Sequence[Cell | None]) -> dict[str, list[float]]:
+def _finals(cells: Sequence[Cell | None], metrics: Sequence[str]) -> dict[str, list[float]]:
     return {
         metric: [math.nan if cell is None else cell.yardsticks[f"test/{metric}"] for cell in cells]
-        for metric in YARDSTICKS
+        for metric in metrics
     }

@@ -25,6 +25,7 @@ YARDSTICKS = {
     "accuracy": "accuracy",
     "brier": "Brier score",
     "ece": "ECE (15 bins, shown only)",
+    "kl_truth": "KL to the truth (nats)",
 }
 PHRASES = {
     "identical": "identical to {}",
@@ -85,7 +86,7 @@ def page(found: Findings, chapters: Mapping[str, Sequence[Any]]) -> str:
         setting=setting(verdict),
         command=found.command,
         signs=SIGNS,
-        yardsticks=YARDSTICKS,
+        yardsticks={name: title for name, title in YARDSTICKS.items() if (history["metric"] == f"test/{name}").any()},
     )
 
 

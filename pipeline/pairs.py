@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,18 +24,31 @@ class Yardstick:
 
     scale: Scale
     of_failure: Callable[[int, float], float]
+    needs_truth: bool = False  # measured only where P(y | x) is known
 
 
 # Intention to treat: dropping diverged runs would drop exactly the seeds that tell two losses apart, so a
 # failure scores as the uniform prediction does; its Brier score is (1 - 1/C)^2 + (C - 1)/C^2 = (C - 1)/C. NLL
 # has no upper bound, so a run that finished may be worse than ln C; a failure is never better than that one.
 # The uniform prediction has hardly any calibration error, which would flatter a failure: ECE takes its worst.
+# Its divergence from the truth is ln C less the truth's entropy: at most ln C.
 YARDSTICKS: Mapping[str, Yardstick] = {
     "nll": Yardstick("log_ratio", lambda num_classes, worst: max(math.log(num_classes), worst)),
     "brier": Yardstick("difference", lambda num_classes, worst: (num_classes - 1) / num_classes),
     "accuracy": Yardstick("difference", lambda num_classes, worst: 1 / num_classes),
     "ece": Yardstick("difference", lambda num_classes, worst: 1.0),
+    "kl_truth": Yardstick("difference", lambda num_classes, worst: max(math.log(num_classes), worst), needs_truth=True),
 }
+
+
+def measured_in(runs: Iterable[Mapping[str, float]]) -> list[str]:
+    """The yardsticks that these runs are compared by: each run's test metrics, `test/<name>`, say which it has."""
+    runs = list(runs)
+    return [
+        name
+        for name, yardstick in YARDSTICKS.items()
+        if not yardstick.needs_truth or any(f"test/{name}" in run for run in runs)
+    ]
 
 
 @dataclass(frozen=True)

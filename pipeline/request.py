@@ -16,6 +16,7 @@ from pipeline import config as conf
 from pipeline.cells import read_yaml, write_whole, yaml_bytes
 from pipeline.errors import UsageError
 from pipeline.outcomes import Facts, Request
+from pipeline.pairs import YARDSTICKS
 from pipeline.setting import Setting
 from pipeline.variation import SCOPE
 
@@ -40,9 +41,12 @@ def request_of(config: Mapping[str, Any]) -> Request:
 
 def facts_of(setting: Setting, request: Request, command: str) -> Facts:
     """What the yardsticks of a setting mean."""
-    labels = setting.data.labels[setting.data.splits["train"]]
-    frequencies = torch.bincount(labels).double() / len(labels)
-    steps = setting.recipe.epochs * setting.recipe.steps_per_epoch(len(labels))
+    train = setting.data.splits["train"]
+    if setting.data.soft_targets is None:
+        frequencies = torch.bincount(setting.data.labels[train]).double() / len(train)
+    else:
+        frequencies = setting.data.soft_targets[train].mean(0)
+    steps = setting.recipe.epochs * setting.recipe.steps_per_epoch(len(train))
     return Facts(
         num_classes=setting.data.num_classes,
         label_entropy=-torch.xlogy(frequencies, frequencies).sum().item(),
@@ -63,6 +67,16 @@ def check_resolution(request: Request, setting: Setting) -> None:
         raise UsageError(
             f"dataset.margins.accuracy={margin} is below the resolution of the test set; "
             f"give at least 2/{examples} = {2 / examples:.4f}"
+        )
+
+
+def check_truth(request: Request, setting: Setting) -> None:
+    """A yardstick that needs the truth decides nothing where it is not known."""
+    asked = [name for name in (*request.primary, *request.margins) if YARDSTICKS[name].needs_truth]
+    if asked and setting.data.truth is None:
+        raise UsageError(
+            f"dataset.primary or dataset.margins names '{asked[0]}', but {setting.data.name} does not know P(y | x); "
+            "leave it out"
         )
 
 

@@ -13,7 +13,7 @@ from pipeline.controls import RANKED, REPLAY, is_control
 from pipeline.equivalence import paired_differences
 from pipeline.objectives import Replica
 from pipeline.outcomes import Cells, Facts, Request, status_of
-from pipeline.pairs import YARDSTICKS
+from pipeline.pairs import YARDSTICKS, measured_in
 from pipeline.runs import gaps
 from pipeline.trajectory import relative_distance
 
@@ -36,9 +36,9 @@ def differences(cells: Cells, request: Request, facts: Facts) -> pd.DataFrame:
     rows = []
     for arm, seed, mine, theirs in _pairs(cells, request):
         ok = status_of(mine, theirs, facts) == status_of(theirs, None, facts) == "ok"
-        for metric, yardstick in YARDSTICKS.items():
+        for metric in measured_in([mine.yardsticks]):
             pair = (mine.yardsticks[f"test/{metric}"], theirs.yardsticks[f"test/{metric}"])
-            difference = float(paired_differences(*pair, yardstick.scale)) if ok else math.nan
+            difference = float(paired_differences(*pair, YARDSTICKS[metric].scale)) if ok else math.nan
             rows.append((arm, metric, seed, is_control(arm), difference))
     return _table(rows, loss="str", metric="str", seed="int64", control="bool", difference="float64")
 

@@ -19,7 +19,7 @@ from pipeline.objective_axis import ask_at_weights, ask_audit, read_audit
 from pipeline.objectives import Replica
 from pipeline.outcomes import Facts, Request, own_controls, wanted, wanted_controls
 from pipeline.progress import Progress
-from pipeline.request import check_resolution, facts_of, request_of, write_request
+from pipeline.request import check_resolution, check_truth, facts_of, request_of, write_request
 from pipeline.runs import cell_run, report_run
 from pipeline.setting import Setting, prepare
 from pipeline.tables import between_seeds, differences, distances, trial_history
@@ -41,6 +41,7 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
     request = request_of(config)
     setting = prepare(config)
     check_resolution(request, setting)
+    check_truth(request, setting)
     facts = facts_of(setting, request, command)
     folder = TrialFolder(path)
     with folder.locked():

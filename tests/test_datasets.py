@@ -111,12 +111,17 @@ def test_carve_gives_every_class_its_share_and_exactly_the_size(size: int) -> No
         {"splits": {"train": range(7), "val": [7, 8, 9], "test": [10, 11]}},
         {"splits": {"train": range(8), "val": [8, 9], "test": [11, 10]}},
         {"target_probs": np.eye(2)[[0, 1] * 6]},
+        {"truth": np.eye(2)[[0, 1] * 6]},
         {"images": np.zeros((12, 3, 4, 5), np.uint8)},
         {"images": np.zeros((12, 3, 4, 5), np.float32)},
     ],
 )
 def test_any_difference_in_the_data_changes_the_digest(change: dict[str, Any]) -> None:
     assert tiny(**change).digest != tiny().digest
+
+
+def test_a_dataset_without_soft_targets_or_truth_keeps_the_digest_that_it_always_had() -> None:
+    assert digits().digest == "b9f9394e0132c2ccdb100d9963feef432070d788940c19f39d7d34ef472c1fc9"
 
 
 def test_one_pixel_of_one_test_example_changes_the_digest() -> None:
@@ -197,6 +202,17 @@ def test_target_probs_are_one_hot_or_the_soft_targets() -> None:
     assert torch.equal(data.target_probs(indices), torch.from_numpy(soft)[indices])
 
 
+def test_the_truth_stays_in_float64_and_is_no_target() -> None:
+    truth = np.full((12, 2), [0.3, 0.7])
+    data = tiny(truth=truth).to("cpu", torch.float32)
+    indices = torch.tensor([[0, 1], [3, 2]])
+    found = data.true_probs(indices)
+    assert found is not None
+    assert torch.equal(found, torch.from_numpy(truth)[indices])
+    assert torch.equal(data.target_probs(indices), tiny().target_probs(indices))
+    assert tiny().true_probs(indices) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("limit", [0, 2**30], ids=["uint8 pool", "float pool"])
@@ -248,6 +264,8 @@ def test_a_pool_that_the_gpu_cannot_hold_stays_on_the_host(monkeypatch: pytest.M
         ({"target_probs": np.full((12, 2), 0.6)}, ["target_probs of example 0"]),
         ({"target_probs": np.full((12, 2), np.nan)}, ["target_probs of example 0"]),
         ({"target_probs": np.full((12, 3), 1 / 3)}, ["[12, 3]", "[12, 2]"]),
+        ({"truth": np.full((12, 2), 0.6)}, ["truth of example 0"]),
+        ({"truth": np.full((11, 2), 0.5)}, ["truth are [11, 2]", "[12, 2]"]),
     ],
 )
 def test_bad_data_are_refused_in_one_line(change: dict[str, Any], words: list[str]) -> None:

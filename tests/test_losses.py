@@ -23,7 +23,7 @@ from pipeline.losses import (
 )
 
 # What the article says: these are one function of the logits, up to rounding and a factor of the batch size.
-SAME = ("ce", "ce_one_hot", "kl", "nll", "nll_logsumexp", "nll_softmax")
+SAME = ("ce", "ce_one_hot", "ce_soft", "ce_soft_logsumexp", "kl", "nll", "nll_logsumexp", "nll_softmax")
 SUMS = ("likelihood_product", "log_likelihood")
 CONTROLS = ("brier", "double_softmax", "kl_mean", "label_smoothing", "nll_on_probs", "reverse_kl")
 

@@ -24,7 +24,7 @@ from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
 from pipeline.models import mlp
 from pipeline.objectives import Replica
-from pipeline.pairs import YARDSTICKS
+from pipeline.pairs import measured_in
 from pipeline.trial import run
 
 FAST = ("tracking=none", "trainer=cpu", "epochs=2", "model.hidden=[16]", "audit=false", "controls=none")
@@ -106,7 +106,7 @@ def test_a_checkpoint_loads_into_the_plain_model(main_job: Path) -> None:
 
 def test_a_history_holds_the_frozen_list_of_metrics(main_job: Path) -> None:
     history = pd.read_parquet(main_job / "cells" / "ce" / "s0" / "history.parquet")
-    yardsticks = {f"{split}/{name}" for split in ("train", "val", "test") for name in YARDSTICKS}
+    yardsticks = {f"{split}/{name}" for split in ("train", "val", "test") for name in measured_in([])}
     assert set(history["metric"]) == yardsticks | {"train/objective"}
     assert history[history["metric"] == "val/nll"]["step"].tolist() == [18, 36]
 
@@ -194,11 +194,11 @@ def diverges_at_once_beside(path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:reduction. .mean. divides the total loss")  # torch warns of kl_mean, rightly
-def test_fifteen_losses_side_by_side(tmp_path: Path) -> None:
+def test_all_losses_side_by_side(tmp_path: Path) -> None:
     trial(tmp_path / "all", f"loss=[{','.join(ALL_LOSSES)}]", "seed=[0,1]")
     diverges_at_once_beside(tmp_path / "all")
     found = words(tmp_path / "all")
-    assert {name for name, word in found.items() if word == "identical"} == {"nll", "kl", "ce_one_hot"}
+    assert {name for name, word in found.items() if word == "identical"} == {"nll", "kl", "ce_one_hot", "ce_soft"}
     assert not {found[name] for name in CONTROLS} & {"identical", "equivalent"}
     without = [name for name in ALL_LOSSES if name not in ("kl_literal", "likelihood_product")]
     trial(tmp_path / "finite", f"loss=[{','.join(without)}]", "seed=[0,1]")

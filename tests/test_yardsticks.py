@@ -123,3 +123,70 @@ def test_logits_of_low_precision_are_measured_in_float64() -> None:
     low = logits.bfloat16()
     found, exact = measured(low, labels, one_hot), measured(low.double(), labels, one_hot)
     assert all(found[name].dtype == torch.float64 and torch.equal(found[name], exact[name]) for name in NAMES)
+
+
+# --- KL to the truth
+
+
+def to_the_truth(logits: Tensor, truth: Tensor, sizes: list[int] | None = None) -> Tensor:
+    """kl_truth of each replica; targets are of no account."""
+    labels, targets = truth.argmax(1), torch.full_like(truth, 1 / truth.shape[1])
+    yardsticks = Yardsticks(len(logits), torch.device("cpu"))
+    for rows in torch.arange(len(truth)).split(sizes or [len(truth)]):
+        yardsticks.update(logits[:, rows], labels[rows], targets[rows], truth[rows])
+    return yardsticks.result()["kl_truth"]
+
+
+def truths(count: int = 200, num_classes: int = 5) -> Tensor:
+    """Distributions, one in ten of them with all mass on one class and one in ten with none on some."""
+    truth = (2 * torch.randn(count, num_classes, generator=torch.Generator().manual_seed(2)).double()).softmax(1)
+    truth[::10] = torch.eye(num_classes, dtype=torch.float64)[0]
+    truth[5::10] = torch.tensor([0.25, 0.75, *[0.0] * (num_classes - 2)], dtype=torch.float64)
+    return truth
+
+
+def test_the_divergence_from_the_truth_is_scipys() -> None:
+    from scipy.stats import entropy
+
+    logits, truth = examples()[0], truths()
+    for found, probs in zip(to_the_truth(logits, truth), logits.double().softmax(-1), strict=True):
+        assert found.item() == pytest.approx(entropy(truth.numpy(), probs.numpy(), axis=1).mean(), rel=1e-13)
+
+
+def test_the_divergence_from_the_truth_holds_in_fifty_digits_where_it_is_tiny_and_where_it_is_large() -> None:
+    import mpmath
+
+    truth = torch.tensor([[0.2, 0.8], [0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)
+    logits = torch.tensor([[[0.0, math.log(4) + 1e-3], [700.0, -50.0], [30.0, 0.0]]], dtype=torch.float64)
+    exact = mpmath.mpf(0)
+    with mpmath.workdps(50):
+        for p, z in zip(truth.tolist(), logits[0].tolist(), strict=True):
+            log_sum = mpmath.log(sum(mpmath.exp(mpmath.mpf(value)) for value in z))
+            exact += sum(a * (mpmath.log(a) - b + log_sum) for a, b in zip(p, z, strict=True) if a > 0)
+        expected = float(exact / 3)
+    assert to_the_truth(logits, truth).item() == pytest.approx(expected, rel=1e-14)
+    assert to_the_truth(logits[:, :1], truth[:1]).item() == pytest.approx(0.2 * 0.8 * 1e-6 / 2, rel=1e-3)
+
+
+def test_the_truth_itself_is_at_no_distance_and_nothing_is_nearer() -> None:
+    truth = truths()
+    assert to_the_truth(truth.clamp_min(1e-300).log()[None], truth).item() == pytest.approx(0, abs=1e-15)
+    assert (to_the_truth(examples()[0], truth) > 0).all()
+
+
+def test_the_truth_is_weighted_by_counts_and_leaves_the_other_yardsticks_their_bits() -> None:
+    logits, labels, one_hot = examples()
+    torch.testing.assert_close(
+        to_the_truth(logits, truths(), [199, 1]), to_the_truth(logits, truths()), rtol=1e-12, atol=0
+    )
+    yardsticks = Yardsticks(3, torch.device("cpu"))
+    yardsticks.update(logits, labels, one_hot, truths())
+    found, without = yardsticks.result(), measured(logits, labels, one_hot)
+    assert list(found) == [*NAMES, "kl_truth"]
+    assert all(torch.equal(found[name], without[name]) for name in NAMES)
+
+
+def test_a_replica_that_is_not_finite_has_no_distance_to_the_truth() -> None:
+    logits = examples()[0]
+    logits[1, 3, 2] = math.inf
+    assert to_the_truth(logits, truths()).isnan().tolist() == [False, True, False]

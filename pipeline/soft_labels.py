@@ -1,0 +1,151 @@
+"""Datasets whose labels are distributions: people's on CIFAR-10's test pictures, and those of a known teacher."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from pipeline.datasets import Dataset, make_dataset, require
+from pipeline.errors import UsageError, first_line
+from pipeline.loaders import draws_of, three_way
+
+CIFAR10H = "LIKELIHOOD_LAB_CIFAR10H"  # the environment variable that may stand for `root`
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+ANNOTATIONS = "test_annotations.csv"
+WHERE = (
+    f"set dataset.root or {CIFAR10H} to a folder, or its .tar.gz, that has CIFAR-10's test pictures as "
+    f"test/<class>/*.jpg and {ANNOTATIONS}: a path and ten counts a line, from github.com/jcpeterson/cifar-10h"
+)
+SIDE = 8  # a teacher's input is a Gaussian "picture", SIDE x SIDE, so that every model takes it
+HIDDEN = 32
+
+# --- CIFAR-10H
+
+
+def cifar10h(root: str | None = None, data_seed: int = 0, val: int = 500, test: int = 2000) -> Dataset:
+    """CIFAR-10's 10 000 test pictures with the choices of about 51 people each (Peterson et al. 2019).
+
+    Targets are the shares of people that chose each class, and so is the truth, of which they are an estimate. Labels
+    are CIFAR-10's own, whatever the majority says.
+    """
+    name, source = "cifar10h", root or os.environ.get(CIFAR10H)
+    if not source:
+        raise UsageError(f"dataset {name} is not here: {WHERE}")
+    files = _files(name, Path(source).expanduser())
+    paths, counts = _annotations(name, files)
+    pictures = np.stack([_pixels(name, path, files[path]) for path in paths])
+    labels = np.array([CIFAR10_CLASSES.index(PurePosixPath(path).parent.name) for path in paths])
+    shares = counts / counts.sum(1, keepdims=True)
+    splits = three_way(labels, val, test, data_seed)
+    return make_dataset(name, pictures, labels, splits, CIFAR10_CLASSES, target_probs=shares, truth=shares)
+
+
+def _files(name: str, root: Path) -> Mapping[str, bytes]:
+    """The test pictures and their annotations by path; an archive is read in memory, so that nothing is unpacked."""
+    require(root.exists(), name, f"there is no {root}: {WHERE}")
+    try:
+        files = dict(_folder(root) if root.is_dir() else _archive(root))
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise UsageError(
+            f"dataset {name}: {root} is unreadable or no .tar.gz ({first_line(error)}): {WHERE}"
+        ) from error
+    require(ANNOTATIONS in files, name, f"{root} has no {ANNOTATIONS}: {WHERE}")
+    return files
+
+
+def _folder(root: Path) -> Iterator[tuple[str, bytes]]:
+    for path in (*root.glob(ANNOTATIONS), *root.glob("test/*/*.jpg")):
+        yield path.relative_to(root).as_posix(), path.read_bytes()
+
+
+def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Members by the end of their path, whatever folder they are in."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            parts = PurePosixPath(member.name).parts
+            wanted = parts[-1:] == (ANNOTATIONS,) or (parts[-3:-2] == ("test",) and member.name.endswith(".jpg"))
+            if wanted and member.isfile() and (content := archive.extractfile(member)) is not None:
+                yield "/".join(parts[-1:] if parts[-1] == ANNOTATIONS else parts[-3:]), content.read()
+
+
+def _annotations(name: str, files: Mapping[str, bytes]) -> tuple[list[str], NDArray[np.int64]]:
+    """Paths, and how many people chose each class, [N, 10]."""
+    table = csv.reader(io.StringIO(files[ANNOTATIONS].decode("utf-8", "replace")))
+    header, *lines = [line for line in table if line] or [[]]
+    expected = ["path", *CIFAR10_CLASSES]
+    require(header == expected, name, f"{ANNOTATIONS} begins with '{','.join(header)}', not {','.join(expected)}")
+    paths = [line[0] for line in lines]
+    require(bool(lines), name, f"{ANNOTATIONS} has no picture")
+    require(len(set(paths)) == len(paths), name, f"{ANNOTATIONS} has a picture twice")
+    for path in paths:
+        kind = PurePosixPath(path).parent.name
+        require(kind in CIFAR10_CLASSES, name, f"{ANNOTATIONS}: {path} is in no class folder of CIFAR-10's")
+        require(path in files, name, f"{ANNOTATIONS} names {path}, which is not there")
+    return paths, np.array([_counts(name, *line) for line in lines])
+
+
+def _counts(name: str, path: str, *counts: str) -> list[int]:
+    whole = len(counts) == len(CIFAR10_CLASSES) and all(count.isdecimal() for count in counts)
+    require(whole, name, f"{ANNOTATIONS}: {path} has {','.join(counts) or 'nothing'}, not ten counts")
+    require(any(map(int, counts)), name, f"{ANNOTATIONS}: nobody has annotated {path}; remove its line")
+    return list(map(int, counts))
+
+
+def _pixels(name: str, path: str, content: bytes) -> NDArray[np.uint8]:
+    """One picture as RGB [3, 32, 32]."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            size, pixels = picture.size, np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"dataset {name}: unreadable picture {path} ({error}): replace it") from error
+    require(size == (32, 32), name, f"{path} is {size[0]} x {size[1]}, not 32 x 32")
+    return pixels.transpose(2, 0, 1)
+
+
+# --- a teacher
+
+
+def teacher(
+    labels: Literal["soft", "sampled"] = "soft",
+    data_seed: int = 0,
+    num_classes: int = 10,
+    sharpness: float = 5.0,
+    train: int = 4000,
+    val: int = 500,
+    test: int = 2000,
+) -> Dataset:
+    """Gaussian inputs, and a random network's softmax as P(y | x), all from `data_seed`.
+
+    P(y | x) = softmax(sharpness * V tanh(W x)), so that the truth is known. Targets are P itself where `labels` are
+    soft, and the label is its most probable class; else labels are drawn from P, and targets are one-hot.
+    """
+    require(labels in ("soft", "sampled"), "teacher", f"labels={labels}: choose soft or sampled")
+    require(num_classes > 1, "teacher", f"num_classes={num_classes}: give 2 or more")
+    require(min(train, val, test) > 0, "teacher", "train, val and test have to be 1 or more")
+    draws, count, pixels = draws_of(data_seed), train + val + test, SIDE * SIDE
+    inner = draws.standard_normal((pixels, HIDDEN)) / np.sqrt(pixels)
+    outer = draws.standard_normal((HIDDEN, num_classes)) / np.sqrt(HIDDEN)
+    inputs = draws.standard_normal((count, pixels))
+    truth = softmax(sharpness * np.tanh(inputs @ inner) @ outer, axis=1)
+    below = truth.cumsum(1)[:, :-1] < draws.random_sample((count, 1))
+    return make_dataset(
+        "teacher",
+        inputs.reshape(count, 1, SIDE, SIDE).astype(np.float32),
+        truth.argmax(1) if labels == "soft" else below.sum(1),
+        {"train": range(train), "val": range(train, train + val), "test": range(train + val, count)},
+        [str(label) for label in range(num_classes)],
+        target_probs=truth if labels == "soft" else None,
+        truth=truth,
+    )
