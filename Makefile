@@ -11,7 +11,7 @@ PORT   ?= 5000
 
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help install equivalence train sweep audit report ui experiments experiments-check simulate data bench test lint types wheel check clean
+.PHONY: help install equivalence train sweep audit report ui experiments experiments-check readme simulate data bench test lint types wheel check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ experiments: .venv/.lab ## run and record every experiment again: make experimen
 
 experiments-check: .venv/.lab ## run them again and say whether the recorded numbers still hold
 	$(PY) -m experiments.record --check $(ARGS)
+
+readme: .venv/.lab ## make the README's tables and figure again, from the record and from its own commands
+	$(PY) -m experiments.readme $(ARGS)
 
 simulate: .venv/.lab ## how often the verdict is wrong: the full simulation, a quarter of an hour of CPU
 	$(PY) -m experiments.error_rates.simulate $(ARGS)
