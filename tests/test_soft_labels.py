@@ -21,6 +21,7 @@ from test_datasets import refused
 from test_trial import trial, verdict, weights
 from torch import Tensor
 
+from experiments.soft_labels.entropy import apart, cells_of, data_of, distances, entropy_of_targets
 from pipeline.cells import TrialFolder
 from pipeline.datasets import Dataset
 from pipeline.errors import UsageError
@@ -226,7 +227,8 @@ def test_sampled_labels_have_the_frequencies_that_the_truth_says() -> None:
 
 
 def test_the_sharper_the_teacher_the_surer_it_is() -> None:
-    surprise = [entropy(teacher(sharpness=s).truth, axis=1).mean() for s in (0.01, 1.0, 5.0, 50.0)]
+    truths = [np.asarray(teacher(sharpness=sharpness).truth) for sharpness in (0.01, 1.0, 5.0, 50.0)]
+    surprise = [entropy(truth, axis=1).mean() for truth in truths]
     assert surprise[0] == pytest.approx(np.log(10), rel=1e-4)
     assert surprise == sorted(surprise, reverse=True)
     assert surprise[-1] < 0.15
@@ -316,6 +318,23 @@ def test_the_objectives_differ_by_the_mean_entropy_of_the_training_targets(soft_
     exact = entropy(data.truth[data.splits["train"]], axis=1).mean()
     assert (values["ce_soft"] - values["kl"]).to_numpy() == pytest.approx(exact, rel=1e-6)  # float32 objectives
     assert len(values) == 6
+
+
+def test_the_experiment_s_tables_are_made_from_the_cells_and_their_data(soft_trial: Path) -> None:
+    cells = cells_of(soft_trial)
+    data = data_of(cells)
+    exact = entropy(np.asarray(data.truth)[data.splits["train"]], axis=1).mean()
+    assert entropy_of_targets(data) == pytest.approx(exact, rel=1e-13)
+    name, between, entropy_in_row, off, same = apart("teacher", cells, data).strip("| ").split(" | ")
+    assert (name, same) == ("teacher", "2 of 2")
+    assert float(between) == pytest.approx(exact, rel=1e-6)
+    assert float(entropy_in_row) == pytest.approx(exact, rel=1e-7)
+    assert float(off) < 1e-6
+    rows = [row.strip("| ").split(" | ") for row in distances("teacher", cells)]
+    assert [row[1] for row in rows] == ["`ce_soft`", "`kl`", "`ce`"]
+    ce_soft = np.mean([cells[Replica("ce_soft", seed)].yardsticks["test/kl_truth"] for seed in (0, 1)])
+    assert float(rows[0][2].split()[0]) == pytest.approx(ce_soft, abs=1e-4)
+    assert rows[1][3].startswith("+0 ")
 
 
 def test_the_losses_are_asked_at_the_weights_with_the_targets_that_they_met(soft_trial: Path) -> None:
