@@ -29,6 +29,7 @@ from hydra.utils import instantiate
 from numpy.typing import NDArray
 from scipy import stats
 
+from experiments.commands import with_block
 from experiments.seed_variance.picture import draw
 from pipeline import config as conf
 from pipeline.cells import Cell, TrialFolder
@@ -41,7 +42,6 @@ OUTPUTS = conf.ROOT / "outputs" / "seed_variance"
 SETTINGS = ("digits", "calm", "chaotic", "annealed")
 VARIES = tuple(vary.value for vary in conf.Vary)
 LEVEL = 0.95
-BEGIN, END = "<!-- recorded: begin -->", "<!-- recorded: end -->"
 
 Floats = NDArray[np.float64]
 
@@ -287,9 +287,7 @@ def record(frame: pd.DataFrame, line: str) -> None:
     thumbs = {row.setting: rule_of_thumb(row.mean, row.test_examples) for row in free}
     (HERE / "figure.svg").write_text(draw(accuracy, thumbs))
     readme = HERE / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{tables(frame)}\n\n{line}\n{END}{after}")
+    readme.write_text(with_block(readme.read_text(), [tables(frame), "", line]))
 
 
 def outside(fresh: pd.DataFrame, recorded: pd.DataFrame) -> list[str]:
