@@ -79,7 +79,7 @@ def _cpu_seconds() -> float:
 def record(readme: Readme) -> ExitCode:
     """Run every command as it stands, then write results.csv, figure.svg and the README's block."""
     root, folder = readme.path.parents[2], readme.path.parent
-    _check_block(readme)
+    _check_form(readme)
     commit = _commit(root)
     costs = {}
     for command in readme.commands:
@@ -100,19 +100,20 @@ def record(readme: Readme) -> ExitCode:
     return ExitCode.HOLDS
 
 
-def _check_block(readme: Readme) -> None:
-    """Refuse a README without room for the results before anything is run."""
+def _check_form(readme: Readme) -> None:
+    """Refuse, before anything is run, a README without room for the results or with a figure of no trial."""
     try:
         with_block(readme.path.read_text(encoding="utf-8"), [])
     except ValueError as error:
         raise UsageError(f"{readme.path}: {error}") from error
+    trials = [command.trial for command in readme.commands]
+    if readme.figure and readme.figure.partition("/")[0] not in trials:
+        raise UsageError(f"{readme.path}: the figure {readme.figure} is of none of the trials, {', '.join(trials)}")
 
 
 def _copy_figure(readme: Readme, trials: Mapping[str, Path]) -> None:
     """The figure that the README names, else the first trial's differences in its first primary metric."""
     trial, _, name = (readme.figure or next(iter(trials))).partition("/")
-    if trial not in trials:
-        raise UsageError(f"{readme.path}: the figure is of '{trial}'; the trials are {', '.join(trials)}")
     if not name:
         primary = json.loads((trials[trial] / "verdict.json").read_text(encoding="utf-8"))["protocol"]["primary"]
         name = f"difference-{next(iter(primary), 'nll')}.svg"
@@ -164,7 +165,7 @@ def check(readme: Readme) -> ExitCode:
                 said.append(f"{command.trial}: skipped: {error}")
                 continue
             found = compare(known[known["trial"] == command.trial], rows_of(command.trial, folder))
-            said += [f"{command.trial}: {found.word}", *(f"    {line}" for line in found.moved)]
+            said += [f"{command.trial}: {found.word}", *(f"{command.trial}: {line}" for line in found.moved)]
             code = ExitCode.REFUTED if found.moved else code
     print("\n".join(["", *(f"{readme.slug} {line}" for line in said)]))
     return code
@@ -226,7 +227,10 @@ def main() -> None:
     parser.add_argument("slug", nargs="*", help="a folder in experiments/; without one, all that can be run")
     parser.add_argument("--check", action="store_true", help="compare with what is recorded, and write nothing")
     given = parser.parse_args()
-    ended = attempt(lambda: run(given.slug, given.check))
+    try:
+        ended = attempt(lambda: run(given.slug, given.check))
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)
     if ended.error is not None:
         print(f"error: {ended.error}", file=sys.stderr)
     sys.exit(ended.code)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.commands import BEGIN, END, read, with_block
+from experiments.commands import BEGIN, END, Command, read, with_block
 from experiments.record import EXPERIMENTS, chosen, run
 from experiments.results import COLUMNS, compare, markdown, recorded
 from pipeline.errors import UsageError
@@ -77,6 +77,15 @@ def test_the_block_is_replaced_and_nothing_else() -> None:
 def test_a_readme_without_its_block_is_refused_before_anything_runs(block: str, tmp_path: Path) -> None:
     readme(tmp_path, COMMAND, block)
     assert run(["tiny"], again=False, experiments=tmp_path / "experiments") is ExitCode.USAGE
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_figure_of_no_trial_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme(tmp_path, COMMAND, f"{BEGIN}\n{END}\n<!-- figure: two/difference-nll.svg -->")
+    assert run(["tiny"], again=False, experiments=tmp_path / "experiments") is ExitCode.USAGE
+    assert "the figure two/difference-nll.svg is of none of the trials, one" in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
 
 
@@ -154,6 +163,18 @@ def test_the_same_again_is_bit_for_bit_and_touches_nothing(tree: Path, capsys: p
     assert state() == before
 
 
+@pytest.fixture
+def trained_before(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be trained again is copied from the record's own trial."""
+
+    def copied(command: Command, root: Path) -> float:
+        shutil.copytree(tree / "outputs" / "tiny" / "one", command.words[-1].removeprefix("hydra.run.dir="))
+        return 0.0
+
+    monkeypatch.setattr("experiments.record.train", copied)
+
+
+@pytest.mark.usefixtures("trained_before")
 def test_a_record_that_another_run_does_not_bear_out_has_moved(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,7 +187,20 @@ def test_a_record_that_another_run_does_not_bear_out_has_moved(
     assert run(["tiny"], again=True, experiments=tmp_path / "experiments") is ExitCode.REFUTED
     said = capsys.readouterr().out
     assert "tiny one: moved\n" in said
-    assert "kl_mean, nll mean_difference: " in said
+    assert "tiny one: kl_mean, nll mean_difference: " in said
+
+
+@pytest.mark.usefixtures("trained_before")
+def test_a_recorded_trial_without_a_command_has_moved(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tree / "experiments", tmp_path / "experiments")
+    path = tmp_path / "experiments" / "tiny" / "README.md"
+    path.write_text(path.read_text(encoding="utf-8").replace("outputs/tiny/one", "outputs/tiny/two"), encoding="utf-8")
+    assert run(["tiny"], again=True, experiments=tmp_path / "experiments") is ExitCode.REFUTED
+    said = capsys.readouterr().out
+    assert "tiny one: moved: it has no command any more" in said
+    assert "tiny two: moved\ntiny two: ce, accuracy: was not recorded\n" in said
 
 
 def test_a_trial_without_its_data_is_skipped_visibly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
