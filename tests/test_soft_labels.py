@@ -417,3 +417,15 @@ def test_batches_that_were_kept_without_their_soft_targets_are_not_asked(
     monkeypatch.setattr(SideBySide, "_targets", lambda self, indices: {"labels": self.data.labels[indices]})
     trial(tmp_path / "t", *SMALL, "loss=[ce_soft,kl]", "seed=[0]", "audit=true", "epochs=1")
     assert "at_weights" not in json.loads((tmp_path / "t" / "audit.json").read_text())["losses"]["kl"]
+
+
+def test_an_audit_of_soft_targets_that_no_loss_sees_is_refused(tmp_path: Path) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from pipeline import audit_request
+    from pipeline import config as conf
+
+    with initialize_config_dir(str(conf.CONF), version_base="1.3"):
+        config = conf.plain(compose("audit", ["loss=[ce,nll]", "soft_targets=true", "tracking=none"]))
+    refused(lambda: audit_request.run(config, tmp_path / "a"), "soft_targets=true", "target_probs", "ce_soft")
+    assert not (tmp_path / "a").exists()
