@@ -1,0 +1,66 @@
+"""How far each loss's gradient is from the exact one, at logits that the reference met while it trained in bfloat16.
+
+python -m experiments.precision.gradients   after the README's third command, which leaves the logits behind
+
+g is a loss's gradient to the logits of a batch in bfloat16, G that of cross-entropy in float64 at the same logits.
+Means over the ten seeds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.cells import TrialFolder
+from pipeline.errors import UsageError
+from pipeline.exit_codes import guarded
+from pipeline.losses import nll_by_logsumexp
+from pipeline.objectives import Replica
+
+TRIAL = Path(__file__).resolve().parents[2] / "outputs" / "precision" / "bf16_mixed"
+SEEDS = range(100, 110)
+LOSSES: dict[str, Callable[..., Tensor]] = {"ce": F.cross_entropy, "nll_logsumexp": nll_by_logsumexp}
+
+
+def gradient(loss: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """dL/dlogits in float64; computed in the precision of the logits, [B, C]."""
+    leaf = logits.clone().requires_grad_()
+    LOSSES[loss](leaf, labels).backward()
+    assert leaf.grad is not None  # noqa: S101 - just made
+    return leaf.grad.double()
+
+
+def rows(trial: Path = TRIAL) -> Iterator[tuple[int, str, float, float, float]]:
+    """Step, loss, |g - G| / |G|, <g, G> / <G, G>, and the share of rows whose label gets no gradient at all."""
+    for seed in SEEDS:
+        cell = TrialFolder(trial).read(Replica("ce", seed))
+        if cell is None:
+            raise UsageError(f"{trial} has no run ce/s{seed}; run the README's commands first")
+        for batch in cell.batches:
+            logits, labels = batch["logits"].bfloat16(), batch["labels"]
+            exact = gradient("ce", logits.double(), labels)
+            for loss in LOSSES:
+                found = gradient(loss, logits, labels)
+                apart = float((found - exact).norm() / exact.norm())
+                along = float((found * exact).sum() / (exact * exact).sum())
+                silent = float((found.gather(1, labels[:, None]) == 0).double().mean())
+                yield batch["step"], loss, apart, along, silent
+
+
+def table() -> int:
+    """Print the means over seeds as a markdown table."""
+    found = pd.DataFrame(rows(), columns=["step", "loss", "apart", "along", "silent"])
+    print("| step | loss | distance from the exact gradient | share along it | rows without a gradient at the label |")
+    print("|---|---|---|---|---|")
+    for row in found.groupby(["step", "loss"], as_index=False).mean().to_dict("records"):
+        print(f"| {row['step']} | `{row['loss']}` | {row['apart']:.2g} | {row['along']:.2f} | {row['silent']:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(table))
