@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline import config as conf
 from pipeline.audited import SCHEMA as AUDIT_SCHEMA
 from pipeline.audited import AuditSettings, audit_at, audit_losses, made_from
 from pipeline.auditing.batches import Batch
@@ -46,13 +49,28 @@ def ask_audit(setting: Setting, request: Request, folder: TrialFolder) -> None:
         return
     console.print(f"auditing {', '.join(missing)} against {reference}")
     asked = {name: losses[name] for name in (reference, *missing)}
-    audit = audit_losses(asked, reference, settings)
+    audit = _audited_once(asked, reference, settings)
     if low_precision:  # what reaches the losses in this trial
-        low = audit_losses(asked, reference, replace(settings, dtype="bfloat16"))
+        low = _audited_once(asked, reference, replace(settings, dtype="bfloat16"))
         for name, entry in low["losses"].items():
             said = {key: entry[key] for key in ("objective", "sentence", "covered")}
             audit["losses"][name]["at_precision"] = said
     write_json(folder.path / "audit.json", audit | {"losses": kept | audit["losses"]})
+
+
+_known: dict[str, dict[str, Any]] = {}  # what this process has asked: the trials of a sweep share their losses
+
+
+def _audited_once(losses: Mapping[str, Any], reference: str, settings: AuditSettings) -> dict[str, Any]:
+    """`audit_losses`, asked once a process about the same losses from the same code, unless some answer was none."""
+    about = [made_from(name, loss) for name, loss in losses.items()]
+    key = conf.digest([list(losses), about, reference, settings.asked])
+    if key not in _known:
+        audit = audit_losses(losses, reference, settings)
+        if any(entry["objective"] in ("error", "not_run") for entry in audit["losses"].values()):
+            return audit
+        _known[key] = audit
+    return copy.deepcopy(_known[key])
 
 
 def read_audit(path: Path) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from pipeline import config as conf
+from pipeline import objective_axis
 from pipeline.cells import Cell, TrialFolder
 from pipeline.checks import check
 from pipeline.errors import UsageError
@@ -370,6 +371,22 @@ def test_what_the_audit_knows_is_not_asked_again(
     after = json.loads((audited / "audit.json").read_text())
     assert after["losses"].pop("brier")["objective"] == "different"
     assert after == before
+
+
+def test_the_trials_of_a_sweep_audit_their_losses_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    audit = objective_axis.audit_losses
+    monkeypatch.setattr(objective_axis, "audit_losses", lambda *given: asked.append(given) or audit(*given))
+    monkeypatch.setattr(objective_axis, "_known", {})
+    for name, epochs in (("one", 1), ("another", 2)):
+        trial(tmp_path / name, "loss=[ce,nll]", "audit=true", f"epochs={epochs}")
+    assert len(asked) == 1
+    both = [json.loads((tmp_path / name / "audit.json").read_text()) for name in ("one", "another")]
+    of_weights = [entry.pop("at_weights") for audit in both for entry in audit["losses"].values()]
+    assert both[0] == both[1]
+    assert of_weights[0]["about"] != of_weights[1]["about"]
+    trial(tmp_path / "third", "loss=[ce,brier]", "audit=true")
+    assert len(asked) == 2
 
 
 def test_an_audit_of_other_code_or_another_reference_says_nothing(audited: Path) -> None:
