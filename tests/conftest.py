@@ -13,3 +13,11 @@ def untouched_randomness() -> Iterator[None]:
     before = torch.get_rng_state()
     yield
     assert torch.equal(before, torch.get_rng_state()), "the global random state moved"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests remember, a user must not recall."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIKELIHOOD_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
