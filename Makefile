@@ -11,7 +11,7 @@ PORT   ?= 5000
 
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help install equivalence train sweep audit report ui experiments experiments-check readme simulate data bench test lint types wheel check clean
+.PHONY: help install equivalence train sweep audit report ui experiments experiments-check readme simulate data bench bench-check test lint types wheel check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ data: ## real Fashion-MNIST from Debian's package; digits come with scikit-learn
 
 bench: .venv/.dev ## cost of the step and of a trial beside conventional loops, in CPU time
 	$(PY) -m benchmarks.run $(ARGS)
+
+bench-check: .venv/.dev ## the steps again, beside the last record of this device; names what has regressed
+	$(PY) -m benchmarks.run --check $(ARGS)
 
 # --- quality
 

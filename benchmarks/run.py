@@ -1,7 +1,8 @@
 """What a trial and its step cost, side by side with the usual way, in one run: `make bench`.
 
-python -m benchmarks.run             a few minutes of CPU time; writes benchmarks/<date>-<device>.md
+python -m benchmarks.run             a few minutes of CPU time; writes benchmarks/<date>-<device>.md and .csv
 python -m benchmarks.run --quick     half a minute: two stacks, no whole trials, nothing written unless --out
+python -m benchmarks.run --check     the steps again, beside the last record of this device (`make bench-check`)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import datetime
 import importlib.metadata
 import platform
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +20,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import steps
+from benchmarks import record, steps
 from benchmarks.end_to_end import Usage, Workshop
 from benchmarks.timing import Spread, gain
 
+HERE = Path(__file__).parent
 PACKAGES = ("torch", "pytorch-lightning", "mlflow", "hydra-core", "numpy", "pandas")
 
 
@@ -45,30 +48,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from pipeline.setting import keep_freed_memory
 
         keep_freed_memory()  # as every trial does
-    whole = not (given.quick or given.steps_only)
+    whole = not (given.quick or given.steps_only or given.check)
     effort = Effort(repetitions=5 if given.quick else 7, trials=3 if whole else 0)
-    lines = [_header(device, effort), *step_rows(device, effort, given.quick)]
+    if given.check:
+        sys.exit(check(device, effort, given.out or HERE))
+    rows = list(step_rows(device, effort, given.quick))
+    lines = [_header(device, effort), *map(_line, rows)]
     if effort.trials:
         lines += trial_section(effort)
     text = "\n".join(lines) + "\n"
     print(text)
-    out = given.out or (None if given.quick else Path(__file__).parent)
+    out = given.out or (None if given.quick else HERE)
     if out is not None:
-        print(f"written to {_write(out, device, text)}")
+        print(f"written to {_write(out, device, text, rows)}")
 
 
-def _write(folder: Path, device: torch.device, text: str) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    target = folder / f"{datetime.date.today():%Y-%m-%d}-{slug}.md"
+def _write(folder: Path, device: torch.device, text: str, rows: Sequence[steps.Row]) -> Path:
+    target = folder / f"{datetime.date.today():%Y-%m-%d}-{_slug(device)}.md"
     folder.mkdir(parents=True, exist_ok=True)
     target.write_text(text)
+    record.write(rows, target.with_suffix(".csv"))
     return target
+
+
+def _slug(device: torch.device) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def check(device: torch.device, effort: Effort, folder: Path) -> int:
+    """Measure the steps again, beside the last record of this device; 1 where a gain has regressed, 2 without one."""
+    records = sorted(folder.glob(f"*-{_slug(device)}.csv"))
+    if not records:
+        print(f"error: {folder} has no record of {device_name(device)}; make one: make bench", file=sys.stderr)
+        return 2
+    found = list(record.compare(record.read(records[-1]), list(step_rows(device, effort, quick=False))))
+    print(f"beside {records[-1].name}:")
+    for line in found:
+        print(line)
+    return int(any(line.regressed for line in found))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two stacks and no whole trials")
     parser.add_argument("--steps-only", action="store_true", help="no whole trials")
+    parser.add_argument("--check", action="store_true", help="beside the last record; 1 where a gain has regressed")
     parser.add_argument("--out", type=Path, help="folder to write the page to (default: beside this file)")
     return parser
 
@@ -128,13 +152,16 @@ def _installed() -> Iterator[str]:
     return (name for name in PACKAGES if name in present)
 
 
-def step_rows(device: torch.device, effort: Effort, quick: bool) -> Iterator[str]:
-    """The table of steps."""
+def step_rows(device: torch.device, effort: Effort, quick: bool) -> Iterator[steps.Row]:
+    """Every stack of every case, measured."""
     for case in steps.cases(device, quick):
-        for row in steps.measure(case, device, effort.repetitions):
-            what = "with the losses" if row.with_losses else "without the losses"
-            times = f"{row.bare * 1e6:.0f} | {row.step * 1e6:.0f} | **{row.gain:.2f}**"
-            yield f"| {row.case} | {row.engine} | {row.replicas} | {what} | {times} |"
+        yield from steps.measure(case, device, effort.repetitions)
+
+
+def _line(row: steps.Row) -> str:
+    what = "with the losses" if row.with_losses else "without the losses"
+    times = f"{row.bare * 1e6:.0f} | {row.step * 1e6:.0f} | **{row.gain:.2f}**"
+    return f"| {row.case} | {row.engine} | {row.replicas} | {what} | {times} |"
 
 
 def trial_section(effort: Effort) -> Iterator[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import run, steps
+from benchmarks import record, run, steps
 from benchmarks.end_to_end import Usage
 from benchmarks.timing import Contender, Spread, gain, interleaved
 from pipeline.loaders import digits
@@ -55,8 +55,54 @@ def test_the_page_states_device_gain_and_extrapolation(
     monkeypatch.setattr(steps, "cases", lambda device, quick: [case])
     run.main(["--out", str(tmp_path)])
     (page,) = tmp_path.glob("*.md")
+    assert record.read(page.with_suffix(".csv")).keys() == {("tiny", "fold", "3", "with")}
     text = page.read_text()
     assert run.device_name(CPU) in text
     assert "| tiny | fold | 3 | with the losses |" in text
     assert "extrapolated" in text
     assert "| without imports | 90.00 [90.00..90.00] | 2.00 [2.00..2.00] | **45.0 [45.0..45.0]** |" in text
+
+
+def row(gain: Spread, replicas: int = 3) -> steps.Row:
+    return steps.Row("tiny", "fold", replicas, True, Spread(1, 1, 1), Spread(1, 1, 1), gain)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    record.write([row(Spread(2.0, 1.5, 2.25))], tmp_path / "r.csv")
+    assert record.read(tmp_path / "r.csv") == {("tiny", "fold", "3", "with"): Spread(2.0, 1.5, 2.25)}
+
+
+@pytest.mark.parametrize(
+    ("now", "regressed"),
+    [
+        (Spread(2.0, 1.9, 2.1), False),
+        (Spread(1.6, 1.5, 1.7), True),
+        (Spread(1.6, 1.5, 1.95), False),  # one repetition is as good as the record
+        (Spread(1.75, 1.7, 1.8), False),  # within what a shared machine does
+    ],
+)
+def test_a_regression_is_lower_beyond_the_noise(now: Spread, regressed: bool) -> None:
+    (line,) = record.compare({("tiny", "fold", "3", "with"): Spread(2.0, 1.9, 2.1)}, [row(now)])
+    assert line.regressed == regressed
+    assert ("REGRESSED" in str(line)) == regressed
+
+
+def test_what_is_no_longer_measured_is_a_regression_and_what_is_new_is_none() -> None:
+    gone, new = record.compare({("gone", "fold", "3", "with"): Spread(2, 2, 2)}, [row(Spread(1, 1, 1))])
+    assert gone.regressed
+    assert not new.regressed
+
+
+def test_a_check_compares_with_the_last_record_of_this_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = steps.Case("tiny", mlp, digits(), [("fold", 3, True)], steps=1)
+    monkeypatch.setattr(steps, "cases", lambda device, quick: [case])
+    for folder, gains, code in ((tmp_path / "none", None, 2), (tmp_path / "high", 1e6, 1), (tmp_path / "low", 1e-6, 0)):
+        folder.mkdir()
+        if gains is not None:
+            record.write([row(Spread(gains, gains, gains))], folder / f"2026-01-01-{run._slug(CPU)}.csv")
+        with pytest.raises(SystemExit) as left:
+            run.main(["--check", "--out", str(folder)])
+        assert left.value.code == code
+    assert "no record of" in capsys.readouterr().err
