@@ -43,12 +43,17 @@ def control_findings(cells: Cells, request: Request, facts: Facts, look: Look) -
     return {"replay": replay, "outcomes": words, "findings": findings, "assay_sensitivity": sensitivity}
 
 
-def controls_in_words(controls: Mapping[str, Any]) -> str:
-    """What of the controls limits every finding of the study; empty where nothing does."""
-    replay = controls["replay"]
+def controls_in_words(controls: Mapping[str, Any], outcome: str) -> str:
+    """What of the controls limits a finding; empty where nothing does."""
+    replay, dose = controls["replay"], controls["outcomes"].get(DOSE)
+    said = []
     if replay is not None and not replay["bitwise"]:
-        return f"This platform is not deterministic: the reference replayed under seed {replay['seed']} got other bits."
-    return ""
+        said.append(
+            f"This platform is not deterministic: the reference replayed under seed {replay['seed']} got other bits."
+        )
+    if outcome == "equivalent" and dose not in (None, "different"):
+        said.append(f"That this study notices a difference is not shown: the planted one was called {dose}.")
+    return " ".join(said)
 
 
 def _replay(cells: Cells, request: Request) -> dict[str, Any] | None:

@@ -113,6 +113,7 @@ def assert_same_loss(fn: LossFn, reference: LossFn = F.cross_entropy, **settings
     Raises:
         AssertionError: with the finding's sentence and a few lines that show the difference.
     """
+    __tracebackhide__ = True  # pytest shows the finding, not these lines
     finding = check(fn, reference, **settings)
     if not (finding.same and finding.value_holds):
         effects = [effect for effect in finding.side_effects if effect.startswith("value")]

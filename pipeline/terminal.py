@@ -36,8 +36,8 @@ def announce(
     if stale:
         names = _listed([f"{replica.arm}/s{replica.seed}" for replica in stale])
         console.print(
-            f"{len(stale)} runs were made by other code, data or environment, or edited; they moved to {aside} "
-            f"and are trained again: {names}"
+            f"{len(stale)} runs were made by other code, settings, data or environment, or edited; "
+            f"they moved to {aside} and are trained again: {names}"
         )
 
 

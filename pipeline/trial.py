@@ -70,7 +70,7 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
 def chosen_controls(config: Mapping[str, Any], request: Request, folder: TrialFolder) -> tuple[str, ...]:
     """A replay wherever losses are compared; placebos and dose where rounding may part some of them, or if told to."""
     ranks = ranked_arms(request.candidates, config["rank_test"]) if config["rank_test"] else []
-    if config["controls"] == "none" or not request.candidates:
+    if config["controls"] == "none" or (config["controls"] == "auto" and not request.candidates):
         return tuple(ranks)
     audit = read_audit(folder.path) if config["audit"] else None
     found = (
@@ -156,6 +156,11 @@ def conclude(
     if not cells:
         raise UsageError(f"{folder.path} holds no finished run; train first")
     look = look_at(folder.path, request.seeds, request.question, request.alpha, request.looks)
+    if (look.alpha, look.declared) != (request.alpha, request.looks):
+        console.print(
+            f"alpha={look.alpha:g} and looks={look.declared} hold, which the first verdict in {folder.path} declared; "
+            "to declare others, choose a new folder (hydra.run.dir=DIR)"
+        )
     known = cells | own_controls(_read(folder, wanted_controls(request)), cells, request)
     audit = read_audit(folder.path)
     verdict = decide(known, request, facts, _header(folder, cells), audit, look)

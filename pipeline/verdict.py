@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ def comparison(
         sentence(finding, entry, trajectory, ranks, request, facts),
         "" if rate == 1 else f"It was trained at {rate:g} times the reference's learning rate.",
         _reconciled(verdict, finding, entry),
-        controls_in_words(controls),
+        controls_in_words(controls, finding.word),
     ]
     return {
         "loss": candidate,
@@ -348,8 +349,9 @@ def decide(
     """
     look = look or Look(1, level_of(request.alpha, request.looks, 1), request.alpha, request.looks)
     found = outcomes(cells, request, facts, look)
+    in_force = replace(request, alpha=look.alpha, looks=look.declared)
     protocol = {
-        "hash": request.protocol_hash, "alpha": look.alpha, "looks": look.declared, "look": look.number,
+        "hash": in_force.protocol_hash, "alpha": look.alpha, "looks": look.declared, "look": look.number,
         "level": look.level, "margins": dict(request.margins) or None, "primary": list(request.primary),
     }  # fmt: skip
     controls = control_findings(cells, request, facts, look)

@@ -428,6 +428,15 @@ def test_another_number_of_seeds_is_another_look_at_half_the_level(tmp_path: Pat
     assert found["metrics"]["nll"]["level"] == 0.025
 
 
+def test_looks_that_were_declared_first_hold_and_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trial(tmp_path / "t", "loss=[ce,brier]", "seed=[0,1]")
+    assert "hold, which the first verdict" not in capsys.readouterr().out
+    declared = verdict(tmp_path / "t")["protocol"]
+    trial(tmp_path / "t", "loss=[ce,brier]", "seed=[0,1]", "looks=3", "until=decided")
+    assert "alpha=0.05 and looks=1 hold, which the first verdict in" in capsys.readouterr().out
+    assert verdict(tmp_path / "t")["protocol"] == declared
+
+
 def test_until_decided_goes_on_with_the_seeds_that_the_verdict_advised(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -503,6 +512,12 @@ def test_a_factor_in_the_loss_is_undone_by_one_in_its_rate(tmp_path: Path) -> No
 
 
 # --- controls
+
+
+def test_the_reference_alone_has_controls_where_they_are_asked_for(tmp_path: Path) -> None:
+    trial(tmp_path / "t", "controls=all", "loss=[ce]", "seed=[0,1]")
+    assert verdict(tmp_path / "t")["comparisons"] == []
+    assert set(verdict(tmp_path / "t")["controls"]["outcomes"]) == {"placebo_float64", "placebo_reordered", "dose"}
 
 
 def test_controls_are_trained_beside_the_losses_and_kept_apart(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.assay import controls_in_words
 from pipeline.objectives import Replica
 from pipeline.outcomes import Facts, Request, status_of
 from pipeline.verdict import confirms, decide, word
@@ -114,6 +115,13 @@ def test_another_learning_rate_explains_another_model() -> None:
     assert found["verdict"] == "different"
     assert "trained at 10 times the reference's learning rate" in found["sentence"]
     assert found["envelope"]["reason"] == "it was trained at another learning rate"
+
+
+@pytest.mark.parametrize(("dose", "said"), [("different", False), ("equivalent", True), ("inconclusive", True)])
+def test_an_equivalence_beside_a_dose_that_was_not_noticed_says_so(dose: str, said: bool) -> None:
+    controls = {"replay": {"seed": 0, "bitwise": True}, "outcomes": {"dose": dose}}
+    assert (f"the planted one was called {dose}" in controls_in_words(controls, "equivalent")) == said
+    assert controls_in_words(controls, "different") == ""
 
 
 def test_a_failed_audit_leaves_the_outcome_to_decide() -> None:
