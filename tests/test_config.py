@@ -54,7 +54,10 @@ def test_the_configuration_that_ships_passes(composed: DictConfig) -> None:
 @pytest.mark.parametrize("experiment", [file.stem for file in (conf.CONF / "experiment").glob("*.yaml")])
 def test_every_experiment_that_ships_passes(experiment: str) -> None:
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
-        check(compose("train", overrides=[f"experiment={experiment}"]))
+        cfg = compose("train", overrides=[f"experiment={experiment}"])
+    check(cfg)
+    assert cfg.tracking.experiment == experiment  # one name everywhere
+    assert (conf.CONF.parent / "experiments" / experiment / "README.md").exists()
 
 
 @pytest.mark.parametrize("loss", [file.stem for file in (conf.CONF / "loss").glob("*.yaml")])
