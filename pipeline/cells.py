@@ -3,6 +3,7 @@
 trial.yaml                      what the folder is for; another configuration is refused
 cells/<arm>/s<seed>/            config.yaml, history.parquet, state.pt: the source of truth
 controls/<arm>/s<seed>/         the same of replay, placebos and dose
+tile                            how many replicas fit at once, where more ran out of memory
 stale/<arm>/s<seed>-<digest>/   cells made by other code, data or environment, kept out of the way
 verdict.json report.html figures/ checkpoints/    rebuilt from the cells
 """
@@ -154,6 +155,18 @@ class TrialFolder:
                 f"{self.path} holds a trial with another {', '.join(differing)}; choose another folder "
                 "(hydra.run.dir=DIR) or give the configuration that it was made with"
             )
+
+    @property
+    def tile(self) -> int | None:
+        """How many replicas fit at once, where more ran out of memory here."""
+        try:
+            return int((self.path / "tile").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def remember_tile(self, size: int) -> None:
+        """So that the same command goes on with it."""
+        write_whole(self.path / "tile", f"{size}\n".encode())
 
     def cell_path(self, replica: Replica) -> Path:
         kind = "controls" if is_control(replica.arm) else "cells"

@@ -68,6 +68,10 @@ class Setting:
             self, config={**self.config, "loss": {**self.config["loss"], **added}}, formulations=formulations
         )
 
+    def with_tile(self, size: int | None) -> Setting:
+        """The same setting with at most so many replicas at once."""
+        return self if size is None or size >= self.tile else replace(self, tile=size)
+
     @functools.cache  # noqa: B019 - one setting a process
     def fingerprint_parts(self, arm: str) -> dict[str, Any]:
         """What decides the bits of an arm's cells, but for the seed."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.auditing.finding import size_in_words
+from pipeline.budget import Budget, in_words
 from pipeline.exit_codes import ExitCode
 from pipeline.objectives import Replica
 from pipeline.outcomes import Request, wanted_controls
@@ -38,6 +39,18 @@ def announce(
         console.print(
             f"{len(stale)} runs were made by other code, settings, data or environment, or edited; "
             f"they moved to {aside} and are trained again: {names}"
+        )
+
+
+LARGE = 10**9  # bytes that are worth a line
+
+
+def announce_budget(budget: Budget, missing: int, tile: int) -> None:
+    """What a large trial is about to take."""
+    memory, disk = budget.of(min(tile, missing)), missing * budget.run
+    if max(memory, disk) > LARGE:
+        console.print(
+            f"about {in_words(memory)} of memory for {min(tile, missing)} runs at once, {in_words(disk)} on disk"
         )
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as conf
+from pipeline.budget import budget_of, check_disk, fitted, is_out_of_memory
 from pipeline.cells import Cell, TrialFolder, write_json
 from pipeline.controls import BY_PRECISION, DOSE, REPLAY, ranked_arms
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.exit_codes import ExitCode
 from pipeline.looks import look_at
 from pipeline.looks import record as record_look
@@ -23,7 +24,7 @@ from pipeline.request import check_resolution, check_truth, facts_of, request_of
 from pipeline.runs import cell_run, report_run
 from pipeline.setting import Setting, prepare
 from pipeline.tables import between_seeds, differences, distances, trial_history
-from pipeline.terminal import announce, closing, console, show_verdict
+from pipeline.terminal import announce, announce_budget, closing, console, show_verdict
 from pipeline.tracking import Tracker
 from pipeline.training import tiles, train_tile
 from pipeline.verdict import decide
@@ -39,7 +40,7 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
         command: how to get the same again, for the report.
     """
     request = request_of(config)
-    setting = prepare(config)
+    setting = fitted(prepare(config))
     check_resolution(request, setting)
     check_truth(request, setting)
     facts = facts_of(setting, request, command)
@@ -52,10 +53,10 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
         if config["audit"]:
             ask_audit(setting, request, folder)
         request = replace(request, controls=chosen_controls(config, request, folder))
-        setting = setting.with_controls(request.controls, request.reference)
+        setting = setting.with_controls(request.controls, request.reference).with_tile(folder.tile)
         while True:
             write_request(path, request, facts)
-            train(setting, request, folder, tracker)
+            setting = train(setting, request, folder, tracker)
             if config["audit"]:
                 ask_at_weights(setting, request, folder)
             code, verdict = conclude(folder, request, facts, tracker)
@@ -111,12 +112,46 @@ def _tracker(tracking: Mapping[str, Any]) -> Tracker | None:
     return tracker
 
 
-def train(setting: Setting, request: Request, folder: TrialFolder, tracker: Tracker | None) -> None:
-    """Train the cells that the folder lacks; each tile's runs are recorded as soon as its cells are on disk."""
+def train(setting: Setting, request: Request, folder: TrialFolder, tracker: Tracker | None) -> Setting:
+    """Train the cells that the folder lacks; where memory runs out, once more with half as many at a time.
+
+    Returns the setting that they were trained with.
+    """
+    while True:
+        try:
+            _train(setting, request, folder, tracker)
+            return setting
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            setting = _halved(setting, folder, error)
+
+
+def _halved(setting: Setting, folder: TrialFolder, error: BaseException) -> Setting:
+    """The setting with half as many runs at once, which the folder remembers.
+
+    Raises:
+        UsageError: that was done before, or there is but one.
+    """
+    fewer = setting.tile // 2
+    if not fewer or folder.tile is not None:
+        line = f"out of memory while training {setting.tile} run(s) at once ({first_line(error)})"
+        raise UsageError(f"{line}; lower batch_size or give trainer.tile={max(1, fewer)}") from error
+    folder.remember_tile(fewer)
+    console.print(f"out of memory with {setting.tile} runs at once; going on with {fewer}")
+    return setting.with_tile(fewer)
+
+
+def _train(setting: Setting, request: Request, folder: TrialFolder, tracker: Tracker | None) -> None:
+    """Each tile's runs are recorded as soon as its cells are on disk."""
     all_wanted = [*wanted(request), *wanted_controls(request)]
     fingerprints = {replica: setting.fingerprint(replica) for replica in all_wanted}
     missing, stale = folder.sort_out(fingerprints)
     announce(setting, request, missing, stale, folder.path / "stale")
+    if missing:
+        budget = budget_of(setting)
+        check_disk(budget, len(missing), folder.path)
+        announce_budget(budget, len(missing), setting.tile)
     done = [replica for replica in fingerprints if replica not in missing]
     if tracker:
         present = tracker.present(folder.path.name)

@@ -1,0 +1,158 @@
+"""What a trial takes of memory and disk, known before it starts: it splits itself to fit, or is refused.
+
+A replica in training keeps, in bytes:
+
+    parameters x (2 + states)   the weights, their gradient, and what the optimizer keeps for each of them
+    + 2 x kept                  what the forward pass on one batch keeps for the backward pass, and as much in gradients
+    + buffers
+
+and a stack keeps that for each replica of its tile, beside the data. On disk a run is its weights twice, in its cell
+and as a checkpoint, and about 60 kB of history, sketches and logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UsageError
+from pipeline.setting import Setting
+
+HISTORY_BYTES = 60_000
+USABLE = 0.7  # of a machine's memory: a ResNet-18 was seen to take 1.4 times what the formula says, MLPs .9
+PROBED = (2, 4)  # rows of the two batches whose difference tells what a row costs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes: of one replica in training, of the data, of the machine or its GPU, and of one run on disk."""
+
+    replica: int
+    data: int
+    machine: int
+    run: int
+
+    def of(self, tile: int) -> int:
+        """Memory of a stack of so many replicas, with the data."""
+        return self.data + tile * self.replica
+
+
+def budget_of(setting: Setting) -> Budget:
+    """Measured on one plain module and two batches of a few rows."""
+    module = setting.builder(0).to(setting.device, setting.dtype).train()
+    weights = sum(_bytes(module.parameters()))
+    states = _states(setting.recipe.make_optimizer)
+    kept = _kept(module, setting.builder.input_shape, setting.recipe.batch_size)
+    buffers = sum(_bytes(module.buffers()))
+    data = setting.data
+    return Budget(
+        replica=weights * (2 + states) + 2 * kept + buffers,
+        data=sum(_bytes({id(tensor): tensor for tensor in (data.images, data.pool)}.values())),
+        machine=_memory(setting.device),
+        run=2 * (weights + buffers) + HISTORY_BYTES,
+    )
+
+
+def fitted(setting: Setting) -> Setting:
+    """The setting with its tile halved until a stack fits into the machine.
+
+    Raises:
+        UsageError: not even one run fits.
+    """
+    budget, tile = budget_of(setting), setting.tile
+    usable = int(USABLE * budget.machine)
+    while tile > 1 and budget.of(tile) > usable:
+        tile //= 2
+    if budget.of(tile) > usable:
+        raise UsageError(
+            f"one run of {setting.builder.name} at batch_size={setting.recipe.batch_size} takes about "
+            f"{in_words(budget.of(1))} of memory, and {in_words(usable)} of {in_words(budget.machine)} may be used; "
+            "lower batch_size, or choose a smaller model or pictures"
+        )
+    return setting if tile == setting.tile else replace(setting, tile=tile)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had: Python's, a GPU's, or torch's on a CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def check_disk(budget: Budget, missing: int, folder: Path) -> None:
+    """Refuse a trial whose missing runs would fill the disk.
+
+    Raises:
+        UsageError: they would.
+    """
+    needed, free = missing * budget.run, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UsageError(
+            f"{missing} runs take about {in_words(needed)} on disk, and {folder} has {in_words(free)} left; "
+            "free space, choose another folder (hydra.run.dir=DIR) or train fewer seeds"
+        )
+
+
+def in_words(size: int) -> str:
+    """Bytes as a reader takes them in: 45 MB, 1.2 GB."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, (len(str(size)) - 1) // 3))
+    return f"{size / 1000**power:.3g} {units[power]}"
+
+
+def _bytes(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor.numel() * tensor.element_size() for tensor in tensors]
+
+
+def _states(make_optimizer: Callable[..., torch.optim.Optimizer]) -> int:
+    """How many numbers an optimizer keeps for each weight."""
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = make_optimizer([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = optimizer.state[weight].values()
+    return len([value for value in state if isinstance(value, Tensor) and value.shape == weight.shape])
+
+
+def _kept(module: nn.Module, shape: tuple[int, ...], batch_size: int) -> int:
+    """Bytes that the backward pass needs of a whole batch, from what it needs of two small ones."""
+    few, more = (_saved(module, shape, rows) for rows in PROBED)
+    a_row = (more - few) / (PROBED[1] - PROBED[0])
+    return int(few + a_row * (batch_size - PROBED[0]))
+
+
+def _saved(module: nn.Module, shape: tuple[int, ...], rows: int) -> int:
+    """Bytes of the tensors that autograd saves in one forward pass, but for the parameters themselves."""
+    scratch = copy.deepcopy(module)  # its running statistics may move
+    like = next(scratch.parameters())
+    own = {parameter.untyped_storage().data_ptr() for parameter in scratch.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = torch.zeros(rows, *shape, dtype=like.dtype, device=like.device)
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits: Tensor = scratch(inputs)
+    return sum(seen.values()) + logits.numel() * logits.element_size()
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of the GPU, or of the machine and what its container may use of it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total: int = int(psutil.virtual_memory().total)
+    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        text = file.read_text().strip() if file.exists() else "max"
+        total = min(total, int(text)) if text.isdigit() else total
+    return total
