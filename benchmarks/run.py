@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.check:
         sys.exit(check(device, effort, given.out or HERE))
     rows = list(step_rows(device, effort, given.quick))
-    lines = [_header(device, effort), *map(_line, rows)]
+    lines = [_header(device, effort), *map(_line, rows), *ceiling_section(device, rows, given.quick)]
     if effort.trials:
         lines += trial_section(effort)
     text = "\n".join(lines) + "\n"
@@ -162,6 +162,16 @@ def _line(row: steps.Row) -> str:
     what = "with the losses" if row.with_losses else "without the losses"
     times = f"{row.bare * 1e6:.0f} | {row.step * 1e6:.0f} | **{row.gain:.2f}**"
     return f"| {row.case} | {row.engine} | {row.replicas} | {what} | {times} |"
+
+
+def ceiling_section(device: torch.device, rows: Sequence[steps.Row], quick: bool) -> Iterator[str]:
+    """How much of what the core can multiply the steps without the losses do."""
+    if device.type != "cpu":
+        return
+    by_name = {case.name: case for case in steps.cases(device, quick)}
+    shares = {row: steps.of_ceiling(row, by_name[row.case]) for row in rows if not row.with_losses}
+    for row, share in shares.items():
+        yield f"\n{row.case}, R = {row.replicas}, without the losses: **{share:.0%}** of this core's sgemm rate."
 
 
 def trial_section(effort: Effort) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import Contender, Spread, clock, gain, interleaved
 from pipeline.datasets import Dataset, make_dataset
@@ -95,6 +97,25 @@ def measure(case: Case, device: torch.device, repetitions: int) -> list[Row]:
         ours, replicas = seconds[str(stack)], stack[1]
         rows.append(Row(case.name, *stack, Spread.of(bare), Spread.of(ours), gain(bare, ours, replicas)))
     return rows
+
+
+def of_ceiling(row: Row, case: Case) -> float:
+    """What share of this core's sgemm rate the stack's matrix products reach, over the whole step.
+
+    Multiplications and additions of one plain module's forward and backward pass, by torch's own count, for each
+    replica, over the step's time and over the rate of a 512 x 512 x 512 product measured now.
+    """
+    module = case.make_model(input_shape=case.data.input_shape, num_classes=case.data.num_classes).train()
+    with FlopCounterMode(display=False) as count:
+        module(torch.zeros(BATCH, *case.data.input_shape)).sum().backward()
+    return row.replicas * count.get_total_flops() / row.step.median / sgemm_rate()
+
+
+def sgemm_rate(size: int = 512, repetitions: int = 15) -> float:
+    """Floating-point operations a second of one thread in a product of square matrices; the median."""
+    square = torch.randn(size, size)
+    seconds = interleaved({"sgemm": Contender(lambda: torch.mm(square, square), 1)}, repetitions, time.process_time)
+    return 2 * size**3 / statistics.median(seconds["sgemm"])
 
 
 def stacked(

@@ -106,3 +106,18 @@ def test_a_check_compares_with_the_last_record_of_this_device(
             run.main(["--check", "--out", str(folder)])
         assert left.value.code == code
     assert "no record of" in capsys.readouterr().err
+
+
+def test_the_share_of_the_ceiling_counts_what_a_step_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = steps.Case("tiny", mlp, digits(), [("fold", 3, False)], steps=1)
+    monkeypatch.setattr(steps, "sgemm_rate", lambda: 1e9)
+    first, second = 64 * 128, 128 * 10
+    products = 2 * steps.BATCH * (2 * first + 3 * second)  # the first layer's input needs no gradient
+    share = steps.of_ceiling(
+        steps.Row("tiny", "fold", 3, False, Spread(1, 1, 1), Spread(1, 1, 1), Spread(1, 1, 1)), case
+    )
+    assert share == pytest.approx(3 * products / 1e9)
+
+
+def test_the_sgemm_rate_is_that_of_a_processor() -> None:
+    assert 1e8 < steps.sgemm_rate(128, 5) < 1e13
