@@ -128,7 +128,7 @@ def stacked(
     present = FORMULATIONS[: len({replica.arm for replica in replicas})]
     make_objectives = Objectives if with_losses else _FixedGradient
     objectives = make_objectives(present, replicas, data.num_classes, device, torch.float32)
-    module = _WithoutTrainer(stack, objectives, replicas, data, builder.input_shape, recipe())
+    module = WithoutTrainer(stack, objectives, replicas, data, builder.input_shape, recipe())
     module.snapshots = []  # a few in a whole training, too many in a short measurement
     module.on_fit_start()
     module.on_train_epoch_start()
@@ -141,7 +141,7 @@ def recipe() -> Recipe:
     return Recipe(epochs=30, batch_size=BATCH, make_optimizer=make)
 
 
-class _WithoutTrainer(SideBySide):
+class WithoutTrainer(SideBySide):
     """The module as Lightning leaves it when training starts."""
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
