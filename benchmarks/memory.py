@@ -1,7 +1,7 @@
 """What a stack keeps in memory while it trains, beside what pipeline/budget.py says: python -m benchmarks.memory
 
-Each model in a fresh process, since memory that was freed is used again: how far the peak of the resident set grows over
-a few steps.
+Each model in a fresh process, since memory that was freed is used again: how far the peak of the resident set grows
+over a few steps.
 """
 
 from __future__ import annotations
