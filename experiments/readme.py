@@ -36,7 +36,7 @@ def verdicts() -> str:
     table = recorded(TEXTBOOK)
     shown = table[(table["metric"] == "nll") & (table["kind"] == "candidate")].to_dict("records")
     lines = ["| formulation | what it is | as a function | outcome of training | verdict |", "|---|---|---|---|---|"]
-    for row in sorted(shown, key=lambda row: ORDER.index(row["verdict"])):
+    for row in sorted(shown, key=lambda row: (*ORDER, row["verdict"]).index(row["verdict"])):
         failed = f" ({row['failures']} seeds failed)" if row["failures"] != "0" else ""
         cells = (f"`{row['loss']}`", said_of(row["loss"]), row["objective"], row["outcome"] + failed, row["verdict"])
         lines.append(f"| {' | '.join(cells)} |")

@@ -13,6 +13,8 @@ from pipeline.prose import listed, prose
 Verdict = Mapping[str, Any]
 Audit = Mapping[str, Any] | None
 
+SHOWN = 4  # losses of which the first screen says each by itself
+UNASKED = ("error", "not_run")
 LADDER = ("label smoothing", "temperature 1 + d")  # two kinds of planted fault stand for the rest
 
 
@@ -33,7 +35,7 @@ def how_small(verdict: Verdict, audit: Audit) -> list[str]:
 
 
 def _in_the_losses(verdict: Verdict, audit: Audit) -> Iterator[str]:
-    if audit is None:
+    if not _planted(audit):
         if verdict["comparisons"]:
             yield "In the losses themselves: unknown, they were not audited."
         return
@@ -46,29 +48,49 @@ def _in_the_losses(verdict: Verdict, audit: Audit) -> Iterator[str]:
         yield f"In the losses themselves: {'; '.join(known)}."
 
 
-def _planted(audit: Audit) -> Mapping[str, Any]:
-    """Kind of planted fault -> precision -> the smallest size that the audit caught."""
-    entries = (audit or {}).get("losses", {}).values()
-    return next((sizes for entry in entries if (sizes := entry.get("would_have_caught"))), {})
+def _planted(audit: Audit) -> Mapping[str, Mapping[str, float | None]]:
+    """Kind of planted fault -> precision -> the smallest size that was caught on the grid of every loss; None: not all.
+
+    Losses that could not be asked say nothing.
+    """
+    entries = [entry for entry in (audit or {}).get("losses", {}).values() if entry["objective"] not in UNASKED]
+    ladders = [entry["would_have_caught"] for entry in entries if entry.get("would_have_caught")]
+    if not ladders or len(ladders) < len(entries):
+        return {}
+    return {
+        kind: {precision: _largest([ladder.get(kind, {}).get(precision) for ladder in ladders]) for precision in sizes}
+        for kind, sizes in ladders[0].items()
+    }
+
+
+def _largest(sizes: Sequence[float | None]) -> float | None:
+    known = [size for size in sizes if size is not None]
+    return max(known) if len(known) == len(sizes) else None
 
 
 def _in_the_first_steps(verdict: Verdict) -> Iterator[str]:
     known = [(row.get("envelope") or {}).get("smallest") for row in verdict["comparisons"]]
     for size in {size for size in known if size is not None}:
-        yield f"In the first steps of training: label smoothing {size:.0e}, in 95 % of recorded studies like this one."
+        yield f"In the first steps of training: label smoothing {size:.0e}, as recorded on digits with an MLP."
 
 
 def _in_the_outcome(verdict: Verdict) -> Iterator[str]:
     if equal := [row["loss"] for row in verdict["comparisons"] if row.get("outcome") == "identical"]:
         yield f"In the trained models: one bit of any weight in any pair ({listed(equal)})."
-    placebos = {name: found for name, found in controls_of(verdict).items() if name.startswith("placebo")}
-    if placebos:
-        limits = _reached(verdict, list(placebos.values()))
-        yield f"In the outcome: {limits}. So closely do the placebos agree, which differ by rounding alone."
-        return
-    for row in verdict["comparisons"]:
-        if row.get("outcome") != "identical" and (limits := _reached(verdict, [row.get("metrics") or {}])):
-            yield f"In the outcome of {row['loss']}: {limits}."
+    own = {
+        row["loss"]: limits
+        for row in verdict["comparisons"]
+        if row.get("outcome") != "identical" and (limits := _reached(verdict, [row.get("metrics") or {}]))
+    }
+    for loss, limits in list(own.items())[:SHOWN]:
+        yield f"In the outcome of {loss}: {limits}."
+    if len(own) > SHOWN:
+        yield f"In the outcome of {len(own) - SHOWN} others: see their smallest margins below."
+    words = (verdict.get("controls") or {}).get("outcomes") or {}
+    placebos = [found for name, found in controls_of(verdict).items() if name.startswith("placebo")]
+    shown_equal = {word for name, word in words.items() if name.startswith("placebo")} <= {"equivalent", "identical"}
+    if placebos and shown_equal and (limits := _reached(verdict, placebos)):
+        yield f"At best these seeds could show {limits}: so closely agree the placebos, which differ by rounding alone."
 
 
 def _reached(verdict: Verdict, found: Sequence[Mapping[str, Any]]) -> str:
@@ -98,9 +120,15 @@ def ever_no(verdict: Verdict, audit: Audit) -> list[str]:
 def _planted_in_training(verdict: Verdict) -> Iterator[str]:
     words = (verdict.get("controls") or {}).get("outcomes") or {}
     if (dose := words.get("dose")) is not None:
-        planted = f"the reference with its logits scaled, planted by the trial{_moved(verdict)}"
+        share = _moved(verdict)
+        planted = "the reference with its logits scaled, planted by the trial"
+        if share is not None:
+            planted += f", which moves {_first_metric(verdict)} by {prose(share)} margins"
         if dose == "different":
             yield f"Yes, in training: {planted}, was called different."
+        elif share is not None and abs(share) < 1:
+            weak = "That is too little to notice: this setting needs a dose of its own."
+            yield f"Not in training: {planted}, was called {dose}. {weak}"
         else:
             yield f"Not in training: {planted}, was called {dose}. So large a difference these seeds cannot tell."
     placebos = [word for name, word in words.items() if name.startswith("placebo")]
@@ -110,14 +138,16 @@ def _planted_in_training(verdict: Verdict) -> Iterator[str]:
         yield f"{start}: the placebos, which differ by rounding alone, were called {listed(placebos)}."
 
 
-def _moved(verdict: Verdict) -> str:
-    """By how much the dose moved the first primary metric."""
-    metric = next(iter((verdict.get("protocol") or {}).get("primary") or ()), "")
-    found = (controls_of(verdict).get("dose") or {}).get(metric) or {}
+def _first_metric(verdict: Verdict) -> str:
+    return str(next(iter((verdict.get("protocol") or {}).get("primary") or ()), ""))
+
+
+def _moved(verdict: Verdict) -> float | None:
+    """By how many margins the dose moved the first primary metric."""
+    found = (controls_of(verdict).get("dose") or {}).get(_first_metric(verdict)) or {}
     if found.get("mean_difference") is None or not found.get("margin"):
-        return ""
-    share = found["mean_difference"] / found["margin"]
-    return f", which moves {metric} by {prose(float(f'{share:.2g}'))} margins"
+        return None
+    return float(f"{found['mean_difference'] / found['margin']:.2g}")
 
 
 def _losses_refused(verdict: Verdict) -> Iterator[str]:
@@ -131,7 +161,7 @@ def _planted_in_losses(audit: Audit) -> Iterator[str]:
     if caught:
         yield (
             f"Yes, in the losses: faults of {len(caught)} of {len(sizes)} kinds were planted and caught, "
-            "down to the sizes on the left."
+            "down to such sizes as the first answer names."
         )
 
 

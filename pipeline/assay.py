@@ -14,10 +14,9 @@ from pipeline.controls import BY_PRECISION, CANDIDATE, COPY, DOSE, REPLAY
 from pipeline.envelope import SMALLEST_CAUGHT, Distances, Envelope, envelope
 from pipeline.looks import Look
 from pipeline.objectives import Replica
-from pipeline.outcomes import Cells, Facts, Request, outcome_of
+from pipeline.outcomes import Cells, Facts, Request, outcome_of, without_edited
 from pipeline.rank_test import STEPS as RANKED_STEPS
 from pipeline.rank_test import RankFinding, rank_test
-from pipeline.trajectory import relative_distance
 
 PLACEBOS = tuple(name for names in BY_PRECISION.values() for name in names)
 
@@ -39,7 +38,7 @@ def control_findings(cells: Cells, request: Request, facts: Facts, look: Look) -
         same = bool(placebos) and all(word in ("equivalent", "identical") for word in placebos)
         noticed = None if DOSE not in words else words[DOSE] == "different"
         sensitivity = {"placebo_equivalent": same, "dose_different": noticed, "holds": same and noticed is True}
-    replay = _replay(cells, request)
+    replay = _replay(without_edited(cells), request)
     return {"replay": replay, "outcomes": words, "findings": findings, "assay_sensitivity": sensitivity}
 
 
@@ -102,9 +101,7 @@ def _between(references: Sequence[Cell]) -> Distances:
 def _by_step(pairs: Iterable[tuple[Cell, Cell]]) -> Distances:
     found: dict[int, list[float]] = {}
     for mine, reference in pairs:
-        steps, sketches = mine.sketches
-        distances = relative_distance(sketches, reference.sketches[1]).tolist()
-        for step, distance in zip(steps, distances, strict=True):
+        for step, distance in mine.distances_from(reference):
             found.setdefault(step, []).append(distance)
     return {step: np.array(values) for step, values in found.items()}
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from pipeline.controls import is_control
 from pipeline.errors import UsageError, first_line
 from pipeline.objectives import Replica
+from pipeline.trajectory import relative_distance
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,26 @@ class Cell:
         state = self._state()
         return state["sketch_steps"], state["sketches"]
 
+    def distances_from(self, reference: Cell) -> list[tuple[int, float]]:
+        """(step, relative distance of the weights) at each snapshot; none where the two were not taken alike."""
+        (steps, mine), (others, theirs) = self.sketches, reference.sketches
+        if steps != others or mine.shape != theirs.shape:
+            return []
+        return list(zip(steps, relative_distance(mine, theirs).tolist(), strict=True))
+
+    @property
+    def copied_from(self) -> str | None:
+        """The (arm, seed) that a cell belongs to, where its folder is another's."""
+        own = f"{self.record.arm}/s{self.record.seed}"
+        return None if own == f"{self.folder.parent.name}/{self.folder.name}" else own
+
     @cached_property
     def edited(self) -> list[str]:
         """The files that are not as they were written; a cell from before they were hashed has none.
 
         One that was copied here is the result of another (arm, seed), and never one of this.
         """
-        if (self.record.arm, f"s{self.record.seed}") != (self.folder.parent.name, self.folder.name):
+        if self.copied_from:
             return ["config.yaml"]
         found = {name: self.folder / name for name in self.record.files}
         return [name for name, path in found.items() if _sha256(path.read_bytes()) != self.record.files[name]]

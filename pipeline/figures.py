@@ -162,14 +162,21 @@ def smallest_margins(found: Findings) -> list[Picture]:
 
 def _smallest(metric: str, verdict: Verdict) -> Picture | None:
     margin = _margin(verdict, metric)
-    reached = {loss: end for loss, of, entry in estimates(verdict) if of == metric and (end := smallest_margin(entry))}
+    reached = {
+        loss: end
+        for loss, of, entry in estimates(verdict)
+        if of == metric and (end := smallest_margin(entry) or 0.0) > 0
+    }
     if margin is None or not reached:
         return None
     name, title = f"margin-{metric}", YARDSTICKS.get(metric, metric)
     with canvas(name, 1.05 + 0.27 * len(reached)) as drawing:
         reaches(drawing.axes, reached, margin, [loss in controls_of(verdict) for loss in reached])
     spoken = "; ".join(f"{loss}: {prose(end)}" for loss, end in reached.items())
-    notes = [f"Left of the line, the margin of {margin:g}, a loss is shown equivalent in this metric."]
+    notes = [
+        f"Left of the line, the margin of {margin:g}, the interval lies inside it; to be called equivalent takes more:"
+    ]
+    notes += ["every primary metric, ten pairs and no failure."]
     alt = f"{title}: the smallest margin at which the equivalence test passes. {spoken}."
     return Picture(name, title, alt, notes, described(drawing.svg, alt))
 

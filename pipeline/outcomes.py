@@ -88,6 +88,11 @@ def wanted_controls(request: Request) -> list[Replica]:
     ]
 
 
+def without_edited(cells: Cells) -> dict[Replica, Cell]:
+    """The cells that are as they were written: nothing else is evidence of anything."""
+    return {replica: cell for replica, cell in cells.items() if not cell.edited}
+
+
 def own_controls(controls: Cells, cells: Cells, request: Request) -> dict[Replica, Cell]:
     """The controls that were made of the reference that is asked about; those of another one say nothing."""
     known = next((cell for replica, cell in cells.items() if replica.arm == request.reference), None)
@@ -178,6 +183,11 @@ def _unlike(mine: Sequence[Cell | None], theirs: Sequence[Cell | None]) -> list[
         if a is not None and b is not None:
             one, other = a.record.made_from, b.record.made_from
             keys |= {key for key in {*one, *other} - {"loss", "loss_code"} if one.get(key) != other.get(key)}
+    for arm in (mine, theirs):
+        made = [cell.record.made_from for cell in arm if cell is not None]
+        keys |= {
+            f"{key} between seeds" for key in ("loss", "loss_code") for m in made if m.get(key) != made[0].get(key)
+        }
     return sorted(keys)
 
 

@@ -37,7 +37,7 @@ PHRASES = {
     "not_run": "not compared with {}",
 }
 SIGNS = {"identical": "=", "rounding": "≈", "equivalent": "≈", "different": "≠", "conflict": "!"}
-SETTING = ("dataset", "model", "optimizer", "precision", "seeds", "about", "sweep")
+SETTING = ("dataset", "model", "optimizer", "precision", "vary", "seeds", "about", "sweep")
 COVERAGE = ("covered", "not_covered", "would_have_caught")  # said even where nothing is known
 ASIDES = ("assay_sensitivity", "domain", "side_effects", "seeds_needed")
 
@@ -109,7 +109,9 @@ def headline(verdict: Verdict, history: pd.DataFrame) -> str:
 def _seeds(verdict: Verdict) -> str:
     count = len(verdict["seeds"])
     kind = "paired " if verdict["comparisons"] else ""
-    return f"{count} {kind}seed{'s' * (count != 1)}"
+    vary = verdict.get("vary") or "all"
+    what = "" if vary == "all" else f" that change the {vary} alone"
+    return f"{count} {kind}seed{'s' * (count != 1)}{what}"
 
 
 def failures(verdict: Verdict, history: pd.DataFrame) -> list[tuple[str, list[int], int | None, str]]:

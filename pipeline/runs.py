@@ -14,7 +14,6 @@ from pipeline.controls import is_control
 from pipeline.objectives import Replica
 from pipeline.pairs import measured_in
 from pipeline.tracking import Run, git_state
-from pipeline.trajectory import relative_distance
 
 DIGESTS = ("data_digest", "loss_code", "model_code")  # long, and of interest to the fingerprint alone
 
@@ -80,9 +79,8 @@ def gaps(cell: Cell, reference: Cell | None) -> pd.DataFrame:
     """
     rows: list[tuple[str, int, float]] = []
     if reference is not None:
-        steps, mine = cell.sketches
-        distances = relative_distance(mine, reference.sketches[1]).tolist()
-        rows = [("gap/parameters", step, distance) for step, distance in zip(steps, distances, strict=True)]
+        steps, _ = cell.sketches
+        rows = [("gap/parameters", step, distance) for step, distance in cell.distances_from(reference)]
         for metric in measured_in([cell.yardsticks]):
             gap = abs(cell.yardsticks[f"test/{metric}"] - reference.yardsticks[f"test/{metric}"])
             rows.append((f"gap/{metric}", steps[-1], gap))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import pandas as pd
@@ -15,7 +15,6 @@ from pipeline.objectives import Replica
 from pipeline.outcomes import Cells, Facts, Request, status_of
 from pipeline.pairs import YARDSTICKS, measured_in
 from pipeline.runs import gaps
-from pipeline.trajectory import relative_distance
 
 
 def trial_history(cells: Cells, request: Request) -> pd.DataFrame:
@@ -51,7 +50,7 @@ def distances(cells: Cells, request: Request) -> pd.DataFrame:
     rows = [
         (arm, seed, step, is_control(arm), value)
         for arm, seed, mine, theirs in _pairs(cells, request)
-        for step, value in _apart(mine, theirs)
+        for step, value in mine.distances_from(theirs)
     ]
     return _table(rows, loss="str", seed="int64", step="int64", control="bool", value="float64")
 
@@ -60,7 +59,7 @@ def between_seeds(cells: Cells, request: Request) -> pd.DataFrame:
     """The same distance between the reference under one seed and under the next: step, value."""
     references = [cells.get(Replica(request.reference, seed)) for seed in request.seeds]
     known = [cell for cell in references if cell is not None]
-    rows = [row for one, other in pairwise(known) for row in _apart(one, other)]
+    rows = [row for one, other in pairwise(known) for row in one.distances_from(other)]
     return _table(rows, step="int64", value="float64")
 
 
@@ -72,11 +71,6 @@ def _pairs(cells: Cells, request: Request) -> Iterator[tuple[str, int, Cell, Cel
             mine, theirs = cells.get(Replica(arm, seed)), cells.get(Replica(request.reference, seed))
             if mine is not None and theirs is not None:
                 yield arm, seed, mine, theirs
-
-
-def _apart(mine: Cell, theirs: Cell) -> Iterable[tuple[int, float]]:
-    steps, sketches = mine.sketches
-    return zip(steps, relative_distance(sketches, theirs.sketches[1]).tolist(), strict=True)
 
 
 def _table(rows: Sequence[tuple[object, ...]], **columns: str) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from pipeline.looks import look_at
 from pipeline.looks import record as record_look
 from pipeline.objective_axis import ask_at_weights, ask_audit, read_audit
 from pipeline.objectives import Replica
-from pipeline.outcomes import Facts, Request, own_controls, wanted, wanted_controls
+from pipeline.outcomes import Facts, Request, own_controls, wanted, wanted_controls, without_edited
 from pipeline.progress import Progress
 from pipeline.request import check_resolution, check_truth, facts_of, request_of, write_request
 from pipeline.runs import cell_run, report_run
@@ -27,7 +27,7 @@ from pipeline.tables import between_seeds, differences, distances, trial_history
 from pipeline.terminal import announce, announce_budget, closing, console, show_verdict
 from pipeline.tracking import Tracker
 from pipeline.training import tiles, train_tile
-from pipeline.verdict import decide
+from pipeline.verdict import audit_in_force, decide
 
 Cells = dict[Replica, Cell]
 
@@ -201,13 +201,14 @@ def conclude(
     verdict = decide(known, request, facts, _header(folder, cells), audit, look)
     words = {entry["loss"]: entry["outcome"] for entry in verdict["comparisons"]}
     record_look(folder.path, look, request.seeds, request.question, words)
+    intact = without_edited(known)
     found = Findings(
         verdict=verdict,
-        history=trial_history(cells, request),
-        differences=differences(known, request, facts),
-        distances=distances(known, request),
-        between_seeds=between_seeds(cells, request),
-        audit=audit,
+        history=trial_history(without_edited(cells) or cells, request),
+        differences=differences(intact, request, facts),
+        distances=distances(intact, request),
+        between_seeds=between_seeds(intact, request),
+        audit=audit_in_force(audit, known, request),
         command=facts.command,
     )
     write_json(folder.path / "verdict.json", verdict)
@@ -233,5 +234,6 @@ def _header(folder: TrialFolder, cells: Cells) -> dict[str, Any]:
         "model": conf.short_name(made["model"]["_target_"]),
         "optimizer": made["optimizer"],
         "precision": made["precision"],
+        "vary": made.get("vary", "all"),
         "environment": {**record.environment, **engine},
     }

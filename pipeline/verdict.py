@@ -14,7 +14,7 @@ from pipeline.auditing.finding import strict
 from pipeline.envelope import Envelope
 from pipeline.looks import Look, level_of
 from pipeline.objectives import Replica
-from pipeline.outcomes import Cells, Facts, Request, outcomes, status_of
+from pipeline.outcomes import Cells, Facts, Request, outcomes, status_of, without_edited
 from pipeline.rank_test import RankFinding
 from pipeline.statistics import OutcomeFinding
 
@@ -62,17 +62,19 @@ def word(
         trajectory: the envelope's word: weights that part faster than rounding makes them part contradict an audit
             that found the same function.
         diverged: whether the candidate diverged where the reference did not, which no sameness survives.
-        rate: the candidate's learning rate over the reference's; another one explains another model.
+        rate: the candidate's learning rate over the reference's. Under another one the same function is another
+            training, and the outcome alone can say that it trained the same model.
     """
-    if objective in ("identical", "rounding", "offset") and (
-        diverged or "different" in (outcome, PARTED.get(trajectory))
-    ):
-        return "conflict" if rate == 1 else "different"
+    same_function = objective in ("identical", "rounding", "offset")
+    if same_function and rate != 1:
+        return outcome
+    if same_function and (diverged or "different" in (outcome, PARTED.get(trajectory))):
+        return "conflict"
     if about == "outcome":
         return outcome
     if objective in ("not_run", "error"):
         return outcome
-    if objective in ("identical", "rounding", "offset"):
+    if same_function:
         return "identical" if outcome == "identical" else "rounding"
     return "different"
 
@@ -93,9 +95,10 @@ def comparison(
 ) -> dict[str, Any]:
     """One entry of `comparisons` in verdict.json; `entry` is the candidate's in audit.json."""
     objective = entry["objective"]
-    rate = rate_of(candidate, cells) / rate_of(request.reference, cells)
-    trajectory = envelope_of(candidate, cells, request) if rate == 1 else ANOTHER_RATE
-    ranks = rank_test_of(candidate, cells, request)
+    intact = without_edited(cells)
+    rate = rate_of(candidate, intact) / rate_of(request.reference, intact)
+    trajectory = envelope_of(candidate, intact, request) if rate == 1 else ANOTHER_RATE
+    ranks = rank_test_of(candidate, intact, request)
     verdict = word(request.about, objective, finding.word, trajectory.word, finding.failures.candidate_only > 0, rate)
     expected = request.expect.get(candidate)
     said = [
@@ -227,7 +230,9 @@ def would_have_caught(finding: OutcomeFinding, entry: Entry, trajectory: Envelop
     if power := entry["would_have_caught"]:
         noticed.append(f"in the losses themselves {_smallest(power)}")
     if trajectory.smallest is not None:
-        noticed.append(f"in the first steps label smoothing {trajectory.smallest:.0e} (95 % of recorded studies)")
+        noticed.append(
+            f"in the first steps label smoothing {trajectory.smallest:.0e} (as recorded on digits with an MLP)"
+        )
     return "; ".join(noticed) or None
 
 
@@ -250,10 +255,11 @@ def _failures(candidate: str, cells: Cells, request: Request, facts: Facts) -> l
         if status == "missing":
             failures.append({"seed": seed, "step": None, "cause": "missing"})
         elif status == "infra" and cell is not None:
-            cause = f"edited after it was written: {', '.join(cell.edited)}; train it again"
+            how = f"copied from {cell.copied_from}" if cell.copied_from else "edited after it was written"
+            cause = f"{how}: {', '.join(cell.edited)}; train it again"
             failures.append({"seed": seed, "step": None, "cause": cause})
         elif status == "diverged" and cell is not None:
-            cause = cell.record.cause or "it learned nothing, while the reference did"
+            cause = cell.record.cause or "its test NLL is no better than the classes' frequencies, the reference's was"
             failures.append({"seed": seed, "step": cell.record.diverged_at, "cause": cause})
     return failures
 
@@ -284,6 +290,15 @@ def _strict(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return value
+
+
+def audit_in_force(audit: Mapping[str, Any] | None, cells: Cells, request: Request) -> dict[str, Any] | None:
+    """The audit without what it says of another reference or of other code than the cells were made with."""
+    if audit is None:
+        return None
+    about = {name for name in request.candidates if audited_entry(name, audit, cells, request) is not None}
+    losses = {name: entry for name, entry in audit["losses"].items() if name in about}
+    return {**audit, "losses": losses} if losses else None
 
 
 def audited_entry(candidate: str, audit: Mapping[str, Any] | None, cells: Cells, request: Request) -> Entry | None:

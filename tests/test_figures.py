@@ -296,10 +296,30 @@ def test_the_losses_gradients_are_drawn_where_they_were_audited(tmp_path: Path) 
 def test_how_small_is_answered_for_losses_first_steps_and_outcome() -> None:
     made = with_controls()
     made.verdict["comparisons"][0]["envelope"] = {"smallest": 1e-5}
-    losses, steps, outcome = how_small(made.verdict, AUDIT)
+    losses, steps, own, placebos = how_small(made.verdict, AUDIT)
     assert losses == "In the losses themselves: label smoothing by 3e-06 in float32 and 1e-14 in float64."
-    assert "label smoothing 1e-05" in steps
-    assert outcome.startswith("In the outcome: nll 0.0002 where 0.02 was asked.")
+    assert steps == "In the first steps of training: label smoothing 1e-05, as recorded on digits with an MLP."
+    assert own.startswith("In the outcome of brier: nll 0.")
+    assert placebos.startswith("At best these seeds could show nll 0.0002 where 0.02 was asked")
+
+
+def test_placebos_that_were_not_shown_equal_show_nothing() -> None:
+    made = with_controls()
+    made.verdict["controls"]["outcomes"]["placebo_float64"] = "inconclusive"
+    assert not any("At best" in line for line in how_small(made.verdict, AUDIT))
+
+
+def test_the_ladder_is_the_largest_over_losses_and_none_of_a_loss_that_could_not_be_asked() -> None:
+    verdict, *_ = findings(["brier", "nll"])
+    coarser = {"objective": "rounding", "would_have_caught": {"label smoothing": {"float32": 1e-3, "float64": None}}}
+    both = {"reference": "ce", "losses": {**AUDIT["losses"], "nll": coarser}}  # type: ignore[dict-item]
+    assert how_small(verdict, both)[0] == "In the losses themselves: label smoothing by 1e-03 in float32."
+    failed = {
+        "reference": "ce",
+        "losses": {"brier": {"objective": "error", "would_have_caught": {"a": {"float32": 1}}}},
+    }
+    assert "not audited" in how_small(verdict, failed)[0]
+    assert not any("kinds were planted" in line for line in ever_no(verdict, failed))
 
 
 def test_how_small_without_controls_is_each_loss_s_own() -> None:
@@ -308,6 +328,13 @@ def test_how_small_without_controls_is_each_loss_s_own() -> None:
     assert "not audited" in unknown
     assert equal == "In the trained models: one bit of any weight in any pair (nll)."
     assert brier.startswith("In the outcome of brier: nll 0.")
+
+
+def test_a_dose_that_moves_too_little_is_no_test_of_the_study() -> None:
+    made = with_controls("equivalent")
+    made.verdict["controls"]["metrics"]["dose"]["nll"]["mean_difference"] = 0.4 * 0.02
+    said = ever_no(made.verdict, None)[0]
+    assert "moves nll by 0.4 margins, was called equivalent. That is too little to notice" in said
 
 
 @pytest.mark.parametrize(

@@ -493,6 +493,30 @@ def test_a_cell_that_was_copied_from_another_arm_is_no_result_of_this_one(tmp_pa
     assert verdict(path)["comparisons"][0]["failures"] == []
 
 
+def test_a_cell_of_a_longer_training_is_a_hole_and_no_traceback(tmp_path: Path) -> None:
+    from pipeline.report import report
+
+    trial(tmp_path / "t", "loss=[ce,brier]", "seed=[0,1]")
+    trial(tmp_path / "longer", "loss=[ce]", "seed=[1]", "epochs=4")
+    shutil.rmtree(tmp_path / "t" / "cells" / "ce" / "s1")
+    shutil.copytree(tmp_path / "longer" / "cells" / "ce" / "s1", tmp_path / "t" / "cells" / "ce" / "s1")
+    report([str(tmp_path / "t")])
+    assert "the pairs were not made alike: epochs" in verdict(tmp_path / "t")["comparisons"][0]["sentence"]
+
+
+def test_the_first_screen_of_a_real_report_says_what_was_and_what_was_not_tested(tmp_path: Path) -> None:
+    from pipeline.report import report
+
+    trial(tmp_path / "t", "loss=[ce,nll,brier]", "seed=[0]", "audit=true", "controls=all")
+    page = (tmp_path / "t" / "report.html").read_text()
+    assert "In the losses themselves: label smoothing by" in page
+    assert "At best these seeds" not in page  # one seed shows no placebo equal
+    report([str(tmp_path / "t"), "reference=nll"])
+    page = (tmp_path / "t" / "report.html").read_text()
+    assert "In the losses themselves: unknown, they were not audited." in page
+    assert "How far gradients are" not in page  # they were measured from another reference
+
+
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # kl_mean's very point
 def test_a_factor_in_the_loss_is_undone_by_one_in_its_rate(tmp_path: Path) -> None:
     mean = "{_target_: torch.nn.KLDivLoss, reduction: mean}"

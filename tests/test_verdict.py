@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline.assay import controls_in_words
+from pipeline.cells import Cell
 from pipeline.objectives import Replica
 from pipeline.outcomes import Facts, Request, status_of
 from pipeline.verdict import confirms, decide, word
@@ -49,11 +50,15 @@ class StubCell:
     record: Record = Record()
 
     edited: tuple[str, ...] = ()
+    copied_from: str | None = None
 
     @property
     def sketches(self) -> tuple[list[int], torch.Tensor]:
         """Weights at the first steps; those of other bits lie a hundredth away."""
         return [1, 3, 10], torch.ones(3, 2) * (1.0 if self.record.weights_sha256 == "equal" else 1.01)
+
+    def distances_from(self, reference: StubCell) -> list[tuple[int, float]]:
+        return Cell.distances_from(self, reference)  # type: ignore[arg-type]
 
     @property
     def yardsticks(self) -> dict[str, float]:
@@ -115,6 +120,32 @@ def test_another_learning_rate_explains_another_model() -> None:
     assert found["verdict"] == "different"
     assert "trained at 10 times the reference's learning rate" in found["sentence"]
     assert found["envelope"]["reason"] == "it was trained at another learning rate"
+
+
+def test_the_same_function_at_another_rate_is_the_same_only_by_its_outcome() -> None:
+    made = {"loss": {"lr_scale": 2.0}}
+    noisy = {s: StubCell(nll=0.2 + 0.1 * (s % 2), record=Record(f"{s}", f"{s}", made_from=made)) for s in REQUEST.seeds}
+    noisy = {s: replace(cell, record=replace(cell.record, initial_sha256="initial")) for s, cell in noisy.items()}
+    found = judged(audited("identical"), noisy, replace(REQUEST, expect={"mine": "same"}))
+    assert (found["outcome"], found["verdict"], found["confirmed"]) == ("inconclusive", "inconclusive", False)
+    assert word("objective", "identical", "equivalent", rate=2.0) == "equivalent"
+
+
+def test_cells_of_one_loss_that_were_declared_otherwise_decide_nothing() -> None:
+    other = StubCell(record=Record(made_from={"loss": {"lr_scale": 3.0}}))
+    mine = {seed: other if seed == 1 else StubCell() for seed in REQUEST.seeds}
+    found = judged(audited("identical"), mine)
+    assert found["outcome"] == "inconclusive"
+    assert "loss between seeds" in found["sentence"]
+
+
+def test_a_copied_cell_says_where_it_is_from_and_is_no_evidence_of_the_first_steps() -> None:
+    apart = StubCell(nll=0.21, record=Record(weights_sha256="other"))
+    copied = StubCell(edited=("config.yaml",), copied_from="ce/s3")
+    found = judged(audited("not_run"), {seed: copied if seed < 6 else apart for seed in REQUEST.seeds})
+    whole = judged(audited("not_run"), {seed: apart for seed in REQUEST.seeds if seed >= 6})
+    assert found["failures"][0]["cause"] == "copied from ce/s3: config.yaml; train it again"
+    assert found["envelope"] == whole["envelope"]
 
 
 @pytest.mark.parametrize(("dose", "said"), [("different", False), ("equivalent", True), ("inconclusive", True)])
