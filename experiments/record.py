@@ -30,6 +30,7 @@ from experiments.results import compare, markdown, recorded, rows_of, write
 from pipeline.errors import UsageError, did_you_mean
 from pipeline.exit_codes import GRAVITY, ExitCode, attempt
 
+BEFORE = "trained before"  # in place of a cost
 EXPERIMENTS = Path(__file__).resolve().parent
 SHAPES_NUMBERS = ("pipeline", "conf", "hydra_plugins", "constraints.txt")
 # What a trial says that lacks its data or its device; the request is right, it only cannot be run here.
@@ -89,7 +90,7 @@ def record(readme: Readme) -> ExitCode:
         except CannotRunHereError as error:
             print(f"{readme.slug}: skipped, nothing was written: {error}")
             return ExitCode.HOLDS
-        costs[command.trial] = "trained before" if begun else f"{seconds:.0f} s"
+        costs[command.trial] = BEFORE if begun else f"{seconds:.0f} s"
     trials = {trial: root / "outputs" / readme.slug / trial for trial in costs}
     table = pd.concat([rows_of(trial, path) for trial, path in trials.items()], ignore_index=True)
     write(table, folder / "results.csv")
@@ -126,6 +127,8 @@ def _copy_figure(readme: Readme, trials: Mapping[str, Path]) -> None:
 def _environment(folder: Path, commit: str, costs: Mapping[str, str]) -> str:
     made = json.loads((folder / "verdict.json").read_text(encoding="utf-8"))["environment"]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    if BEFORE in costs.values():
+        commit = "from runs that were there, by whatever code"
     spent = ", ".join(f"{trial} {cost}" for trial, cost in costs.items())
     return (
         f"Recorded {today} {commit}; {made['device']}, {made['threads']} thread{'s' if made['threads'] > 1 else ''}, "
@@ -156,6 +159,7 @@ def check(readme: Readme) -> ExitCode:
     known = recorded(readme.path.parent / "results.csv")
     said = [f"{trial}: moved: it has no command any more" for trial in _gone(readme, known)]
     code = ExitCode.REFUTED if said else ExitCode.HOLDS
+    compared = 0
     with tempfile.TemporaryDirectory(prefix="experiment-") as scratch:
         for command in readme.commands:
             folder = Path(scratch) / command.trial
@@ -165,10 +169,13 @@ def check(readme: Readme) -> ExitCode:
                 said.append(f"{command.trial}: skipped: {error}")
                 continue
             found = compare(known[known["trial"] == command.trial], rows_of(command.trial, folder))
+            compared += 1
             said += [f"{command.trial}: {found.word}", *(f"{command.trial}: {line}" for line in found.moved)]
             code = ExitCode.REFUTED if found.moved else code
+    if not compared:
+        said.append("nothing was compared: whether it holds is undecided")
     print("\n".join(["", *(f"{readme.slug} {line}" for line in said)]))
-    return code
+    return code if compared else ExitCode.REFUTED
 
 
 def _gone(readme: Readme, known: pd.DataFrame) -> Iterator[str]:

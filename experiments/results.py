@@ -62,7 +62,7 @@ def _entries(verdict: Row, spread: Mapping[tuple[str, str], tuple[float, float]]
     for entry in verdict["comparisons"]:
         words = {name: entry[name] for name in ("loss", "objective", "outcome", "verdict", "expected", "confirmed")}
         words |= {"first_steps": entry["envelope"]["word"], "failures": len(entry["failures"])}
-        for metric, found in entry["metrics"].items():
+        for metric, found in (entry["metrics"] or {"": {}}).items():  # without a pair there is none
             mean, sd = spread.get((entry["loss"], metric), (math.nan, math.nan))
             numbers = {"metric": metric, "mean": mean, "sd": sd, "seeds_needed": entry["seeds_needed"]}
             yield {"kind": "candidate"} | words | numbers | found
@@ -183,8 +183,8 @@ def _difference_holds(old: Row, new: Row) -> bool:
 
 def markdown(table: pd.DataFrame) -> list[str]:
     """A row for each loss of each trial, then a line a trial: what its reference reaches, what its controls showed."""
-    shown: Sequence[Any] = table[(table["metric"] == "nll") & (table["kind"] == "candidate")].to_dict("records")
-    levels = sorted({f"{100 * (1 - row['level']):g} %" for row in shown})
+    shown: Sequence[Any] = table[table["metric"].isin(["nll", ""]) & (table["kind"] == "candidate")].to_dict("records")
+    levels = sorted({f"{100 * (1 - row['level']):g} %" for row in shown if row["metric"]})
     interval = f"NLL: mean log ratio [{', '.join(levels)} interval]"
     lines = [
         f"| trial | loss | verdict | objective | first steps | outcome | {interval} | expected |",

@@ -116,7 +116,7 @@ def prepare(config: Mapping[str, Any]) -> Setting:
     keep_freed_memory()
     _set_numerics(config["trainer"]["threads"])
     recipe = _recipe(config)
-    data = _dataset(config["dataset"]).to(device, dtype)
+    data = load_dataset(config["dataset"]).to(device, dtype)
     builder = ModelBuilder(
         _callable(config["model"]),
         conf.short_name(config["model"]["_target_"]),
@@ -176,7 +176,8 @@ def _cause(error: BaseException) -> str:
     return first_line(error.__cause__ or error)
 
 
-def _dataset(declared: Mapping[str, Any]) -> Dataset:
+def load_dataset(declared: Mapping[str, Any]) -> Dataset:
+    """The dataset as the configuration declares it; what keeps it from loading is one line."""
     target = declared["_target_"]
     load = _callable({k: v for k, v in declared.items() if k not in conf.DATASET_PROTOCOL})
     try:

@@ -1,6 +1,7 @@
-"""How far each loss's gradient is from the exact one, at logits that the reference met while it trained in bfloat16.
+"""How far each loss's gradient is from the exact one, at logits that the reference met while it trained in bfloat16,
+and how far the first step parts the weights in every precision.
 
-python -m experiments.precision.gradients   after the README's third command, which leaves the logits behind
+python -m experiments.precision.gradients   after the README's other commands, which leave the logits behind
 
 g is a loss's gradient to the logits of a batch in bfloat16, G that of cross-entropy in float64 at the same logits.
 Means over the ten seeds.
@@ -52,6 +53,15 @@ def rows(trial: Path = TRIAL) -> Iterator[tuple[int, str, float, float, float]]:
                 yield batch["step"], loss, apart, along, silent
 
 
+def first_steps(outputs: Path = TRIAL.parent) -> Iterator[str]:
+    """A row a precision and loss: the weights' relative distance from ce's after the first step, median over seeds."""
+    for trial in sorted(path.name for path in outputs.iterdir() if (path / "history.parquet").exists()):
+        history = pd.read_parquet(outputs / trial / "history.parquet")
+        first = history[(history["metric"] == "gap/parameters") & (history["step"] == 1)]
+        for loss, distance in first.groupby("loss")["value"].median().items():
+            yield f"| {trial} | `{loss}` | {distance:.2g} |"
+
+
 def table() -> int:
     """Print the means over seeds as a markdown table."""
     found = pd.DataFrame(rows(), columns=["step", "loss", "apart", "along", "silent"])
@@ -59,6 +69,8 @@ def table() -> int:
     print("|---|---|---|---|---|")
     for row in found.groupby(["step", "loss"], as_index=False).mean().to_dict("records"):
         print(f"| {row['step']} | `{row['loss']}` | {row['apart']:.2g} | {row['along']:.2f} | {row['silent']:.2f} |")
+    print("\n| trial | loss | distance of the weights from `ce` after the first step |\n|---|---|---|")
+    print("\n".join(first_steps()))
     return 0
 
 

@@ -36,6 +36,7 @@ from pipeline.cells import Cell, TrialFolder
 from pipeline.datasets import Dataset
 from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode, guarded
+from pipeline.setting import load_dataset
 
 HERE = Path(__file__).parent
 OUTPUTS = conf.ROOT / "outputs" / "seed_variance"
@@ -189,7 +190,7 @@ def analysed(folder: Path) -> tuple[pd.DataFrame, str]:
     data: dict[str, Dataset] = {}
     for setting, vary, path, identity in trials(folder):
         if setting not in data:
-            data[setting] = instantiate(identity["dataset"], _convert_="all").to("cpu", torch.float32)
+            data[setting] = load_dataset(identity["dataset"]).to("cpu", torch.float32)
         cells = list(TrialFolder(path).cells())
         diverged = [f"s{cell.record.seed}" for cell in cells if cell.record.diverged_at is not None]
         if diverged:
@@ -303,7 +304,7 @@ def run(arguments: Sequence[str]) -> ExitCode:
     """Record, or compare with what is recorded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with what is recorded, and write nothing")
-    parser.add_argument("--outputs", type=Path, default=OUTPUTS, help="the folder of the three settings")
+    parser.add_argument("--outputs", type=Path, default=OUTPUTS, help="the folder of the settings")
     asked = parser.parse_args(arguments)
     frame, line = analysed(asked.outputs)
     if not asked.check:

@@ -1,0 +1,41 @@
+"""How many seeds of each loss end below an accuracy of .9 on the test set.
+
+python -m experiments.negative_controls.stuck
+
+Reads what the README's commands left in outputs/negative_controls/outcome.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from pipeline.errors import UsageError
+from pipeline.exit_codes import ExitCode, guarded
+
+TRIAL = Path(__file__).resolve().parents[2] / "outputs" / "negative_controls" / "outcome"
+LOW = 0.9
+
+
+def counts(history: pd.DataFrame) -> pd.Series[int]:
+    """Loss -> seeds whose last test accuracy is low."""
+    accuracy = history[history["metric"] == "test/accuracy"].sort_values("step")
+    last = accuracy.groupby(["loss", "seed"])["value"].last()
+    return (last < LOW).groupby("loss").sum()
+
+
+def main() -> ExitCode:
+    """Print the table."""
+    path = TRIAL / "history.parquet"
+    if not path.exists():
+        raise UsageError(f"{TRIAL} holds no trial; run the commands of experiments/negative_controls/README.md")
+    print("| loss | seeds below .9 |\n|---|---|")
+    for loss, count in counts(pd.read_parquet(path)).items():
+        print(f"| `{loss}` | {count} |")
+    return ExitCode.HOLDS
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
