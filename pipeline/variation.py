@@ -52,7 +52,10 @@ EVERYTHING = Variation()
 
 @torch.no_grad()
 def flip_lowest_bit(module: nn.Module, number: int) -> None:
-    """Flip the lowest bit of one entry of the parameters, in place; different numbers choose different entries."""
+    """Flip the lowest bit of one entry of the parameters, in place; different numbers choose different entries.
+
+    Of an entry that is exactly 0 that makes the smallest denormal number, which the first step rounds away.
+    """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     entries = sum(parameter.numel() for parameter in parameters)
     shuffled = torch.randperm(entries, generator=torch.Generator().manual_seed(FIXED))
