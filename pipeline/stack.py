@@ -86,8 +86,8 @@ class Stack(nn.Module):
         """Make each replica's last step its own factor times as long, given all parameters as they were before it.
 
         Every optimizer that a stack takes moves a weight in proportion to the learning rate, so this is a rate of the
-        replica's own, up to rounding: what the optimizer rounded is made longer with the step. Where the factor is 1 the
-        bits stay as they are.
+        replica's own, up to rounding: what the optimizer rounded is made longer with the step. Where the factor is 1
+        the bits stay as they are.
         """
         with torch.no_grad():
             for now, old, factor in self._by_factor(before, factors):
