@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
-from experiments.readme import BLOCKS, FIGURE, README, cut, said_of, verdicts, with_block, write
+from experiments.readme import AUDITED, BLOCKS, FIGURE, README, ROOT, cut, said_of, verdicts, with_block, write
+from pipeline.audited import AuditSettings, audit_losses
 from pipeline.errors import UsageError
 
 PRINTED = """
@@ -21,6 +23,16 @@ nll: The same function, bit for bit.
 def test_the_table_of_verdicts_is_that_of_the_record() -> None:
     text = README.read_text(encoding="utf-8")
     assert with_block(text, "verdicts", verdicts()) == text
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # kl_mean's very point
+def test_the_words_of_the_audit_s_block_are_those_that_an_audit_finds_now() -> None:
+    text = README.read_text(encoding="utf-8")
+    block = text.split("<!-- generated: audit -->")[1].split("<!-- end: audit -->")[0]
+    rows = [line.split() for line in block.splitlines() if line.startswith("  ") and "objective" not in line]
+    losses = {name: yaml.safe_load((ROOT / f"conf/loss/{name}.yaml").read_text())[name] for name in AUDITED}
+    found = audit_losses(losses, "ce", AuditSettings())["losses"]
+    assert {row[0]: row[1] for row in rows} == {name: entry["objective"] for name, entry in found.items()}
 
 
 def test_every_block_is_filled_and_the_figure_is_there() -> None:
