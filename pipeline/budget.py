@@ -96,7 +96,7 @@ def check_disk(budget: Budget, missing: int, folder: Path) -> None:
     if needed > free:
         raise UsageError(
             f"{missing} runs take about {in_words(needed)} on disk, and {folder} has {in_words(free)} left; "
-            "free space, choose another folder (hydra.run.dir=DIR) or train fewer seeds"
+            "free space or choose another folder (hydra.run.dir=DIR), or train fewer seeds"
         )
 
 
@@ -122,26 +122,31 @@ def _states(make_optimizer: Callable[..., torch.optim.Optimizer]) -> int:
 
 
 def _kept(module: nn.Module, shape: tuple[int, ...], batch_size: int) -> int:
-    """Bytes that the backward pass needs of a whole batch, from what it needs of two small ones."""
-    few, more = (_saved(module, shape, rows) for rows in PROBED)
+    """Bytes that the backward pass needs of a whole batch, from what it needs of two small ones.
+
+    Asked without data, on torch's `meta` device, where the model's own code allows it.
+    """
+    try:
+        few, more = (_saved(module, shape, rows, torch.device("meta")) for rows in PROBED)
+    except Exception:  # whatever a user's model does that needs numbers
+        few, more = (_saved(module, shape, rows, next(module.parameters()).device) for rows in PROBED)
     a_row = (more - few) / (PROBED[1] - PROBED[0])
     return int(few + a_row * (batch_size - PROBED[0]))
 
 
-def _saved(module: nn.Module, shape: tuple[int, ...], rows: int) -> int:
+def _saved(module: nn.Module, shape: tuple[int, ...], rows: int, device: torch.device) -> int:
     """Bytes of the tensors that autograd saves in one forward pass, but for the parameters themselves."""
-    scratch = copy.deepcopy(module)  # its running statistics may move
-    like = next(scratch.parameters())
-    own = {parameter.untyped_storage().data_ptr() for parameter in scratch.parameters()}
+    scratch = copy.deepcopy(module).to(device)  # its running statistics may move
+    own = {parameter.untyped_storage()._cdata for parameter in scratch.parameters()}
     seen: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage.nbytes()
         return tensor
 
-    inputs = torch.zeros(rows, *shape, dtype=like.dtype, device=like.device)
+    inputs = torch.zeros(rows, *shape, dtype=next(scratch.parameters()).dtype, device=device)
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits: Tensor = scratch(inputs)
     return sum(seen.values()) + logits.numel() * logits.element_size()

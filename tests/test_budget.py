@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_trial import compose, trial, verdict, weights
+from torch import nn
 
 from pipeline import budget as budgets
 from pipeline import trial as trials
@@ -18,6 +19,7 @@ from pipeline.budget import Budget, budget_of, check_disk, fitted, in_words, is_
 from pipeline.cells import TrialFolder
 from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
+from pipeline.models import ModelBuilder
 from pipeline.setting import Setting, prepare
 
 WEIGHTS = 4 * (64 * 16 + 16 + 16 * 10 + 10)  # bytes of the MLP 64-16-10
@@ -43,6 +45,26 @@ def test_a_replica_is_weights_gradient_states_and_what_the_backward_pass_needs(s
     without = prepare(compose("optimizer.momentum=0"))
     assert budget_of(without).replica == plain.replica - WEIGHTS
     assert plain.run == 2 * WEIGHTS + budgets.HISTORY_BYTES
+
+
+class NeedsNumbers(nn.Module):
+    """A network that looks at its values."""
+
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, num_classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        flat = inputs.flatten(1)
+        if not bool(flat.isfinite().all()):
+            raise ValueError("pixels are no numbers")
+        logits: torch.Tensor = self.layer(flat)
+        return logits
+
+
+def test_a_model_that_needs_numbers_gets_some(setting: Setting) -> None:
+    odd = replace(setting, builder=ModelBuilder(NeedsNumbers, "odd", (1, 8, 8), 10))
+    assert budget_of(odd).replica == 4 * 650 * 3 + 2 * (64 * 64 * 4 + 64 * 10 * 4)
 
 
 def test_what_a_run_leaves_on_disk_is_near_the_budget(tmp_path: Path) -> None:
