@@ -14,6 +14,7 @@ Verdict = Mapping[str, Any]
 Audit = Mapping[str, Any] | None
 
 SHOWN = 4  # losses of which the first screen says each by itself
+OPEN = ("equivalent", "inconclusive")  # outcomes in which a difference may hide
 UNASKED = ("error", "not_run")
 LADDER = ("label smoothing", "temperature 1 + d")  # two kinds of planted fault stand for the rest
 
@@ -80,10 +81,10 @@ def _in_the_outcome(verdict: Verdict) -> Iterator[str]:
     own = {
         row["loss"]: limits
         for row in verdict["comparisons"]
-        if row.get("outcome") != "identical" and (limits := _reached(verdict, [row.get("metrics") or {}]))
+        if row.get("outcome") in OPEN and (limits := _reached(verdict, [row.get("metrics") or {}]))
     }
     for loss, limits in list(own.items())[:SHOWN]:
-        yield f"In the outcome of {loss}: {limits}."
+        yield f"In the outcome of {loss}: a difference beyond {limits}."
     if len(own) > SHOWN:
         yield f"In the outcome of {len(own) - SHOWN} others: see their smallest margins below."
     words = (verdict.get("controls") or {}).get("outcomes") or {}

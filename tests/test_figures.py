@@ -295,11 +295,11 @@ def test_the_losses_gradients_are_drawn_where_they_were_audited(tmp_path: Path) 
 
 def test_how_small_is_answered_for_losses_first_steps_and_outcome() -> None:
     made = with_controls()
-    made.verdict["comparisons"][0]["envelope"] = {"smallest": 1e-5}
+    made.verdict["comparisons"][0] |= {"envelope": {"smallest": 1e-5}, "outcome": "equivalent"}
     losses, steps, own, placebos = how_small(made.verdict, AUDIT)
     assert losses == "In the losses themselves: label smoothing by 3e-06 in float32 and 1e-14 in float64."
     assert steps == "In the first steps of training: label smoothing 1e-05, as recorded on digits with an MLP."
-    assert own.startswith("In the outcome of brier: nll 0.")
+    assert own.startswith("In the outcome of brier: a difference beyond nll 0.")
     assert placebos.startswith("At best these seeds could show nll 0.0002 where 0.02 was asked")
 
 
@@ -323,11 +323,12 @@ def test_the_ladder_is_the_largest_over_losses_and_none_of_a_loss_that_could_not
 
 
 def test_how_small_without_controls_is_each_loss_s_own() -> None:
-    verdict, *_ = findings(["brier", "nll"])
+    verdict, *_ = findings(["brier", "nll", "reverse_kl"])
+    verdict["comparisons"][0]["outcome"] = "inconclusive"  # the last is different: nothing hides there
     unknown, equal, brier = how_small(verdict, None)
     assert "not audited" in unknown
     assert equal == "In the trained models: one bit of any weight in any pair (nll)."
-    assert brier.startswith("In the outcome of brier: nll 0.")
+    assert brier.startswith("In the outcome of brier: a difference beyond nll 0.")
 
 
 def test_a_dose_that_moves_too_little_is_no_test_of_the_study() -> None:
