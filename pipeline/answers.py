@@ -162,7 +162,7 @@ def _planted_in_losses(audit: Audit) -> Iterator[str]:
     if caught:
         yield (
             f"Yes, in the losses: faults of {len(caught)} of {len(sizes)} kinds were planted and caught, "
-            "down to such sizes as the first answer names."
+            "down to the sizes in the first answer."
         )
 
 
