@@ -11,7 +11,7 @@ PORT   ?= 5000
 
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help install equivalence train sweep audit report ui experiments experiments-check readme simulate data bench bench-check test lint types wheel check clean
+.PHONY: help install equivalence train sweep audit report ui experiments experiments-check readme simulate data bench bench-check test faults lint types wheel check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,8 +74,11 @@ bench-check: .venv/.dev ## the steps again, beside the last record of this devic
 
 # --- quality
 
-test: .venv/.dev ## the tests, without the slow ones
-	$(PY) -m pytest -m "not slow" $(ARGS)
+test: .venv/.dev ## the tests, without the slow ones and the drills
+	$(PY) -m pytest -m "not slow and not faults" $(ARGS)
+
+faults: .venv/.dev ## the drills: what is killed, full, slow or wrong, many minutes
+	$(PY) -m pytest -m faults tests/faults $(ARGS)
 
 lint: .venv/.dev ## ruff: style, imports, security rules, formatting
 	$(PY) -m ruff check .
@@ -90,7 +93,7 @@ check: .venv/.dev ## what CI runs: lint, types, all tests, the main job; prints 
 	  echo "== all parts took $$SECONDS s"
 
 test-all: .venv/.dev
-	$(PY) -m pytest --durations=15 $(ARGS)
+	$(PY) -m pytest -m "not faults" --durations=15 $(ARGS)
 
 clean: ## remove caches; never results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
