@@ -294,3 +294,5 @@ def fit(module: SideBySide, callbacks: Sequence[pl.Callback], accelerator: str) 
         if interrupted:
             raise KeyboardInterrupt from None
         raise
+    if module.steps_done < module.last_step:  # Lightning takes a StopIteration from anywhere for the end
+        raise RuntimeError(f"training ended after {module.steps_done} of {module.last_step} steps")

@@ -44,15 +44,24 @@ class Progress:
 
 
 class _EpochNews(pl.Callback):
+    """Tells of an epoch when the next begins: `on_train_epoch_end` comes before the module has measured."""
+
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.started, self.steps = time.perf_counter(), 0
+        self.started = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch:
+            self._tell(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._tell(pl_module)
+
+    def _tell(self, module: pl.LightningModule) -> None:
         if self.progress.bars.disable:
             return
-        assert isinstance(pl_module, SideBySide)  # noqa: S101 - it is what `fit` was given
+        assert isinstance(module, SideBySide)  # noqa: S101 - it is what `fit` was given
         elapsed = time.perf_counter() - self.started
-        rate = pl_module.steps_done * len(pl_module.replicas) / elapsed
-        losses = "  ".join(f"{arm} {value:.4g}" for arm, value in pl_module.latest("val/nll").items())
+        rate = module.steps_done * len(module.replicas) / elapsed
+        losses = "  ".join(f"{arm} {value:.4g}" for arm, value in module.latest("val/nll").items())
         self.progress.bars.update(self.progress.task, advance=1, news=f"{rate:,.0f} run-steps/s  val/nll {losses}")

@@ -246,6 +246,21 @@ def test_a_sketch_of_the_weights_is_kept_at_1_3_10_and_the_end(engine: str) -> N
     assert torch.equal(module.sketches[-1][1], last)
 
 
+def test_a_training_that_ends_too_early_is_an_error() -> None:
+    """Lightning takes a StopIteration from anywhere for the end of the training."""
+
+    class Stopping(torch.optim.SGD):
+        calls = 0
+
+        def step(self, closure: Any = None) -> None:
+            self.calls += 1
+            if self.calls == 7:
+                raise StopIteration
+
+    with pytest.raises(RuntimeError, match="training ended after 7 of 8 steps"):
+        small("ce", how=recipe(make_optimizer=partial(Stopping, lr=0.1)))
+
+
 # --- divergence
 
 

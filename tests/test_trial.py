@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 
 from pipeline import config as conf
 from pipeline import objective_axis
@@ -322,6 +324,14 @@ def test_a_loss_that_raises_in_training_is_a_failed_run_beside_sound_ones(main_j
     (entry,) = verdict(tmp_path / "t")["comparisons"]
     assert {(f["step"], f["cause"]) for f in entry["failures"]} == {(18, "the loss raised ValueError: cannot do 49")}
     assert same_bits(weights(tmp_path / "t", "ce", 1), weights(main_job, "ce", 1))
+
+
+def test_a_progress_bar_changes_nothing(main_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr("pipeline.trial.console", Console(file=screen, force_terminal=True))
+    trial(tmp_path / "t", "loss=[ce]", "seed=[0,1]")
+    assert same_bits(weights(tmp_path / "t", "ce", 1), weights(main_job, "ce", 1))
+    assert "val/nll ce" in screen.getvalue()
 
 
 def test_models_that_never_moved_are_not_called_the_same(tmp_path: Path) -> None:
