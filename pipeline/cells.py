@@ -3,6 +3,7 @@
 trial.yaml                      what the folder is for; another configuration is refused
 cells/<arm>/s<seed>/            config.yaml, history.parquet, state.pt: the source of truth
 controls/<arm>/s<seed>/         the same of replay, placebos and dose
+partial/<digest>.pt             a tile in the middle of its training, where it was killed
 tile                            how many replicas fit at once, where more ran out of memory
 stale/<arm>/s<seed>-<digest>/   cells made by other code, data or environment, kept out of the way
 verdict.json report.html figures/ checkpoints/    rebuilt from the cells
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import filelock
 import pandas as pd
@@ -241,6 +242,7 @@ class TrialFolder:
                 for name, content in contents.items():
                     (draft / name).write_bytes(content)
                     _sync(draft / name)
+                _sync(draft)
                 shutil.rmtree(target, ignore_errors=True)  # damaged leftovers: a whole cell is never written twice
                 draft.rename(target)
             except BaseException:
@@ -261,8 +263,6 @@ class TrialFolder:
             source = cell.folder / "state.pt"
             if target.exists() and target.stat().st_mtime_ns >= source.stat().st_mtime_ns:
                 continue
-            with refusing_disk_errors(self.path):
-                target.parent.mkdir(parents=True, exist_ok=True)
             write_whole(target, _saved(cell.weights))
 
 
@@ -277,16 +277,27 @@ def refusing_disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part."""
+@contextmanager
+def writing_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write so that readers see the old content or the new, never a part; its folder is made where absent."""
     draft = path.with_name(f".{path.name}-draft")
     with refusing_disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            draft.write_bytes(content)
+            with draft.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
             draft.replace(path)
-        except OSError:
+        except BaseException:
             draft.unlink(missing_ok=True)
             raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with writing_whole(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -119,6 +119,7 @@ def _check_numbers(config: Plain) -> None:
         "warmup_steps": (config["warmup_steps"], 0), "max_seeds": (config["max_seeds"], 2),
         "looks": (config["looks"], 1),
         "trainer.threads": (trainer["threads"], 1), "trainer.inner_steps": (trainer["inner_steps"], 1),
+        "trainer.checkpoint_every": (trainer["checkpoint_every"] or 0, 0),
         "trainer.tile": (1 if trainer["tile"] is None else trainer["tile"], 1),
     }  # fmt: skip
     for key, (value, smallest) in least.items():

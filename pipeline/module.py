@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ class SideBySide(pl.LightningModule):
         self.data, self.input_shape = data, input_shape
         self.num_examples = len(data.splits["train"])
         self.last_step = recipe.epochs * recipe.steps_per_epoch(self.num_examples)
-        self.steps_done = 0
+        self.epochs_done = self.steps_done = 0  # of a training that goes on: what was done before it
         self.snapshots = snapshot_steps(self.last_step)
         self.sketches: list[Tensor] = []  # one [R, width] a snapshot
         self.moments = {1, self.last_step // 4, self.last_step // 2, self.last_step} - {0}
@@ -108,6 +108,7 @@ class SideBySide(pl.LightningModule):
         self._lr_scales = None if set(scales) == {1.0} else torch.tensor(scales, dtype=torch.float64, device=device)
         self._first_nonfinite = torch.zeros(len(self.replicas), dtype=torch.int64, device=device)
         self._objectives: list[tuple[int, Tensor]] = []  # this epoch's: batch size, [R]
+        self._optimizer_progress: Any = None  # of a training that goes on
 
     # --- what Lightning calls
 
@@ -122,6 +123,8 @@ class SideBySide(pl.LightningModule):
         assert isinstance(optimizer, torch.optim.Optimizer)  # noqa: S101 - there is one
         self._optimizer = optimizer
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
+        if self._optimizer_progress is not None:
+            optimizer.load_state_dict(self._optimizer_progress)
 
     def on_train_epoch_start(self) -> None:
         train = self.data.splits["train"]
@@ -129,7 +132,7 @@ class SideBySide(pl.LightningModule):
 
     def _order(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(
-            derive_seed(self.recipe.variation.training(seed), "order", self.current_epoch)
+            derive_seed(self.recipe.variation.training(seed), "order", self.epochs_done)
         )
         return torch.randperm(self.num_examples, generator=generator).to(self._slots.device)
 
@@ -141,10 +144,38 @@ class SideBySide(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         self._settle_objectives()
         self._evaluate("val")
+        self.epochs_done += 1
 
     def on_train_end(self) -> None:
         for split in ("train", "test"):
             self._evaluate(split)
+
+    # --- going on after a kill
+
+    def progress(self) -> dict[str, Any]:
+        """Everything that the next epoch, and what is recorded of the earlier ones, depends on."""
+        return {
+            "epochs_done": self.epochs_done,
+            "steps_done": self.steps_done,
+            "stack": self.stack.progress(),
+            "optimizer": self._optimizer.state_dict(),
+            "objectives": self.objectives.progress(),
+            "measured": self._measured,
+            "first_nonfinite": self._first_nonfinite,
+            "sketches": self.sketches,
+            "met": self.met,
+        }
+
+    def go_on_from(self, progress: Mapping[str, Any]) -> None:
+        """Stand, before `fit`, where the training of the same replicas stood at the end of an epoch."""
+        device = self._slots.device
+        self.epochs_done, self.steps_done = progress["epochs_done"], progress["steps_done"]
+        self.stack.go_on_from(progress["stack"])
+        self._optimizer_progress = progress["optimizer"]
+        self.objectives.go_on_from(progress["objectives"])
+        self._measured, self.sketches = progress["measured"], progress["sketches"]
+        self._first_nonfinite = progress["first_nonfinite"].to(device)
+        self.met = [(step, logits.to(device), indices.to(device)) for step, logits, indices in progress["met"]]
 
     # --- the step
 
@@ -278,8 +309,9 @@ class SideBySide(pl.LightningModule):
 def fit(module: SideBySide, callbacks: Sequence[pl.Callback], accelerator: str) -> None:
     """Train the stack; an interrupt leaves as KeyboardInterrupt."""
     trainer = pl.Trainer(
-        accelerator=accelerator, devices=1, max_epochs=module.recipe.epochs, callbacks=list(callbacks),
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator=accelerator, devices=1, max_epochs=module.recipe.epochs - module.epochs_done,
+        callbacks=list(callbacks), logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
     )  # fmt: skip
     interrupted: list[Any] = []
 

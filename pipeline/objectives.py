@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError, first_line
 from pipeline.formulations import FUSED_INPUTS, Formulation, LossFn, derive, probe
+from pipeline.memory import memory_of, remind
 from pipeline.randomness import RandomStream, derive_seed
 from pipeline.stack import Outputs
 from pipeline.variation import EVERYTHING, Variation
@@ -57,6 +59,7 @@ class Objectives:
         self.slots = [self.seeds.index(replica.seed) for replica in replicas]
         self.raised: dict[int, tuple[int, str]] = {}  # replica -> the call at which its loss first raised, and what
         self.calls = 0
+        self.device = device
         self.arms: list[_Arm] = []
         for formulation in formulations:
             seeds = [variation.training(replica.seed) for replica in replicas if replica.arm == formulation.name]
@@ -88,6 +91,24 @@ class Objectives:
                     given[name] = _of_fused(outputs, name, mine)
             objectives += self._of_arm(arm, given, logits, mine.start)
         return objectives
+
+    def progress(self) -> dict[str, Any]:
+        """What the losses remember, where their streams stand, and which have raised."""
+        return {
+            "calls": self.calls,
+            "raised": self.raised,
+            "memory": [[memory_of(fn) for fn in arm.fns] for arm in self.arms],
+            "streams": [[stream.position for stream in arm.streams or ()] for arm in self.arms],
+        }
+
+    def go_on_from(self, progress: Mapping[str, Any]) -> None:
+        """Stand where the objectives of the same replicas stood."""
+        self.calls, self.raised = progress["calls"], progress["raised"]
+        for arm, memories, positions in zip(self.arms, progress["memory"], progress["streams"], strict=True):
+            for fn, memory in zip(arm.fns, memories, strict=True):
+                remind(fn, memory, self.device)
+            for stream, position in zip(arm.streams or (), positions, strict=True):
+                stream.position = position
 
     def _of_arm(self, arm: _Arm, given: dict[str, Sequence[Tensor | None]], logits: Tensor, first: int) -> list[Tensor]:
         batches = zip(*(given[name] for name in arm.formulation.args), strict=True)

@@ -48,7 +48,11 @@ class _EpochNews(pl.Callback):
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.started = time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, SideBySide)  # noqa: S101 - it is what `fit` was given
+        self.started, self.steps_before = time.perf_counter(), pl_module.steps_done
+        self.progress.bars.advance(self.progress.task, pl_module.epochs_done)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch:
@@ -62,6 +66,6 @@ class _EpochNews(pl.Callback):
             return
         assert isinstance(module, SideBySide)  # noqa: S101 - it is what `fit` was given
         elapsed = time.perf_counter() - self.started
-        rate = module.steps_done * len(module.replicas) / elapsed
+        rate = (module.steps_done - self.steps_before) * len(module.replicas) / elapsed
         losses = "  ".join(f"{arm} {value:.4g}" for arm, value in module.latest("val/nll").items())
         self.progress.bars.update(self.progress.task, advance=1, news=f"{rate:,.0f} run-steps/s  val/nll {losses}")

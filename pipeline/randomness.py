@@ -39,6 +39,15 @@ class RandomStream:
         """Whether anything was drawn from it."""
         return not all(map(torch.equal, self._start, self._state))
 
+    @property
+    def position(self) -> list[Tensor]:
+        """Where it was left: the states of the generators."""
+        return self._state
+
+    @position.setter
+    def position(self, state: list[Tensor]) -> None:
+        self._state = state
+
     def _read(self) -> list[Tensor]:
         return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self._cuda)] if self._cuda else [])
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.memory import memory_of, remind
 from pipeline.randomness import RandomStream, derive_seed
 from pipeline.twins import Dropout, DropoutStreams, fold_modules
 
@@ -97,6 +99,28 @@ class Stack(nn.Module):
         """Parameters, what they were, and factors that broadcast to them."""
         raise NotImplementedError
 
+    @property
+    def positions(self) -> list[Any]:
+        """Where the streams of random numbers stand that dropout masks are drawn from."""
+        raise NotImplementedError
+
+    @positions.setter
+    def positions(self, positions: list[Any]) -> None:
+        raise NotImplementedError
+
+    def progress(self) -> dict[str, Any]:
+        """All that training changes: parameters, buffers, what the model's code remembers, and the streams."""
+        parameters = [parameter.detach() for parameter in self.parameters()]
+        return {"parameters": parameters, "memory": memory_of(self), "streams": self.positions}
+
+    @torch.no_grad()
+    def go_on_from(self, progress: Mapping[str, Any]) -> None:
+        """Stand where another stack of the same replicas stood."""
+        for parameter, value in zip(self.parameters(), progress["parameters"], strict=True):
+            parameter.copy_(value)
+        remind(self, progress["memory"], next(self.parameters()).device)
+        self.positions = progress["streams"]
+
     def shared(self, inputs: Tensor) -> Tensor:
         """One batch [B, ...] laid out for all replicas, without a copy."""
         axis = self.replica_axis
@@ -147,6 +171,14 @@ class Fold(Stack):
 
     def parameters_of(self, replica: int) -> dict[str, Tensor]:
         return {name: parameter[replica] for name, parameter in self.folded.named_parameters()}
+
+    @property
+    def positions(self) -> list[Any]:
+        return self.streams.positions
+
+    @positions.setter
+    def positions(self, positions: list[Any]) -> None:
+        self.streams.positions = positions
 
     def _gradients(self) -> Iterator[Tensor]:
         return (p.grad.flatten(1) for p in self.folded.parameters() if p.grad is not None)
@@ -207,6 +239,15 @@ class Loop(Stack):
 
     def parameters_of(self, replica: int) -> dict[str, Tensor]:
         return dict(self.replicas[replica].named_parameters())
+
+    @property
+    def positions(self) -> list[Any]:
+        return [stream.position for stream in self.streams]
+
+    @positions.setter
+    def positions(self, positions: list[Any]) -> None:
+        for stream, position in zip(self.streams, positions, strict=True):
+            stream.position = position
 
     def gradient_norms(self) -> Tensor:
         return torch.stack([

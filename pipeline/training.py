@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.cells import Cell, CellRecord, TrialFolder
 from pipeline.module import SideBySide, fit
 from pipeline.objectives import Objectives, Replica
+from pipeline.resume import Partial
 from pipeline.setting import Setting
 
 
@@ -47,8 +48,7 @@ def tiles(missing: Sequence[Replica], arms: Sequence[str], size: int) -> list[li
 def train_tile(
     setting: Setting, replicas: list[Replica], folder: TrialFolder, callbacks: Sequence[pl.Callback] = ()
 ) -> list[Cell]:
-    """Train these replicas as one stack and write their cells."""
-    started = time.time()
+    """Train these replicas as one stack, from where they were interrupted, and write the cells that are missing."""
     present = [f for f in setting.formulations if any(replica.arm == f.name for replica in replicas)]
     objectives = Objectives(
         present, replicas, setting.data.num_classes, setting.device, setting.dtype, setting.recipe.variation
@@ -62,9 +62,18 @@ def train_tile(
         setting.recipe,
     )
     initial = [weights_sha256(module.stack.weights(slot)) for slot in range(len(replicas))]
+    partial = Partial(folder.path, setting, replicas)
+    partial.give_back(module)
     _quiet_lightning()
-    fit(module, callbacks, "gpu" if setting.device.type == "cuda" else "cpu")
-    return [folder.write(*cell) for cell in _results(module, setting, started, initial)]
+    fit(module, [*callbacks, partial], "gpu" if setting.device.type == "cuda" else "cpu")
+    missing, _ = folder.sort_out({replica: setting.fingerprint(replica) for replica in replicas})
+    cells = [
+        folder.write(record, *numbers)
+        for record, *numbers in _results(module, setting, partial.started, initial)
+        if Replica(record.arm, record.seed) in missing
+    ]
+    partial.remove()
+    return cells
 
 
 def _results(

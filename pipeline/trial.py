@@ -21,6 +21,7 @@ from pipeline.objectives import Replica
 from pipeline.outcomes import Facts, Request, own_controls, wanted, wanted_controls, without_edited
 from pipeline.progress import Progress
 from pipeline.request import check_resolution, check_truth, facts_of, request_of, write_request
+from pipeline.resume import interrupted
 from pipeline.runs import cell_run, report_run
 from pipeline.setting import Setting, prepare
 from pipeline.tables import between_seeds, differences, distances, trial_history
@@ -157,7 +158,9 @@ def _train(setting: Setting, request: Request, folder: TrialFolder, tracker: Tra
         present = tracker.present(folder.path.name)
         unsent = [replica for replica in done if fingerprints[replica] not in present]
         _record(tracker, folder, request, list(_read(folder, unsent).values()))
-    groups = tiles(missing, [*request.losses, *request.controls], setting.tile)
+    groups = interrupted(folder.path, setting, fingerprints, missing)
+    fresh = [replica for replica in missing if not any(replica in group for group in groups)]
+    groups += tiles(fresh, [*request.losses, *request.controls], setting.tile)
     waiting: list[Cell] = []  # for the reference of their seed: their distance to it is recorded with them
     with Progress(console, groups, setting) as progress:
         for group in groups:

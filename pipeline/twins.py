@@ -140,11 +140,23 @@ class DropoutStreams:
         self.seeds = list(dict.fromkeys(seeds))
         self.slots = [self.seeds.index(seed) for seed in seeds]
         self.generators: list[torch.Generator] = []
+        self._left_at: list[Tensor] = []  # states that the generators are to begin with
+
+    @property
+    def positions(self) -> list[Tensor]:
+        """The states of the generators; none before the first draw."""
+        return [generator.get_state() for generator in self.generators]
+
+    @positions.setter
+    def positions(self, states: list[Tensor]) -> None:
+        self.generators, self._left_at = [], states
 
     def keep(self, like: Tensor, probability: float) -> Tensor:
         """Masks of zeros and ones, [B, R*C, ...]: what plain dropout draws after `manual_seed(seed)`."""
         if not self.generators:
             self.generators = [torch.Generator(like.device).manual_seed(seed) for seed in self.seeds]
+            for generator, state in zip(self.generators, self._left_at, strict=False):
+                generator.set_state(state)
         shape = (like.shape[0], like.shape[1] // len(self.slots), *like.shape[2:])
         masks = [
             torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(probability, generator=generator)
