@@ -11,7 +11,7 @@ PORT   ?= 5000
 
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help install equivalence train sweep audit report ui experiments experiments-check readme simulate data bench bench-check test faults lint types wheel check clean
+.PHONY: help install equivalence train sweep audit report sync server ui experiments experiments-check readme simulate data bench bench-check test faults lint types wheel check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +25,11 @@ help: ## list the targets
 	@touch $@
 
 .venv/.dev: .venv/.lab
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,launchers,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,launchers,server,dev]'
+	@touch $@
+
+.venv/.server: .venv/.lab
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,server]'
 	@touch $@
 
 install: .venv/.lab ## make ./.venv with everything that the pipeline needs
@@ -46,6 +50,12 @@ audit: .venv/.lab ## the losses alone, in seconds: make audit ARGS="'loss=[ce,nl
 
 report: .venv/.lab ## the verdict again from what was recorded: make report DIR=outputs/...
 	$(PY) -m pipeline.report $(DIR) $(ARGS)
+
+sync: .venv/.lab ## send MLflow what it lacks of a trial: make sync DIR=outputs/...
+	$(PY) -m pipeline.sync $(DIR)
+
+server: .venv/.server ## a server that asks for a password, on loopback: MLFLOW_AUTH_ADMIN_PASSWORD=... make server
+	$(PY) -m pipeline.server --port $(PORT) $(ARGS)
 
 ui: .venv/.lab ## the MLflow page of the recorded runs, on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --workers 1 --host 127.0.0.1 --port $(PORT) \

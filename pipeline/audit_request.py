@@ -17,8 +17,10 @@ from pipeline.auditing.deciding import SAMENESS
 from pipeline.cells import refusing_disk_errors, write_json
 from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
+from pipeline.recording import Recorder, tracker_of
+from pipeline.runs import content_tag
 from pipeline.terminal import closing_audit, show_audit
-from pipeline.tracking import Run, Tracker, git_state
+from pipeline.tracking import Run, git_state
 
 Config = Mapping[str, Any]
 
@@ -35,7 +37,8 @@ def run(config: Config, folder: Path) -> ExitCode:
     _check_device(config["device"])
     torch.set_num_threads(1)
     reference = conf.reference_of(config)
-    tracker = _tracker(config["tracking"])
+    recorder = Recorder(tracker_of(config["tracking"]), folder, "the same command again sends them")
+    recorder.open()  # MLflow is imported before the losses are asked, so that a wrong address is told at once
     settings = AuditSettings(**{name: config[name] for name in AuditSettings.__dataclass_fields__})
     if settings.soft_targets and not any("target_probs" in loss["args"] for loss in config["loss"].values()):
         raise UsageError("soft_targets=true, but no chosen loss takes target_probs; add one that does, such as ce_soft")
@@ -48,10 +51,10 @@ def run(config: Config, folder: Path) -> ExitCode:
         folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "audit.json", audit)
     pictures = write_audit_figures(folder, audit)
-    if tracker is not None:
-        tracker.record([_report_run(audit, folder, pictures, started)])
+    report = _report_run(audit, folder, pictures, started)
+    recorder.offer({report.content: lambda: report})
     show_audit(audit)
-    return closing_audit(audit, folder)
+    return closing_audit(audit, folder, recorder.shortfall)
 
 
 def _check_device(device: str) -> None:
@@ -62,22 +65,13 @@ def _check_device(device: str) -> None:
         raise UsageError(f"device={device}, but torch finds no CUDA device; choose device=cpu")
 
 
-def _tracker(tracking: Config) -> Tracker | None:
-    """An open tracker: MLflow is imported before the losses are asked, so that a wrong address is told at once."""
-    if not tracking["enabled"]:
-        return None
-    tracker = Tracker(tracking["uri"], tracking["experiment"], conf.ROOT)
-    tracker.open()
-    return tracker
-
-
 def _report_run(audit: Config, folder: Path, pictures: list[Path], started: float) -> Run:
     words = {f"objective.{name}": entry["objective"] for name, entry in audit["losses"].items()}
     identity = {"kind": "report", "sweep": folder.name, "fingerprint": "audit"}
     artifacts = {"audit.json": folder / "audit.json"} | {f"figures/{path.name}": path for path in pictures}
     return Run(
         name=f"{folder.name}/report",
-        tags=identity | words | git_state(conf.ROOT),
+        tags=identity | words | content_tag(artifacts) | git_state(conf.ROOT),
         params={"reference": audit["reference"], "losses": ", ".join(audit["losses"])},
         metrics=pd.DataFrame(columns=["metric", "step", "value"]),
         started=started,

@@ -196,9 +196,9 @@ class TrialFolder:
             self._known[replica] = Cell(folder, CellRecord(**read_yaml(folder / "config.yaml")))
         return self._known[replica]
 
-    def cells(self) -> list[Cell]:
-        """All cells, by arm and seed."""
-        folders = sorted(self.path.glob("cells/*/s*"), key=lambda p: (p.parent.name, int(p.name[1:])))
+    def cells(self, kind: str = "cells") -> list[Cell]:
+        """All cells, or all `controls`, by arm and seed."""
+        folders = sorted(self.path.glob(f"{kind}/*/s*"), key=lambda p: (p.parent.name, int(p.name[1:])))
         found = (self.read(Replica(folder.parent.name, int(folder.name[1:]))) for folder in folders)
         return [cell for cell in found if cell is not None]
 

@@ -18,6 +18,7 @@ from pipeline import config as conf
 from pipeline.errors import UsageError, did_you_mean
 from pipeline.hydra_errors import in_one_line
 from pipeline.targets import check_call, locate
+from pipeline.tracking import without_password
 
 Plain = Mapping[str, Any]
 
@@ -68,7 +69,7 @@ def check_audit(cfg: DictConfig) -> None:
     """
     config = _plain(cfg)
     _check_fields("", config, conf.AuditConf.__dataclass_fields__)
-    _check_fields("tracking.", config["tracking"], conf.TrackingConf.__dataclass_fields__)
+    _check_tracking(config["tracking"])
     for key, smallest in {"time_limit": 1.0, "memory_limit": 0.5, "jobs": 1}.items():
         if not config[key] >= smallest:
             raise UsageError(f"{key}={config[key]}; it must be at least {smallest:g}")
@@ -100,7 +101,7 @@ def _check_keys(config: Plain) -> None:
     """Hydra lets `+key=value` add any key and `~key` take any away."""
     _check_fields("", config, conf.TrainConf.__dataclass_fields__)
     _check_fields("trainer.", config["trainer"], conf.TrainerConf.__dataclass_fields__)
-    _check_fields("tracking.", config["tracking"], conf.TrackingConf.__dataclass_fields__)
+    _check_tracking(config["tracking"])
 
 
 def _check_fields(prefix: str, given: Plain, known: Iterable[str]) -> None:
@@ -110,6 +111,17 @@ def _check_fields(prefix: str, given: Plain, known: Iterable[str]) -> None:
         raise UsageError(f"unknown key '{prefix}{key}'{did_you_mean(key, known)}; {keys}: {', '.join(known)}")
     for key in (key for key in known if key not in given):
         raise UsageError(f"{prefix}{key} is missing; leave it as it is by default, or give it a value")
+
+
+def _check_tracking(tracking: Plain) -> None:
+    """A configuration is shown, stored and handed to launchers: it holds no secret."""
+    _check_fields("tracking.", tracking, conf.TrackingConf.__dataclass_fields__)
+    uri = tracking["uri"] or ""
+    if (safe := without_password(uri)) != uri:
+        raise UsageError(
+            f"tracking.uri={safe} came with a password; give it by MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD (PGPASSWORD for PostgreSQL), which no configuration shows"
+        )
 
 
 def _check_numbers(config: Plain) -> None:

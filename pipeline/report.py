@@ -48,7 +48,7 @@ def report(arguments: list[str]) -> int:
         raise UsageError(f"about={about}; choose objective or outcome")
     request = replace(request, about=about, reference=conf.reference_of(asked), expect=conf.expectations_of(asked))
     with folder.locked():
-        return conclude(folder, request, facts, None)[0]
+        return conclude(folder, request, facts)[0]
 
 
 def _mapping(text: str) -> Any:

@@ -80,20 +80,29 @@ def check_truth(request: Request, setting: Setting) -> None:
         )
 
 
-def write_request(path: Path, request: Request, facts: Facts) -> None:
-    """Keep the request in the trial's folder."""
-    content = {"request": _listed(asdict(request)), "facts": asdict(facts)}
+def write_request(path: Path, request: Request, facts: Facts, tracking: Mapping[str, Any]) -> None:
+    """Keep the request in the trial's folder, and where its runs are recorded."""
+    content = {"request": _listed(asdict(request)), "facts": asdict(facts), "tracking": dict(tracking)}
     write_whole(path / "request.yaml", yaml_bytes(content))
 
 
 def read_request(path: Path) -> tuple[Request, Facts]:
     """What the folder was last trained for."""
-    try:
-        found = read_yaml(path / "request.yaml")
-    except OSError as error:
-        raise UsageError(f"{path} is not a trial's folder (no request.yaml in it); give a trial's folder") from error
+    found = _read(path)
     request: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()}
     return Request(**request), Facts(**found["facts"])
+
+
+def read_tracking(path: Path) -> dict[str, Any]:
+    """Where the runs of a trial's folder are recorded: uri and experiment; empty where nowhere."""
+    return dict(_read(path).get("tracking", {}))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(path / "request.yaml")
+    except OSError as error:
+        raise UsageError(f"{path} is not a trial's folder (no request.yaml in it); give a trial's folder") from error
 
 
 def _listed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -52,24 +54,33 @@ def cell_run(cell: Cell, folder: TrialFolder, reference: str) -> Run:
     )
 
 
-def report_run(folder: TrialFolder, verdict: Mapping[str, Any], cells: Mapping[Replica, Cell]) -> Run:
+def report_run(folder: TrialFolder, verdict: Mapping[str, Any], cells: Iterable[Cell]) -> Run:
     """The one run that carries a trial's verdict, report and history."""
-    records = [cell.record for cell in cells.values()]
+    records = [cell.record for cell in cells]
     words = {f"verdict.{entry['loss']}": entry["verdict"] for entry in verdict["comparisons"]}
     identity = {"kind": "report", "sweep": folder.path.name, "fingerprint": "report"}
     about = {"model": verdict["model"], "dataset": verdict["dataset"]}
     names = ["verdict.json", "report.html", "history.parquet"]
     names += ["audit.json"] if (folder.path / "audit.json").exists() else []
     names += [f"figures/{path.name}" for path in sorted((folder.path / "figures").glob("*.svg"))]
+    artifacts = {name: folder.path / name for name in names}
     return Run(
         name=f"{folder.path.name}/report",
-        tags=identity | about | words | git_state(conf.ROOT),
+        tags=identity | about | words | content_tag(artifacts) | git_state(conf.ROOT),
         params={"reference": verdict["reference"], "seeds": str(verdict["seeds"])},
         metrics=pd.DataFrame(columns=["metric", "step", "value"]),
         started=min(record.started for record in records),
         ended=max(record.ended for record in records),
-        artifacts={name: folder.path / name for name in names},
+        artifacts=artifacts,
     )
+
+
+def content_tag(artifacts: Mapping[str, Path]) -> dict[str, str]:
+    """What tells a report from an earlier one of the same trial: the digest of its files."""
+    sha = hashlib.sha256()
+    for name, path in artifacts.items():
+        sha.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return {"content.sha256": sha.hexdigest()}
 
 
 def gaps(cell: Cell, reference: Cell | None) -> pd.DataFrame:

@@ -95,11 +95,11 @@ def _listed(words: Sequence[object]) -> str:
     return ", ".join(map(str, words[:SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
-def closing(verdict: Mapping[str, Any], folder: Path, link: str | None, local: bool) -> ExitCode:
+def closing(verdict: Mapping[str, Any], folder: Path, recorded: str | None = None) -> ExitCode:
     """Where to look, and the exit code with what it rests on."""
     console.print(f"\nreport: {folder / 'report.html'}")
-    if link is not None:
-        console.print(f"runs grouped by loss: {link}" + (" (start the page with `make ui`)" if local else ""))
+    if recorded is not None:
+        console.print(recorded)
     named = [(entry["loss"], entry["verdict"], entry) for entry in verdict["comparisons"]]
     return _asserted(named)
 
@@ -161,7 +161,9 @@ def _show_power(sizes: Mapping[str, Mapping[str, float | None]], names: Sequence
     console.print(table)
 
 
-def closing_audit(audit: Mapping[str, Any], folder: Path) -> ExitCode:
+def closing_audit(audit: Mapping[str, Any], folder: Path, recorded: str | None) -> ExitCode:
     """Where to look, and the exit code with what it rests on."""
     console.print(f"\naudit: {folder / 'audit.json'}, pictures beside it in figures/")
+    if recorded is not None:
+        console.print(recorded)
     return _asserted([(name, entry["objective"], entry) for name, entry in audit["losses"].items()])

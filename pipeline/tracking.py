@@ -2,7 +2,8 @@
 
 MLflow is a view: a cell is complete on disk before anything here hears of it and can be sent again, so a
 lost tracking server costs a page, never evidence. `record` replaces whatever the same sweep already holds
-under the same fingerprints; `present` tells what need not be sent.
+under the same fingerprints; `present` tells what need not be sent. A store that fails is `StoreError`; one that
+cannot be meant is a `UsageError` when it is opened.
 
 MLflow takes seconds to import, so nothing here does before a `Tracker` is opened.
 """
@@ -18,8 +19,8 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,19 +40,19 @@ if TYPE_CHECKING:
 
 _Row = dict[str, Any]
 
-# Set before MLflow is imported, and only where the user has not decided. One retry of ten seconds answers an
-# unreachable server within half a minute; MLflow's own default takes several.
+# Set before MLflow is imported, and only where the user has not decided. MLflow's own defaults wait minutes for a
+# server that is not there, and repeat a call whose answer was lost, which makes a second run; here whoever calls
+# decides when to try again. What MLflow would log about a store that fails is in our one line.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _LONGEST_VALUE = 6000  # MLflow's limit for a param; what is cut stands in the config.yaml artifact
 _LONGEST_DIGEST = 36  # MLflow's limit for the digest of a dataset; its source keeps the whole
 _CONTEXT = ("mlflow.data.context", "training")  # how MLflow says what a run used a dataset for
-_OUR_FAULT = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for a call that was wrong
 _VIEW = "by-loss"
 
 _DESCRIPTION = """\
@@ -81,6 +82,10 @@ _SECTIONS = {
 }
 
 
+class StoreError(UsageError):
+    """The store does not answer, or refuses. What was to be recorded can be sent later."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One cell, or the report of a trial. A diverged cell did its job: FINISHED, and a tag says the rest."""
@@ -95,22 +100,39 @@ class Run:
     dataset: tuple[str, str] | None = None  # name, digest
     artifacts: Mapping[str, Path | str] = field(default_factory=dict)  # path in MLflow -> a file, or text
 
+    @property
+    def content(self) -> str:
+        """What `present` tells it by."""
+        return _content(self.tags)
+
 
 class Tracker:
     """An MLflow experiment to record runs in. `tracking=none` is the absence of one."""
 
     def __init__(self, uri: str | None, experiment: str, root: Path) -> None:
         self.root = root.resolve()
-        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+        self._given = uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self.uri = self._given or f"sqlite:///{self.root / 'mlflow.db'}"
         self.experiment = experiment
+
+    def described(self) -> dict[str, str | None]:
+        """Where the runs go, without a password; no `uri` stands for the database at the root."""
+        return {"uri": self._given and without_password(self._given), "experiment": self.experiment}
+
+    def __str__(self) -> str:
+        return f"MLflow at {without_password(self.uri)}"
 
     def open(self) -> None:
         """Connect, and create what is missing: database, experiment, its description and its grouped view.
 
-        A sweep calls this before its jobs start; concurrent calls for one root wait for each other.
+        Concurrent calls for one database wait for each other.
+
+        Raises:
+            UsageError: no store can be meant by this address, or the experiment is deleted.
+            StoreError: the store fails, for now.
         """
-        _set_environment()
-        with _plain_errors(self.uri, our_fault=()), self._creating():
+        load()
+        with _plain_errors(self, opening=True), self._creating():
             from mlflow import MlflowClient
 
             self._client = MlflowClient(tracking_uri=self.uri)
@@ -124,17 +146,25 @@ class Tracker:
                 self._client.set_experiment_tag(self._id, key, defaults[key])
 
     def present(self, sweep: str) -> set[str]:
-        """The fingerprints of the runs that this sweep already holds, complete."""
-        with _plain_errors(self.uri):
-            runs = self._search(f"tags.sweep = {_quoted(sweep)} and attributes.status = 'FINISHED'")
-            return {run.data.tags["fingerprint"] for run in runs if "fingerprint" in run.data.tags}
+        """The content of the runs that this sweep already holds complete, and once.
+
+        What a killed process left RUNNING is closed: nobody but the holder of the trial's folder may ask.
+        """
+        with _plain_errors(self):
+            runs = [run for run in self._search(f"tags.sweep = {_quoted(sweep)}") if "fingerprint" in run.data.tags]
+            for run in runs:
+                if run.info.status == "RUNNING":
+                    self._client.set_terminated(run.info.run_id, "KILLED")
+            copies = Counter(run.data.tags["fingerprint"] for run in runs)
+            complete = (run.data.tags for run in runs if run.info.status == "FINISHED")
+            return {_content(tags) for tags in complete if copies[tags["fingerprint"]] == 1}
 
     def record(self, runs: Sequence[Run]) -> None:
         """Write the runs, each in place of any of its sweep with its fingerprint; many at once is cheapest.
 
         Killed on the way, it leaves a run absent (a database) or RUNNING (a server), never present.
         """
-        with _plain_errors(self.uri):
+        with _plain_errors(self):
             if database := _database(self._client):
                 _insert(database, self._found, runs)
                 return
@@ -146,15 +176,25 @@ class Tracker:
         """Publish the sweep's grouped view and return its address; `ui` is where a database's UI listens."""
         key = f"{_VIEW}-{hashlib.sha256(sweep.encode()).hexdigest()[:12]}"
         view = _grouped_view(f"tags.sweep = {_quoted(sweep)} and tags.kind = 'train'")
-        with _plain_errors(self.uri):
+        with _plain_errors(self):
             self._client.set_experiment_tag(self._id, f"mlflow.sharedViewState.{key}", view)
-        base = _without_password(self.uri if self._is_remote else ui)
+        base = without_password(self.uri if self._is_remote else ui)
         return f"{base.rstrip('/')}/{self._page(key)}"
 
     @property
     def is_local(self) -> bool:
         """Whether the runs go to a database whose page has yet to be started."""
         return not self._is_remote
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the store is a file of SQLite, which only other writers can make wait."""
+        return self.uri.startswith("sqlite")
+
+    @property
+    def portion(self) -> int:
+        """How many runs to record at once, where each call shall end soon."""
+        return 1 if self._is_remote else 16
 
     @property
     def _is_remote(self) -> bool:
@@ -164,21 +204,32 @@ class Tracker:
         """MLflow creates neither a database nor an experiment safely where two processes begin at once."""
         if self._is_remote:
             return nullcontext()
-        self.root.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.root / "mlflow.db.lock")
+        file = self.uri.partition(":///")[2].partition("?")[0] if self.is_file else ""
+        database = Path(file or self.root / "mlflow.db")
+        database.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{database}.lock")
 
     def _find_or_create_experiment(self) -> Experiment:
-        found = self._client.get_experiment_by_name(self.experiment)
-        if found is None:
-            # Left alone, MLflow freezes the current working directory into an experiment of a database.
-            home = None if self._is_remote else (self.root / "mlruns" / self.experiment).as_uri()
-            found = self._client.get_experiment(self._client.create_experiment(self.experiment, home))
+        found = self._client.get_experiment_by_name(self.experiment) or self._create_experiment()
         if found.lifecycle_stage != "active":
             raise UsageError(
                 f"The MLflow experiment {self.experiment!r} is deleted: choose another name, or restore it "
                 f"with `mlflow experiments restore --experiment-id {found.experiment_id}`"
             )
         return found
+
+    def _create_experiment(self) -> Experiment:
+        from mlflow.exceptions import MlflowException
+
+        # Left alone, MLflow freezes the current working directory into an experiment of a database.
+        home = None if self._is_remote else (self.root / "mlruns" / self.experiment).as_uri()
+        try:
+            return self._client.get_experiment(self._client.create_experiment(self.experiment, home))
+        except MlflowException:  # another process was faster
+            found = self._client.get_experiment_by_name(self.experiment)
+            if found is None:
+                raise
+            return found
 
     def _search(self, query: str) -> Iterator[StoredRun]:
         token = None
@@ -189,14 +240,20 @@ class Tracker:
                 return
 
     def _discard(self, runs: Sequence[Run]) -> None:
-        for sweep, fingerprints in _identities(runs).items():
-            for old in list(self._search(f"tags.sweep = {_quoted(sweep)}")):
-                if old.data.tags.get("fingerprint") in fingerprints:
-                    self._client.delete_run(old.info.run_id)
+        for run in runs:
+            identity = [f"tags.{key} = {_quoted(run.tags[key])}" for key in ("sweep", "fingerprint")]
+            for old in list(self._search(" and ".join(identity))):
+                self._client.delete_run(old.info.run_id)
 
     def _page(self, view: str) -> str:
         mode = "compareRunsMode=CHART&workflowType=machine_learning"
         return f"#/experiments/{self._id}/runs?viewStateShareKey={view}&{mode}"
+
+
+def load() -> None:
+    """Import MLflow, which takes seconds that no store is to blame for."""
+    _set_environment()
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
 def git_state(root: Path) -> dict[str, str]:
@@ -220,25 +277,43 @@ def _set_environment() -> None:
 
 
 @contextmanager
-def _plain_errors(uri: str, our_fault: Collection[str] = _OUR_FAULT) -> Iterator[None]:
-    """A server or database that fails is one line and its remedy; a call that was wrong stays an error."""
+def _plain_errors(tracker: Tracker, opening: bool = False) -> Iterator[None]:
+    """A store that fails is one line; so is one that cannot be meant, where it is opened."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        if getattr(error, "error_code", None) in our_fault:
-            raise
-        reason = str(error).strip().split("\n", 1)[0][:300]
+    except UsageError:
+        raise
+    except (MlflowException, SQLAlchemyError, OSError, ImportError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0][:300] or type(error).__name__
         if re.search("failed with (timeout )?exception", reason):
             reason = "no server answers"
-        remedy = "start it, correct MLFLOW_TRACKING_URI or choose tracking=none; what was trained is kept"
-        raise UsageError(_without_password(f"MLflow at {uri} cannot be used ({reason}): {remedy}")) from error
+        line = without_password(f"{tracker} cannot be used ({reason})")
+        if opening and _cannot_be_meant(error):
+            raise UsageError(f"{line}: correct MLFLOW_TRACKING_URI or choose tracking=none") from error
+        raise StoreError(line) from error
 
 
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^@/\s]*@", "//", text)
+def _cannot_be_meant(error: Exception) -> bool:
+    """Whether the address is wrong: another try would end the same way."""
+    from sqlalchemy.exc import ArgumentError
+
+    if isinstance(error, json.JSONDecodeError):  # some proxy's page in place of an answer
+        return False
+    wrong = isinstance(error, ImportError | ArgumentError | ValueError) or "file is not a database" in str(error)
+    return wrong or getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
+
+
+def without_password(text: str) -> str:
+    """The text without the user and password of any address: no password is printed or stored."""
+    return re.sub(r"\bpassword=[^&\s]*&?", "", re.sub(r"//[^:/@\s]*:[^@\s]*@", "//", text))
+
+
+def _content(tags: Mapping[str, str]) -> str:
+    """What a run holds: a cell is made once and for all, a report again with every verdict."""
+    return tags.get("content.sha256", tags["fingerprint"])
 
 
 def _quoted(text: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from pipeline.objective_axis import ask_at_weights, ask_audit, read_audit
 from pipeline.objectives import Replica
 from pipeline.outcomes import Facts, Request, own_controls, wanted, wanted_controls, without_edited
 from pipeline.progress import Progress
+from pipeline.recording import Recorder, tracker_of
 from pipeline.request import check_resolution, check_truth, facts_of, request_of, write_request
 from pipeline.resume import interrupted
 from pipeline.runs import cell_run, report_run
 from pipeline.setting import Setting, prepare
 from pipeline.tables import between_seeds, differences, distances, trial_history
 from pipeline.terminal import announce, announce_budget, closing, console, show_verdict
-from pipeline.tracking import Tracker
+from pipeline.tracking import Run
 from pipeline.training import tiles, train_tile
 from pipeline.verdict import audit_in_force, decide
 
@@ -49,18 +52,20 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
     with folder.locked():
         identity = {"name": conf.trial_name(config), **conf.identity(config)}
         folder.check_claim(identity)
-        tracker = _tracker(config["tracking"])
+        tracker = tracker_of(config["tracking"])
+        recorder = Recorder(tracker, path, f"`make sync DIR={shlex.quote(str(path))}` sends the rest")
+        recorder.open()
         folder.claim(identity)
         if config["audit"]:
             ask_audit(setting, request, folder)
         request = replace(request, controls=chosen_controls(config, request, folder))
         setting = setting.with_controls(request.controls, request.reference).with_tile(folder.tile)
         while True:
-            write_request(path, request, facts)
-            setting = train(setting, request, folder, tracker)
+            write_request(path, request, facts, tracker.described() if tracker else {})
+            setting = train(setting, request, folder, recorder)
             if config["audit"]:
                 ask_at_weights(setting, request, folder)
-            code, verdict = conclude(folder, request, facts, tracker)
+            code, verdict = conclude(folder, request, facts, recorder)
             more = more_seeds(request, verdict) if config["until"] == "decided" else 0
             if not more:
                 return code
@@ -105,22 +110,14 @@ def with_more_seeds(request: Request, count: int) -> Request:
     return replace(request, seeds=(*request.seeds, *itertools.islice(unused, count)))
 
 
-def _tracker(tracking: Mapping[str, Any]) -> Tracker | None:
-    if not tracking["enabled"]:
-        return None
-    tracker = Tracker(tracking["uri"], tracking["experiment"], conf.ROOT)
-    tracker.open()
-    return tracker
-
-
-def train(setting: Setting, request: Request, folder: TrialFolder, tracker: Tracker | None) -> Setting:
+def train(setting: Setting, request: Request, folder: TrialFolder, recorder: Recorder) -> Setting:
     """Train the cells that the folder lacks; where memory runs out, once more with half as many at a time.
 
     Returns the setting that they were trained with.
     """
     while True:
         try:
-            _train(setting, request, folder, tracker)
+            _train(setting, request, folder, recorder)
             return setting
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -143,7 +140,7 @@ def _halved(setting: Setting, folder: TrialFolder, error: BaseException) -> Sett
     return setting.with_tile(fewer)
 
 
-def _train(setting: Setting, request: Request, folder: TrialFolder, tracker: Tracker | None) -> None:
+def _train(setting: Setting, request: Request, folder: TrialFolder, recorder: Recorder) -> None:
     """Each tile's runs are recorded as soon as its cells are on disk."""
     all_wanted = [*wanted(request), *wanted_controls(request)]
     fingerprints = {replica: setting.fingerprint(replica) for replica in all_wanted}
@@ -154,10 +151,7 @@ def _train(setting: Setting, request: Request, folder: TrialFolder, tracker: Tra
         check_disk(budget, len(missing), folder.path)
         announce_budget(budget, len(missing), setting.tile)
     done = [replica for replica in fingerprints if replica not in missing]
-    if tracker:
-        present = tracker.present(folder.path.name)
-        unsent = [replica for replica in done if fingerprints[replica] not in present]
-        _record(tracker, folder, request, list(_read(folder, unsent).values()))
+    recorder.offer(_runs(_read(folder, done).values(), folder, request))
     groups = interrupted(folder.path, setting, fingerprints, missing)
     fresh = [replica for replica in missing if not any(replica in group for group in groups)]
     groups += tiles(fresh, [*request.losses, *request.controls], setting.tile)
@@ -167,15 +161,12 @@ def _train(setting: Setting, request: Request, folder: TrialFolder, tracker: Tra
             waiting += train_tile(setting, group, folder, [progress.callback()])
             ready = [cell for cell in waiting if folder.read(Replica(request.reference, cell.record.seed))]
             waiting = [cell for cell in waiting if cell not in ready]
-            if tracker:
-                _record(tracker, folder, request, ready)
-    if tracker:
-        _record(tracker, folder, request, waiting)
+            recorder.offer(_runs(ready, folder, request))
+    recorder.offer(_runs(waiting, folder, request))
 
 
-def _record(tracker: Tracker, folder: TrialFolder, request: Request, cells: Sequence[Cell]) -> None:
-    if cells:
-        tracker.record([cell_run(cell, folder, request.reference) for cell in cells])
+def _runs(cells: Iterable[Cell], folder: TrialFolder, request: Request) -> dict[str, Callable[[], Run]]:
+    return {cell.record.fingerprint: partial(cell_run, cell, folder, request.reference) for cell in cells}
 
 
 def _read(folder: TrialFolder, replicas: Sequence[Replica]) -> Cells:
@@ -184,7 +175,7 @@ def _read(folder: TrialFolder, replicas: Sequence[Replica]) -> Cells:
 
 
 def conclude(
-    folder: TrialFolder, request: Request, facts: Facts, tracker: Tracker | None
+    folder: TrialFolder, request: Request, facts: Facts, recorder: Recorder | None = None
 ) -> tuple[ExitCode, dict[str, Any]]:
     """Verdict, report and checkpoints from the cells alone; prints the table, returns exit code and verdict."""
     from pipeline.figures import write_report
@@ -219,11 +210,10 @@ def conclude(
     folder.export_checkpoints(list(cells.values()))
     write_report(folder.path, found)
     show_verdict(verdict)
-    link = None
-    if tracker:
-        tracker.record([report_run(folder, verdict, cells)])
-        link = tracker.link(folder.path.name)
-    return closing(verdict, folder.path, link, local=tracker is not None and tracker.is_local), verdict
+    if recorder is None:
+        return closing(verdict, folder.path), verdict
+    recorder.conclude(report_run(folder, verdict, cells.values()))
+    return closing(verdict, folder.path, recorder.shortfall or recorder.page), verdict
 
 
 def _header(folder: TrialFolder, cells: Cells) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def test_one_word_is_expected_of_every_candidate() -> None:
         ("epoch", 1, "unknown key 'epoch' (did you mean 'epochs'?)"),
         ("trainer.thread", 1, "unknown key 'trainer.thread' (did you mean 'threads'?); trainer takes: acc"),
         ("tracking.url", "x", "unknown key 'tracking.url' (did you mean 'uri'?); tracking takes: enabled"),
+        ("tracking.uri", "http://me:secret@x", "tracking.uri=http://x came with a password; give it by MLFLOW_TRACK"),
         ("model.hiden", 3, "unknown key 'model.hiden' (did you mean 'hidden'?); pipeline.models.mlp takes"),
         ("dataset.seed", 3, "unknown key 'dataset.seed' (did you mean 'data_seed'?)"),
         ("optimizer.momentun", 3, "unknown key 'optimizer.momentun' (did you mean 'momentum'?)"),
