@@ -119,12 +119,18 @@ def sgemm_rate(size: int = 512, repetitions: int = 15) -> float:
 
 
 def stacked(
-    builder: ModelBuilder, data: Dataset, device: torch.device, engine: str, count: int, with_losses: bool
+    builder: ModelBuilder,
+    data: Dataset,
+    device: torch.device,
+    engine: str,
+    count: int,
+    with_losses: bool,
+    fast: bool = True,
 ) -> SideBySide:
     """The product's module, ready to step."""
     replicas = _replicas(count)
     seeds = [replica.seed for replica in replicas]
-    stack = build_stack(engine, [builder(seed).to(device) for seed in seeds], seeds).train()
+    stack = build_stack(engine, [builder(seed).to(device) for seed in seeds], seeds, fast=fast).train()
     present = FORMULATIONS[: len({replica.arm for replica in replicas})]
     make_objectives = Objectives if with_losses else _FixedGradient
     objectives = make_objectives(present, replicas, data.num_classes, device, torch.float32)

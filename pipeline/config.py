@@ -82,6 +82,7 @@ class TrainerConf:
     engine: Engine = Engine.auto
     tile: int | None = None  # replicas trained at once; null: a static rule
     threads: int = 1
+    fast: bool = True  # fast paths, wherever they give the same bits; see docs/speed.md
     inner_steps: int = 11  # optimizer steps in one Lightning training_step
     checkpoint_every: float | None = 60.0  # seconds between what a killed stack goes on from; null: never kept
     progress: bool = True

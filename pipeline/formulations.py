@@ -6,7 +6,8 @@ import hashlib
 import inspect
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.errors import UsageError, first_line
 from pipeline.randomness import RandomStream
 
 LossFn = Callable[..., Any]
+Given = dict[str, Sequence[Tensor | None]]  # name -> a tensor for each replica; None for a bias that is not there
 
 INPUTS = ("logits", "log_probs", "probs", "hidden", "weight", "bias", "labels", "target_probs")
 """What `args` may name.
@@ -75,13 +77,7 @@ class Formulation:
 
     def objective(self, fn: LossFn, batch: Sequence[Tensor | None]) -> Tensor:
         """The declared callable's scalar value on one replica's batch, given in the order of `args`."""
-        versions = [_version(tensor) for tensor in batch]
         value = fn(*batch)
-        for arg, before, tensor in zip(self.args, versions, batch, strict=True):
-            if _version(tensor) != before:
-                raise UsageError(
-                    f"loss {self.name} overwrites its input {arg}, which other losses share; clone it first"
-                )
         if not isinstance(value, Tensor) or value.ndim != 0:
             got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UsageError(
@@ -89,6 +85,26 @@ class Formulation:
                 "(most losses take reduction='mean')"
             )
         return value
+
+    @contextmanager
+    def unwritten(self, inputs: Given) -> Iterator[None]:
+        """Refuse a loss that overwrites an input that others share, or any view of it.
+
+        Raises:
+            UsageError: it did.
+        """
+        before = {name: _changes(tensors) for name, tensors in inputs.items()}
+        yield
+        for name, tensors in inputs.items():
+            if _changes(tensors) != before[name]:
+                raise UsageError(
+                    f"loss {self.name} overwrites its input {name}, which other losses share; clone it first"
+                )
+
+
+def _changes(tensors: Sequence[Tensor | None]) -> int:
+    """Torch's count of in-place changes, which a tensor shares with its views."""
+    return sum(tensor._version for tensor in tensors if tensor is not None)
 
 
 def derive(args: Iterable[str], logits: Tensor) -> dict[str, Tensor]:
@@ -102,13 +118,9 @@ def derive(args: Iterable[str], logits: Tensor) -> dict[str, Tensor]:
         "log_probs": lambda: F.log_softmax(wide, -1),
         "probs": lambda: F.softmax(wide, -1),
     }
-    with torch.autocast(logits.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(logits.device.type)
+    with torch.autocast(logits.device.type, enabled=False) if autocast else nullcontext():
         return {arg: made[arg]() for arg in args if arg in made}
-
-
-def _version(tensor: Tensor | None) -> int:
-    """Torch's count of in-place changes."""
-    return 0 if tensor is None else tensor._version
 
 
 @dataclass(frozen=True)
@@ -140,7 +152,7 @@ def probe(
     fn = formulation.instance(device, dtype)
     stream = RandomStream(0, device)
     try:
-        with stream.resumed():
+        with stream.resumed(), formulation.unwritten({arg: [inputs[arg]] for arg in formulation.args}):
             value = formulation.objective(fn, [inputs[arg] for arg in formulation.args])
             if value.requires_grad:
                 value.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,23 @@ class Recipe:
         """Factor of the learning rate at a step: linear warm-up, then constant or half a cosine to 0."""
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return warm * (0.5 * (1 + math.cos(math.pi * step / last)) if self.schedule == "cosine" else 1.0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's examples and targets, a row for each distinct seed.
+
+    Attributes:
+        indices: [S, B].
+        layout: the same for every replica, as the stack takes its inputs: [B, R] or [R, B].
+        labels: [S, B].
+        target_probs: [S, B, C], where a loss asks for them.
+    """
+
+    indices: Tensor
+    layout: Tensor
+    labels: Tensor
+    target_probs: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -122,6 +140,7 @@ class SideBySide(pl.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)  # noqa: S101 - there is one
         self._optimizer = optimizer
+        self._trained = list(self.stack.parameters())
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
         if self._optimizer_progress is not None:
             optimizer.load_state_dict(self._optimizer_progress)
@@ -137,9 +156,24 @@ class SideBySide(pl.LightningModule):
         return torch.randperm(self.num_examples, generator=generator).to(self._slots.device)
 
     def training_step(self, steps: slice, batch_idx: int) -> None:
-        size = self.recipe.batch_size
-        for step in range(steps.start, steps.stop):
-            self._step(self._orders[:, step * size : (step + 1) * size])
+        for batch in self._batches(steps):
+            self._step(batch)
+
+    def _batches(self, steps: slice) -> Iterator[Batch]:
+        """The batches of these steps; everything but the inputs, which are large, is looked up for all at once."""
+        size, axis = self.recipe.batch_size, self.stack.replica_axis
+        indices = self._orders[:, steps.start * size : steps.stop * size]
+        layout = indices[self._slots].movedim(0, axis).contiguous()
+        labels = self.data.labels[indices]
+        target_probs = self.data.target_probs(indices) if self.objectives.needs_target_probs else None
+        for start in range(0, indices.shape[1], size):
+            one = slice(start, start + size)
+            yield Batch(
+                indices=indices[:, one],
+                layout=layout[one] if axis else layout[:, one],
+                labels=labels[:, one],
+                target_probs=None if target_probs is None else target_probs[:, one],
+            )
 
     def on_train_epoch_end(self) -> None:
         self._settle_objectives()
@@ -179,22 +213,23 @@ class SideBySide(pl.LightningModule):
 
     # --- the step
 
-    def _step(self, indices: Tensor) -> None:
-        """One optimizer step of every replica on its own batch: indices [S, B], a row for each distinct seed."""
+    def _step(self, batch: Batch) -> None:
+        """One optimizer step of every replica on its own batch."""
         self._set_rate()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
-            objectives = torch.stack(self._forward(indices))
+        with self._autocast():
+            objectives = torch.stack(self._forward(batch))
         objectives.backward(torch.ones_like(objectives))
         if self.objectives.fused:  # one that ignores the bias must not depend on a neighbour that does not
-            for parameter in self.stack.parameters():
+            for parameter in self._trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         if self.recipe.clip_norm is not None:
             self.stack.clip_gradients(self.recipe.clip_norm)
         self._update()
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._trained:
+            parameter.grad = None
         self.steps_done += 1
-        self._objectives.append((indices.shape[1], objectives.detach()))
+        self._objectives.append((batch.indices.shape[1], objectives.detach()))
         if self.steps_done in self.snapshots:
             self._snapshot()
 
@@ -203,18 +238,20 @@ class SideBySide(pl.LightningModule):
         if self._lr_scales is None:
             self._optimizer.step()
             return
-        before = [parameter.detach().clone() for parameter in self.stack.parameters()]
+        before = [parameter.detach().clone() for parameter in self._trained]
         self._optimizer.step()
         self.stack.scale_step(before, self._lr_scales)
 
-    def _forward(self, indices: Tensor) -> list[Tensor]:
-        layout = indices[self._slots].movedim(0, self.stack.replica_axis).contiguous()
-        outputs = self.stack(self._take(layout), fused=self.objectives.fused).first(len(self.replicas))
-        target_probs = self.data.target_probs(indices) if self.objectives.needs_target_probs else None
-        labels = self.data.labels[indices]
+    def _forward(self, batch: Batch) -> list[Tensor]:
+        inputs = self._take(batch.layout)
+        outputs = self.stack(inputs, fused=self.objectives.fused).first(len(self.replicas))
         if self.steps_done + 1 in self.moments:
-            self.met.append((self.steps_done + 1, outputs.logits.detach().clone(), indices))
-        return self.objectives(outputs, labels, target_probs)
+            self.met.append((self.steps_done + 1, outputs.logits.detach().clone(), batch.indices.clone()))
+        return self.objectives(outputs, batch.labels, batch.target_probs)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 where the recipe says so."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.recipe.autocast else nullcontext()
 
     def _take(self, indices: Tensor) -> Tensor:
         """Inputs; grey pictures repeated where the model takes colour."""
@@ -255,7 +292,7 @@ class SideBySide(pl.LightningModule):
         self.stack.eval()
         for indices in self.data.splits[split].split(EVALUATION_BATCH):
             inputs, labels = self._take(indices), self.data.labels[indices]
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
+            with self._autocast():
                 logits = self.stack(self.stack.shared(inputs)).first(len(self.replicas)).logits
             yardsticks.update(logits, labels, self.data.target_probs(indices), self.data.true_probs(indices))
         self.stack.train(was_training)

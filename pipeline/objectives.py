@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError, first_line
-from pipeline.formulations import FUSED_INPUTS, Formulation, LossFn, derive, probe
+from pipeline.formulations import FUSED_INPUTS, Formulation, Given, LossFn, derive, probe
 from pipeline.memory import memory_of, remind
 from pipeline.randomness import RandomStream, derive_seed
 from pipeline.stack import Outputs
@@ -73,23 +73,21 @@ class Objectives:
 
     def __call__(self, outputs: Outputs, labels: Tensor, target_probs: Tensor | None) -> list[Tensor]:
         """R scalars in replica order, from logits [R, B, C], labels [S, B] and target_probs [S, B, C] by seed."""
-        by_seed = {
-            "labels": labels.unbind(),
-            "target_probs": () if target_probs is None else target_probs.unbind(),
-        }
+        by_seed = {"labels": labels.unbind()}
+        if target_probs is not None:
+            by_seed["target_probs"] = target_probs.unbind()
         objectives: list[Tensor] = []
         self.calls += 1
         for arm, logits in zip(self.arms, outputs.logits.split(self.sizes), strict=True):
             mine = slice(len(objectives), len(objectives) + len(arm.fns))
-            given: dict[str, Sequence[Tensor | None]] = {
-                name: tensor.unbind() for name, tensor in derive(arm.formulation.args, logits).items()
-            }
+            given: Given = {name: tensor.unbind() for name, tensor in derive(arm.formulation.args, logits).items()}
             for name in arm.formulation.args:
                 if name in by_seed:
                     given[name] = [by_seed[name][slot] for slot in self.slots[mine]]
                 elif name in FUSED_INPUTS:
                     given[name] = _of_fused(outputs, name, mine)
-            objectives += self._of_arm(arm, given, logits, mine.start)
+            with arm.formulation.unwritten(given):
+                objectives += self._of_arm(arm, given, logits, mine.start)
         return objectives
 
     def progress(self) -> dict[str, Any]:
@@ -110,7 +108,7 @@ class Objectives:
             for stream, position in zip(arm.streams or (), positions, strict=True):
                 stream.position = position
 
-    def _of_arm(self, arm: _Arm, given: dict[str, Sequence[Tensor | None]], logits: Tensor, first: int) -> list[Tensor]:
+    def _of_arm(self, arm: _Arm, given: Given, logits: Tensor, first: int) -> list[Tensor]:
         batches = zip(*(given[name] for name in arm.formulation.args), strict=True)
         objectives = []
         for i, (fn, batch) in enumerate(zip(arm.fns, batches, strict=True)):

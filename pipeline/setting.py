@@ -24,7 +24,16 @@ from pipeline.formulations import Formulation, code_digest, probe
 from pipeline.models import ModelBuilder
 from pipeline.module import Recipe
 from pipeline.objectives import Replica
-from pipeline.stack import Stack, build_stack, choose_engine, convolves, find_head, pads, tile_size
+from pipeline.stack import (
+    Stack,
+    build_stack,
+    choose_engine,
+    convolves,
+    fast_path_holds,
+    find_head,
+    pads,
+    tile_size,
+)
 from pipeline.targets import locate
 from pipeline.variation import Variation
 
@@ -50,6 +59,7 @@ class Setting:
     engine: str
     engine_reason: str
     tile: int
+    fast: bool
     head: str | None
     environment: Mapping[str, Any]
 
@@ -102,7 +112,8 @@ class Setting:
         vary = self.recipe.variation
         fresh = (self.builder(vary.initial(seed)).to(self.device, self.dtype) for seed in seeds)
         modules = [vary.touch(module, seed) for module, seed in zip(fresh, seeds, strict=True)]
-        return build_stack(self.engine, modules, [vary.training(seed) for seed in seeds], self.head).train()
+        training = [vary.training(seed) for seed in seeds]
+        return build_stack(self.engine, modules, training, self.head, self.fast).train()
 
 
 def prepare(config: Mapping[str, Any]) -> Setting:
@@ -128,10 +139,10 @@ def prepare(config: Mapping[str, Any]) -> Setting:
         probe(formulation, data.num_classes, device, dtype)
     _check_batches(recipe.batch_size, builder, len(data.splits["train"]))
     lonely = _last_batch(len(data.splits["train"]), recipe.batch_size) == 1
-    engine, reason, tile = _engine(config, builder, recipe, device, dtype, lonely)
+    engine, reason, tile, fast = _engine(config, builder, recipe, device, dtype, lonely)
     head = _head(formulations, builder)
     return Setting(
-        config, device, dtype, data, builder, formulations, recipe, engine, reason, tile, head,
+        config, device, dtype, data, builder, formulations, recipe, engine, reason, tile, fast, head,
         _environment(device),
     )  # fmt: skip
 
@@ -227,12 +238,12 @@ def _engine(
     device: torch.device,
     dtype: torch.dtype,
     lonely: bool,
-) -> tuple[str, str, int]:
-    """Engine, reason and tile; they depend on the configuration alone, never on which cells are missing."""
+) -> tuple[str, str, int, bool]:
+    """Engine, reason, tile, fast path; they depend on the configuration alone, never on which cells are missing."""
     requested, first = config["trainer"]["engine"], builder(0).to(device, dtype)
     _check_pairing(builder)
     if lonely and requested == "auto":
-        return "loop", "a batch of one example has other bits when folded", config["trainer"]["tile"] or 4
+        return "loop", "a batch of one example has other bits when folded", config["trainer"]["tile"] or 4, False
     batch_bytes = recipe.batch_size * math.prod(builder.input_shape) * dtype.itemsize
     tile = config["trainer"]["tile"] or tile_size("fold", first, batch_bytes, device)
     static_loop = requested == "loop" or (requested == "auto" and convolves(first) and device.type == "cpu")
@@ -240,7 +251,12 @@ def _engine(
     engine, reason = choose_engine(requested, modules, builder.input_shape, recipe.batch_size, recipe.make_optimizer)
     if engine == "loop" and requested == "fold":
         raise UsageError(f"trainer.engine=fold, but {builder.name} {reason}; use trainer.engine=auto")
-    return engine, reason, config["trainer"]["tile"] or tile_size(engine, first, batch_bytes, device)
+    fast = (
+        engine == "fold"
+        and config["trainer"]["fast"]
+        and fast_path_holds(modules, builder.input_shape, recipe.batch_size, recipe.make_optimizer)
+    )
+    return engine, reason, config["trainer"]["tile"] or tile_size(engine, first, batch_bytes, device), fast
 
 
 def _check_pairing(builder: ModelBuilder) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.chain import chain_of
 from pipeline.memory import memory_of, remind
 from pipeline.randomness import RandomStream, derive_seed
 from pipeline.twins import Dropout, DropoutStreams, fold_modules
@@ -132,13 +134,19 @@ class Stack(nn.Module):
 
 
 class Fold(Stack):
-    """The fold engine. `streams` are the dropout masks' generators, one for each distinct seed."""
+    """The fold engine. `streams` are the dropout masks' generators, one for each distinct seed.
+
+    With `fast` a chain of dense layers is trained without autograd inside, see `pipeline.chain`.
+    """
 
     engine, replica_axis = "fold", 1
 
-    def __init__(self, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None, fast: bool = False
+    ) -> None:
         super().__init__(len(modules), head)
         self.folded = fold_modules(modules)
+        self.chain = chain_of(self.folded) if fast and head is None else None
         self.streams = DropoutStreams(seeds)
         for layer in self.folded.modules():
             if isinstance(layer, Dropout):
@@ -151,6 +159,8 @@ class Fold(Stack):
         self._hidden = arguments[0]
 
     def forward(self, inputs: Tensor, fused: bool = False) -> Outputs:
+        if self.chain is not None and self.training and not torch.is_autocast_enabled(inputs.device.type):
+            return Outputs(self.chain(inputs))
         logits = self._by_replica(self.folded(inputs.flatten(1, 2)))
         hidden, self._hidden = self._hidden, None
         if not fused:
@@ -198,11 +208,13 @@ class Fold(Stack):
 
 
 class Loop(Stack):
-    """The loop engine: plain modules, each drawing its dropout masks from a stream of its own."""
+    """The loop engine: plain modules, each drawing its dropout masks from a stream of its own; it has no fast path."""
 
     engine, replica_axis = "loop", 0
 
-    def __init__(self, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None, fast: bool = False
+    ) -> None:
         super().__init__(len(modules), head)
         self.replicas = nn.ModuleList(modules)
         device = next(modules[0].parameters()).device
@@ -374,26 +386,58 @@ def _slot_dependent(
 ) -> str | None:
     """Copies of one module on one batch must stay equal, bit for bit, through two steps in stacks of several sizes."""
     generator = torch.Generator().manual_seed(1)
-    first = next(modules[0].parameters())
     module = _perturbed(modules[0], generator)
-    inputs = torch.randn(batch_size, *shape, generator=generator).to(first)
-    weights = torch.randn(batch_size, _num_classes(module, shape, first.device), generator=generator).to(first)
+    inputs, upstream = _batch([module], shape, batch_size, generator)
     tile = len(modules)
     traces = []
-    for count in {tile} if pads(first.device) else {1, tile // 3 + 1, max(1, tile - 1), tile}:
-        fold = Fold([module] * count, [0] * count).train()
-        optimizer = make_optimizer(fold.parameters())
-        for step, size in ((1, batch_size), (2, max(2, 3 * batch_size // 4 + 1))):  # a short last batch too
-            batch, upstream = inputs[:size], weights[:size]
-            found = _trace(fold, batch.expand(count, *batch.shape), upstream.expand(count, *upstream.shape))
-            optimizer.step()
-            traces += [{f"{name} at step {step}": bits for name, bits in trace.items()} for trace in found]
-        traces += [{f"{name} after step 2": bits for name, bits in fold.weights(r).items()} for r in range(count)]
+    for count in {tile} if pads(inputs.device) else {1, tile // 3 + 1, max(1, tile - 1), tile}:
+        fold = Fold([module] * count, [0] * count)
+        many, theirs = (tensor.expand(count, *tensor.shape[1:]) for tensor in (inputs, upstream))
+        traces += _two_steps(fold, many, theirs, make_optimizer)
     seen: Trace = {}
     for name, bits in (item for trace in traces for item in trace.items()):
         if not _same_bits(seen.setdefault(name, bits), bits):
             return f"the bits of {name} depend on the slot or on the number of neighbours"
     return None
+
+
+def fast_path_holds(
+    modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int, make_optimizer: MakeOptimizer = PLAIN_SGD
+) -> bool:
+    """Whether a full tile of these modules gives the same bits with the fast path as without, through two steps."""
+    if Fold(modules[:1], [0], fast=True).chain is None:
+        return False
+    generator = torch.Generator().manual_seed(2)
+    perturbed = [_perturbed(module, generator) for module in modules]
+    batch = _batch(perturbed, shape, batch_size, generator)
+    plain, fast = (
+        _two_steps(Fold(perturbed, range(len(modules)), fast=fast), *batch, make_optimizer) for fast in (False, True)
+    )
+    pairs = ((ours[name], exact[name]) for ours, exact in zip(fast, plain, strict=True) for name in exact)
+    return all(itertools.starmap(_same_bits, pairs))
+
+
+def _batch(
+    modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Inputs [R, B, ...], laid out as in training, and dL/dlogits [R, B, C]."""
+    first = next(modules[0].parameters())
+    inputs = torch.randn(batch_size, len(modules), *shape, generator=generator).to(first)
+    num_classes = _num_classes(modules[0], shape, first.device)
+    return inputs.movedim(1, 0), torch.randn(len(modules), batch_size, num_classes, generator=generator).to(first)
+
+
+def _two_steps(fold: Fold, inputs: Tensor, upstream: Tensor, make_optimizer: MakeOptimizer) -> list[Trace]:
+    """Every replica's bits in two steps of training, the second on a short batch."""
+    optimizer = make_optimizer(fold.train().parameters())
+    batch_size = inputs.shape[1]
+    traces = []
+    for step, size in ((1, batch_size), (2, max(2, 3 * batch_size // 4 + 1))):
+        found = _trace(fold, inputs[:, :size], upstream[:, :size])
+        optimizer.step()
+        traces.append([{f"{name} at step {step}": bits for name, bits in trace.items()} for trace in found])
+    after = [{f"{name} after step 2": bits for name, bits in fold.weights(r).items()} for r in range(fold.num_replicas)]
+    return [one | two | last for one, two, last in zip(*traces, after, strict=True)]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -432,9 +476,15 @@ def choose_engine(
     return ("loop", f"cannot be folded: {reason}") if reason else ("fold", "passed the check against plain modules")
 
 
-def build_stack(engine: str, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None) -> Stack:
-    """The stack of these modules, replica i seeded with `seeds[i]`, in the engine that `choose_engine` named."""
-    return ENGINES[engine](modules, seeds, head)
+def build_stack(
+    engine: str, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None, fast: bool = False
+) -> Stack:
+    """The stack of these modules, replica i seeded with `seeds[i]`, in the engine that `choose_engine` named.
+
+    Args:
+        fast: whether to take the fast path, where `fast_path_holds`.
+    """
+    return ENGINES[engine](modules, seeds, head, fast)
 
 
 TENSOR_BYTES = 2**25  # on a CPU, allocating a tensor beyond this costs more than folding saves

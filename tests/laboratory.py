@@ -78,8 +78,9 @@ def stack_of(
     engine: str,
     dtype: torch.dtype = torch.float32,
     head: str | None = None,
+    fast: bool = True,
 ) -> Stack:
-    return build_stack(engine, [build(seed).to(dtype) for seed in seeds], seeds, head).train()
+    return build_stack(engine, [build(seed).to(dtype) for seed in seeds], seeds, head, fast).train()
 
 
 def untrained(
@@ -90,10 +91,11 @@ def untrained(
     how: Recipe,
     engine: str = "fold",
     head: str | None = None,
+    fast: bool = True,
 ) -> SideBySide:
     """A stack of every (arm, seed) and everything that it takes to train it."""
     replicas = [Replica(arm.name, seed) for arm in arms for seed in seeds]
-    stack = stack_of(build, [replica.seed for replica in replicas], engine, data.dtype, head)
+    stack = stack_of(build, [replica.seed for replica in replicas], engine, data.dtype, head, fast)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="reduction: 'mean' divides the total loss")  # kl_mean's very point
         objectives = Objectives(arms, replicas, data.num_classes, CPU, data.dtype)

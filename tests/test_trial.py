@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -312,6 +313,17 @@ def with_loss(function: str, args: list[str], *overrides: str) -> dict[str, Any]
     config = compose("loss=[ce]", "reference=ce", *overrides)
     declared = {"fn": {"_target_": f"{__name__}.{function}", "_partial_": True}, "args": args}
     return config | {"loss": config["loss"] | {"mine": declared}}
+
+
+def test_a_fast_path_that_is_switched_off_changes_no_bit(tmp_path: Path) -> None:
+    asked = ("loss=[ce,kl]", "seed=[0,1]", "model=mlp")
+    trial(tmp_path / "fast", *asked)
+    trial(tmp_path / "plain", *asked, "trainer.fast=false")
+    for arm, seed in itertools.product(("ce", "kl"), (0, 1)):
+        cells = [TrialFolder(tmp_path / folder).read(Replica(arm, seed)) for folder in ("fast", "plain")]
+        assert all(cells)
+        assert len({cell.record.weights_sha256 for cell in cells if cell}) == 1
+        assert len({cell.record.fingerprint for cell in cells if cell}) == 1
 
 
 def test_a_loss_that_overwrites_what_others_share_is_refused(tmp_path: Path) -> None:
