@@ -14,7 +14,7 @@ from pipeline.controls import BY_PRECISION, CANDIDATE, COPY, DOSE, REPLAY
 from pipeline.envelope import SMALLEST_CAUGHT, Distances, Envelope, envelope
 from pipeline.looks import Look
 from pipeline.objectives import Replica
-from pipeline.outcomes import Cells, Facts, Request, outcome_of, without_edited
+from pipeline.outcomes import Cells, Facts, Request, outcome_of
 from pipeline.rank_test import STEPS as RANKED_STEPS
 from pipeline.rank_test import RankFinding, rank_test
 
@@ -38,7 +38,7 @@ def control_findings(cells: Cells, request: Request, facts: Facts, look: Look) -
         same = bool(placebos) and all(word in ("equivalent", "identical") for word in placebos)
         noticed = None if DOSE not in words else words[DOSE] == "different"
         sensitivity = {"placebo_equivalent": same, "dose_different": noticed, "holds": same and noticed is True}
-    replay = _replay(without_edited(cells), request)
+    replay = _replay(cells, request)
     return {"replay": replay, "outcomes": words, "findings": findings, "assay_sensitivity": sensitivity}
 
 

@@ -5,7 +5,7 @@ cells/<arm>/s<seed>/            config.yaml, history.parquet, state.pt: the sour
 controls/<arm>/s<seed>/         the same of replay, placebos and dose
 partial/<digest>.pt             a tile in the middle of its training, where it was killed
 tile                            how many replicas fit at once, where more ran out of memory
-stale/<arm>/s<seed>-<digest>/   cells made by other code, data or environment, kept out of the way
+stale/<arm>/s<seed>-<digest>/   cells made by other code, data or environment, or damaged, kept out of the way
 verdict.json report.html figures/ checkpoints/    rebuilt from the cells
 """
 
@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,14 @@ from pipeline.controls import is_control
 from pipeline.errors import UsageError, first_line
 from pipeline.objectives import Replica
 from pipeline.trajectory import relative_distance
+
+SEALED = ("history.parquet", "state.pt")  # the files of a cell whose SHA-256 stands in its config.yaml
+SEAL = b"# SHA-256 of the lines above: "  # begins the last line of config.yaml
+OUTDATED = "made by other code, settings, data or environment"
+
+
+class DamagedCellError(Exception):
+    """What is wrong with a cell, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class CellRecord:
 
 @dataclass(frozen=True)
 class Cell:
-    """The result of one (arm, seed), read back from its folder."""
+    """The result of one (arm, seed), read back from its folder by `sound_cell`."""
 
     folder: Path
     record: CellRecord
@@ -86,23 +95,6 @@ class Cell:
         return list(zip(steps, relative_distance(mine, theirs).tolist(), strict=True))
 
     @property
-    def copied_from(self) -> str | None:
-        """The (arm, seed) that a cell belongs to, where its folder is another's."""
-        own = f"{self.record.arm}/s{self.record.seed}"
-        return None if own == f"{self.folder.parent.name}/{self.folder.name}" else own
-
-    @cached_property
-    def edited(self) -> list[str]:
-        """The files that are not as they were written; a cell from before they were hashed has none.
-
-        One that was copied here is the result of another (arm, seed), and never one of this.
-        """
-        if self.copied_from:
-            return ["config.yaml"]
-        found = {name: self.folder / name for name in self.record.files}
-        return [name for name, path in found.items() if _sha256(path.read_bytes()) != self.record.files[name]]
-
-    @property
     def batches(self) -> list[dict[str, Any]]:
         """Logits [B, C], labels [B] and soft target_probs [B, C] that reached the loss at a few steps.
 
@@ -112,7 +104,12 @@ class Cell:
         return met
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = torch.load(self.folder / "state.pt", weights_only=True, map_location="cpu")
+        path = self.folder / "state.pt"
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        except pickle.UnpicklingError as error:
+            line = f"{path} holds more than weights and was not read, since that would run code; delete its cell"
+            raise UsageError(line) from error
         return state
 
     @cached_property
@@ -122,12 +119,51 @@ class Cell:
         return {str(metric): float(value) for metric, value in last.items() if metric != "train/objective"}
 
 
+def sound_cell(folder: Path) -> Cell:
+    """The cell in a folder, once each of its files was found as it was written: nothing else is evidence of anything.
+
+    Raises:
+        DamagedCellError: a file is missing, cut short or changed, or the folder is a copy of another cell's.
+    """
+    record = _record(folder / "config.yaml")
+    own = f"{record.arm}/s{record.seed}"
+    if own != f"{folder.parent.name}/{folder.name}":
+        raise DamagedCellError(f"it is a copy of {own}")
+    for name in SEALED:
+        with _reading(folder / name), (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.files.get(name):
+                raise DamagedCellError(f"{name} is not as it was written")
+    return Cell(folder, record)
+
+
+def _record(path: Path) -> CellRecord:
+    with _reading(path):
+        text, _, seal = path.read_bytes().rpartition(SEAL)
+    if _sha256(text) != seal.decode(errors="replace").strip():
+        raise DamagedCellError(f"{path.name} is not as it was written")
+    try:
+        return CellRecord(**yaml.load(text, Loader=yaml.CSafeLoader))
+    except TypeError as error:
+        raise DamagedCellError(f"{path.name} was written by another version") from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedCellError(f"{path.name} is missing") from error
+    except OSError as error:
+        raise DamagedCellError(f"{path.name} cannot be read ({error.strerror})") from error
+
+
 class TrialFolder:
     """One trial's folder. Use it as a context manager: a second process at once is refused."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[Replica, Cell] = {}  # what this process wrote or has read
+        self.damaged: dict[Replica, str] = {}  # what is wrong with cells that it could not read
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -188,13 +224,14 @@ class TrialFolder:
         return self.path / kind / replica.arm / f"s{replica.seed}"
 
     def read(self, replica: Replica) -> Cell | None:
-        """The cell where it is there whole, else None."""
+        """The cell where it is there as it was written, else None; `damaged` then tells what is wrong with it."""
         folder = self.cell_path(replica)
-        if not all((folder / name).is_file() for name in ("config.yaml", "history.parquet", "state.pt")):
-            return None
-        if replica not in self._known:
-            self._known[replica] = Cell(folder, CellRecord(**read_yaml(folder / "config.yaml")))
-        return self._known[replica]
+        if os.path.lexists(folder) and replica not in self._known and replica not in self.damaged:
+            try:
+                self._known[replica] = sound_cell(folder)
+            except DamagedCellError as error:
+                self.damaged[replica] = str(error)
+        return self._known.get(replica)
 
     def cells(self, kind: str = "cells") -> list[Cell]:
         """All cells, or all `controls`, by arm and seed."""
@@ -202,30 +239,33 @@ class TrialFolder:
         found = (self.read(Replica(folder.parent.name, int(folder.name[1:]))) for folder in folders)
         return [cell for cell in found if cell is not None]
 
-    def sort_out(self, wanted: Mapping[Replica, str]) -> tuple[list[Replica], list[Replica]]:
-        """Which of the wanted cells (with their fingerprints) are missing, and which of those were stale.
+    def sort_out(self, wanted: Mapping[Replica, str]) -> tuple[list[Replica], dict[Replica, str]]:
+        """Which of the wanted cells (with their fingerprints) are missing, and why some of those moved to `stale/`.
 
-        A cell with another fingerprint was made by other code, data or environment: it moves to `stale/`, and so does
-        one that is no longer as it was written.
+        A cell with another fingerprint was made by other code, data or environment; another is damaged.
         """
-        missing, stale = [], []
+        missing, moved = [], {}
         for replica, fingerprint in wanted.items():
             cell = self.read(replica)
-            if cell is not None and cell.record.fingerprint == fingerprint and not cell.edited:
+            if cell is not None and cell.record.fingerprint == fingerprint:
                 continue
-            if cell is not None:
-                self._set_aside(replica, cell)
-                stale.append(replica)
             missing.append(replica)
-        return missing, stale
+            if cell is not None:
+                moved[replica] = OUTDATED
+                self._set_aside(replica, cell.record.fingerprint[:12])
+            elif replica in self.damaged:
+                moved[replica] = self.damaged[replica]
+                self._set_aside(replica, "damaged")
+        return missing, moved
 
-    def _set_aside(self, replica: Replica, cell: Cell) -> None:
-        aside = self.path / "stale" / replica.arm / f"s{replica.seed}-{cell.record.fingerprint[:12]}"
-        del self._known[replica]
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        if aside.exists():
-            shutil.rmtree(aside)
-        cell.folder.rename(aside)
+    def _set_aside(self, replica: Replica, mark: str) -> None:
+        aside = self.path / "stale" / replica.arm / f"s{replica.seed}-{mark}"
+        self._known.pop(replica, None)
+        self.damaged.pop(replica, None)
+        with refusing_disk_errors(self.path):
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            self.cell_path(replica).rename(aside)
 
     def write(self, record: CellRecord, history: pd.DataFrame, state: Mapping[str, Any]) -> Cell:
         """Write a cell and rename it into place whole."""
@@ -234,7 +274,8 @@ class TrialFolder:
         draft = target.with_name(f".{target.name}-draft")
         contents = {"history.parquet": _parquet(history), "state.pt": _saved(state)}
         record = replace(record, files={name: _sha256(content) for name, content in contents.items()})
-        contents["config.yaml"] = yaml_bytes(asdict(record))
+        text = yaml_bytes(asdict(record))
+        contents["config.yaml"] = text + SEAL + _sha256(text).encode() + b"\n"
         with refusing_disk_errors(self.path):
             shutil.rmtree(draft, ignore_errors=True)
             try:
@@ -337,9 +378,11 @@ def yaml_bytes(value: Any) -> bytes:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of a trial's folder."""
+    """A YAML file of a trial's folder: a mapping."""
     try:
-        found: dict[str, Any] = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)
+        found = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is damaged: {first_line(error)}; move its folder away and train again") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is damaged: it holds no mapping; move its folder away and train again")
     return found

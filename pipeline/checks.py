@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import config as conf
@@ -26,6 +26,13 @@ Plain = Mapping[str, Any]
 CONTROLS = (
     "replay", "placebo_float64", "placebo_reordered", "placebo_dithered", "placebo_dithered_again", "dose",
 )  # fmt: skip
+
+# The least and the most that a number may be; the most is far beyond use, and short of what a machine can stand.
+LIMITS = {
+    "epochs": (1, 10**9), "batch_size": (1, 10**9), "warmup_steps": (0, 10**9), "max_seeds": (2, 10**6),
+    "looks": (1, 1000), "rank_test": (0, 1000), "trainer.threads": (1, 1024), "trainer.inner_steps": (1, 10**6),
+    "trainer.tile": (1, 4096), "trainer.checkpoint_every": (0, 10**9),
+}  # fmt: skip
 
 # What the pipeline adds when it calls each group's target, or keeps to itself.
 GIVEN_BY_PIPELINE = {
@@ -51,8 +58,8 @@ def check(cfg: DictConfig) -> None:
     conf.expectations_of(config)
     _check_margins(config["dataset"])
     dose = config["dataset"].get("dose")
-    if dose is not None and (isinstance(dose, bool) or not isinstance(dose, int | float) or not -1 < dose < math.inf):
-        raise UsageError(f"dataset.dose={dose!r}; give a number above -1: the logits are multiplied by 1 + dose")
+    if dose is not None and (isinstance(dose, bool) or not isinstance(dose, int | float) or not -1 < dose < 1000):
+        raise UsageError(f"dataset.dose={dose!r}; give a number from -1 to 1000: the logits are multiplied by 1 + dose")
     for name, loss in config["loss"].items():
         if name in CONTROLS or name.startswith("rank_"):
             raise UsageError(f"loss.{name} bears the name of a control that trials add by themselves; rename it")
@@ -91,8 +98,14 @@ def check_audit(cfg: DictConfig) -> None:
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration without Hydra's own, resolved under its schema, with every value given."""
+    own = cfg.copy()
+    with open_dict(own):
+        own.pop("hydra", None)
+    for key in sorted(OmegaConf.missing_keys(own)):
+        raise UsageError(f"{key} is not set; give it on the command line: {key}=...")
     try:
-        return conf.plain(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
+        return conf.plain(own)
     except OmegaConfBaseException as error:
         raise UsageError(in_one_line(error)) from error
 
@@ -125,20 +138,12 @@ def _check_tracking(tracking: Plain) -> None:
 
 
 def _check_numbers(config: Plain) -> None:
-    trainer = config["trainer"]
-    least = {
-        "epochs": (config["epochs"], 1), "batch_size": (config["batch_size"], 1),
-        "warmup_steps": (config["warmup_steps"], 0), "max_seeds": (config["max_seeds"], 2),
-        "looks": (config["looks"], 1),
-        "trainer.threads": (trainer["threads"], 1), "trainer.inner_steps": (trainer["inner_steps"], 1),
-        "trainer.checkpoint_every": (trainer["checkpoint_every"] or 0, 0),
-        "trainer.tile": (1 if trainer["tile"] is None else trainer["tile"], 1),
-    }  # fmt: skip
-    for key, (value, smallest) in least.items():
-        if value < smallest:
-            raise UsageError(f"{key}={value}; it must be at least {smallest}")
-    if config["rank_test"] and config["rank_test"] < 2:
-        raise UsageError(f"rank_test={config['rank_test']}; give at least 2 copies of the reference (9 is usual), or 0")
+    values = {**config, **{f"trainer.{key}": value for key, value in config["trainer"].items()}}
+    for key, (least, most) in LIMITS.items():
+        if values[key] is not None and not least <= values[key] <= most:
+            raise UsageError(f"{key}={values[key]}; it must be at least {least} and at most {most}")
+    if config["rank_test"] == 1:
+        raise UsageError("rank_test=1; give at least 2 copies of the reference (9 is usual), or 0")
     if config["until"] == "decided" and config["looks"] < 2:
         raise UsageError("until=decided looks at the data more than once; declare how often, for example looks=2")
     if not 0 < config["alpha"] < 0.5:
@@ -237,7 +242,8 @@ def _check_args(key: str, args: Any) -> None:
 def _check_margins(dataset: Plain) -> None:
     from pipeline.pairs import YARDSTICKS
 
-    margins, primary = dataset.get("margins") or {}, dataset.get("primary") or []
+    margins, primary = dataset.get("margins"), dataset.get("primary")
+    margins, primary = {} if margins is None else margins, [] if primary is None else primary
     if not isinstance(margins, Mapping):
         raise UsageError(f"dataset.margins={margins!r}; give a mapping such as '{{nll: 0.05}}'")
     if not isinstance(primary, list):
@@ -248,7 +254,7 @@ def _check_margins(dataset: Plain) -> None:
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < math.inf:
             raise UsageError(f"dataset.margins.{metric}={margin!r}; a margin is a positive number")
     for metric in primary:
-        if metric not in YARDSTICKS:
+        if metric not in [*YARDSTICKS]:
             raise UsageError(f"dataset.primary names '{metric}'; the yardsticks are {', '.join(YARDSTICKS)}")
         if margins and metric not in margins:
             raise UsageError(f"dataset.primary names '{metric}', which has no margin in dataset.margins")

@@ -27,8 +27,11 @@ class ExitCode(IntEnum):
 GRAVITY = (ExitCode.HOLDS, ExitCode.REFUTED, ExitCode.USAGE, ExitCode.BUG, ExitCode.INTERRUPTED)
 _noted: list[ExitCode] = []
 
-# What the operating system says where a disk is full or may not be written.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# What the operating system says where a disk is full or broken, or a path cannot be used.
+DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR,
+    errno.ELOOP,
+)  # fmt: skip
 
 
 def note(code: int) -> None:
@@ -58,7 +61,7 @@ def attempt(action: Callable[[], int]) -> Outcome:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = error.filename or "the disk"
-            line = f"cannot write to {where}: {error.strerror}; free space or choose another folder"
+            line = f"cannot read or write {where}: {error.strerror}; free space or choose another folder"
             return Outcome(ExitCode.USAGE, line)
         traceback.print_exc()
         return Outcome(ExitCode.BUG, f"{type(error).__name__}: {first_line(error)}")

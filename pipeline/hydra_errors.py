@@ -18,6 +18,9 @@ from yaml import YAMLError
 
 from pipeline.errors import UsageError, did_you_mean
 
+DEFAULTS_LIST = "hydra._internal.defaults_list"  # the module that reads which files are chosen
+NO_OPTION = "a group cannot be null or a number; give the name of one of its files, or leave it out"
+
 
 @contextmanager
 def as_refusals() -> Iterator[None]:
@@ -31,14 +34,14 @@ def as_refusals() -> Iterator[None]:
 
 
 def _blames_the_request(error: Exception) -> bool:
-    """Hydra's own kinds of error, and the plain ValueErrors that it raises here and there."""
+    """Hydra's own kinds of error, and the plain ones that it raises here and there."""
     if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
         return True
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     origin = "" if trace is None else str(trace.tb_frame.f_globals["__name__"])
-    return isinstance(error, ValueError) and origin.startswith("hydra.")
+    return (isinstance(error, ValueError) and origin.startswith("hydra.")) or origin == DEFAULTS_LIST
 
 
 def in_one_line(error: BaseException) -> str:
@@ -59,9 +62,13 @@ def in_one_line(error: BaseException) -> str:
             return _unknown_key(error)
         case OmegaConfBaseException():
             message = str(error).partition("\n")[0]
+            if message == "Cannot merge DictConfig with ListConfig":  # either way round
+                message = "a list is given where a mapping is wanted, or a mapping where a list is"
             return f"{error.full_key}: {message}" if error.full_key else message
-        case ValueError() if "Config group override" in str(error):  # GROUP=null
-            return "a group cannot be null; give the name of one of its files, or leave it out"
+        case ValueError() if "Config group override" in str(error):  # GROUP=null, GROUP=3
+            return NO_OPTION
+        case TypeError() | AttributeError():  # GROUP=[null]
+            return NO_OPTION
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import struct
 import tempfile
@@ -15,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets import Dataset, make_dataset, require
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+IDX_BYTES = 2**30  # no IDX file may unpack to more; EMNIST's largest has 0.64 GB
 ARTICLES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 
 Indices = NDArray[np.int64]
@@ -57,7 +59,7 @@ def with_val(labels: Indices, train: int, val: int, data_seed: int) -> dict[str,
 
 def cache_dir(cache: str | None = None) -> Path:
     """Where downloads and decoded pictures go: `cache`, $LIKELIHOOD_LAB_CACHE or ~/.cache/likelihood-lab."""
-    folder = Path(cache or os.environ.get("LIKELIHOOD_LAB_CACHE") or "~/.cache/likelihood-lab").expanduser()
+    folder = home_expanded(cache or os.environ.get("LIKELIHOOD_LAB_CACHE") or "~/.cache/likelihood-lab")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()
@@ -72,6 +74,25 @@ def writing(folder: Path) -> Iterator[None]:
         raise UsageError(
             f"cannot write to the cache {folder} ({error}): set LIKELIHOOD_LAB_CACHE to a folder with space"
         ) from error
+
+
+def home_expanded(path: str) -> Path:
+    """The path with ~ as a shell has it; a user who does not exist stays in it, where pathlib would raise."""
+    return Path(os.path.expanduser(path))
+
+
+def inside(path: Path, root: Path) -> Path:
+    """The path, which must not lead out of a dataset's folder by a link: whoever made the folder has no say over that.
+
+    Raises:
+        UsageError: it does.
+    """
+    try:
+        if path.resolve().is_relative_to(root.resolve()):
+            return path
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise UsageError(f"{path} leads nowhere ({first_line(error)}): put the file itself there") from error
+    raise UsageError(f"{path} is a link out of {root}: put the file itself there")
 
 
 def digits(data_seed: int = 0) -> Dataset:
@@ -103,8 +124,10 @@ def cifar10(root: str | None = None, data_seed: int = 0, val: int = 5000) -> Dat
     """60 000 colour 32 x 32 pictures of ten classes: from `root`, else torchvision's download."""
     from torchvision.datasets import CIFAR10
 
-    folder = Path(root or _download("cifar10", "CIFAR10", "cifar-10-batches-py").parent).expanduser()
-    try:
+    folder = home_expanded(root) if root else _download("cifar10", "CIFAR10", "cifar-10-batches-py").parent
+    for file in folder.glob("cifar-10-batches-py/*"):
+        inside(file, folder)
+    try:  # torchvision unpickles these files only where their digests are those of the published ones
         train, test = CIFAR10(folder, train=True), CIFAR10(folder, train=False)
     except (OSError, RuntimeError) as error:
         raise UsageError(
@@ -122,6 +145,8 @@ def _mnist(name: str, folder: Path, classes: Sequence[str], data_seed: int, val:
     for pictures, answers in zip(images, labels, strict=True):
         found = f"{len(pictures)} images but {len(answers)} labels"
         require(len(pictures) == len(answers), name, f"{found} in {folder}")
+    sizes = [list(pictures.shape[1:]) for pictures in images]
+    require(sizes[0] == sizes[1], name, f"train has images of {sizes[0]} and t10k of {sizes[1]} pixels in {folder}")
     pooled = np.concatenate(labels).astype(np.int64)
     splits = with_val(pooled, len(labels[0]), val, data_seed)
     return make_dataset(name, np.concatenate(images)[:, None], pooled, splits, classes)
@@ -130,7 +155,7 @@ def _mnist(name: str, folder: Path, classes: Sequence[str], data_seed: int, val:
 def _mnist_folder(name: str, source: str, root: str | None, remedy: str = "") -> Path:
     if root is None:
         return _download(name, source, source, remedy) / "raw"
-    given = Path(root).expanduser()
+    given = home_expanded(root)
     raw = given / source / "raw"  # where torchvision puts it
     return raw if raw.is_dir() else given
 
@@ -161,12 +186,19 @@ def _read_idx(folder: Path, stem: str) -> NDArray[np.uint8]:
     path = next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
     if path is None:
         raise UsageError(f"{folder} has no {stem} or {stem}.gz: put the four IDX files there")
+    inside(path, folder)
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zeros, kind, rank = struct.unpack_from(">HBB", content)
-        shape = struct.unpack_from(f">{rank}I", content, 4)
-        if (zeros, kind) != (0, 8) or f"idx{rank}" not in stem:
-            raise ValueError("wrong header")
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            zeros, kind, rank = struct.unpack(">HBB", file.read(4))
+            shape = struct.unpack(f">{rank}I", file.read(4 * rank))
+            if (zeros, kind) != (0, 8) or f"idx{rank}" not in stem:
+                raise ValueError("wrong header")
+            size = math.prod(shape)
+            if size > IDX_BYTES:
+                raise ValueError(f"its header claims {size} bytes; {IDX_BYTES} are the most")
+            content = file.read(size + 1)
+        if len(content) != size:
+            raise ValueError(f"other than the {size} bytes of its header follow")
+        return np.frombuffer(content, np.uint8).reshape(shape)
     except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
         raise UsageError(f"{path}: unreadable, truncated or not an IDX file ({error}): replace it") from error

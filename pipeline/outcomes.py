@@ -88,11 +88,6 @@ def wanted_controls(request: Request) -> list[Replica]:
     ]
 
 
-def without_edited(cells: Cells) -> dict[Replica, Cell]:
-    """The cells that are as they were written: nothing else is evidence of anything."""
-    return {replica: cell for replica, cell in cells.items() if not cell.edited}
-
-
 def own_controls(controls: Cells, cells: Cells, request: Request) -> dict[Replica, Cell]:
     """The controls that were made of the reference that is asked about; those of another one say nothing."""
     known = next((cell for replica, cell in cells.items() if replica.arm == request.reference), None)
@@ -108,14 +103,9 @@ def own_controls(controls: Cells, cells: Cells, request: Request) -> dict[Replic
 
 
 def status_of(cell: Cell | None, reference: Cell | None, facts: Facts) -> Status:
-    """ok, diverged, missing, or infra for a cell that was edited.
-
-    A finite model that learned nothing while its reference did has diverged too, and so has one that cannot be scored.
-    """
+    """How a run ended: a finite model that learned nothing while its reference did, or cannot be scored, diverged."""
     if cell is None:
         return "missing"
-    if cell.edited:
-        return "infra"
     if cell.record.diverged_at is not None or not all(
         math.isfinite(cell.yardsticks[f"test/{metric}"]) for metric in measured_in([cell.yardsticks])
     ):

@@ -14,8 +14,8 @@ from scipy import special
 from pipeline.equivalence import Floats, Scale
 
 Bools = NDArray[np.bool_]
-Status = Literal["ok", "diverged", "infra", "missing"]
-STATUSES: tuple[Status, ...] = ("ok", "diverged", "infra", "missing")
+Status = Literal["ok", "diverged", "missing"]
+STATUSES: tuple[Status, ...] = ("ok", "diverged", "missing")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def measured_in(runs: Iterable[Mapping[str, float]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Failures:
-    """How many seeds diverged under which arm, and how many pairs are incomplete (`infra` or `missing`)."""
+    """How many seeds diverged under which arm, and how many pairs are incomplete."""
 
     candidate_only: int
     reference_only: int

@@ -9,8 +9,10 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 
@@ -18,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets import Dataset, checked_labels, make_dataset, require
-from pipeline.errors import UsageError
-from pipeline.loaders import cache_dir, three_way, with_val, writing
+from pipeline.errors import UsageError, first_line
+from pipeline.loaders import cache_dir, home_expanded, inside, three_way, with_val, writing
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+LARGEST_SIDE = 4096  # of the pictures that a model gets
 
 Files = Mapping[str, Sequence[Path]]  # class -> its pictures
 
@@ -40,9 +43,11 @@ def image_folder(
 
     Each is decoded once, to RGB [3, size, size], into a file under `cache` that is memory-mapped ever after.
     """
-    name, folder = "image_folder", Path(root).expanduser().resolve()
+    name, folder = "image_folder", home_expanded(root).resolve()
     require(folder.is_dir(), name, f"there is no folder {folder}: set dataset.root")
-    require(size > 0, name, f"size={size}: give the side in pixels, 1 or more")
+    require(0 < size <= LARGEST_SIDE, name, f"size={size}: give the side in pixels, from 1 to {LARGEST_SIDE}")
+    for key, fraction in {"val_fraction": val_fraction, "test_fraction": test_fraction}.items():
+        require(0 < fraction < 1, name, f"{key}={fraction}: give a fraction between 0 and 1")
     parts = _parts(folder)
     files = [file for part in parts.values() for found in part.values() for file in found]
     require(bool(files), name, f"{folder} has no class folders with pictures")
@@ -87,8 +92,8 @@ def _visible(folder: Path, root: Path) -> list[Path]:
     """What `folder` holds, sorted by name, without hidden entries; a link must not lead out of `root`."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     for entry in entries:
-        if entry.is_symlink() and not entry.resolve().is_relative_to(root):
-            raise UsageError(f"{entry} is a link out of {root}: put the file itself there")
+        if entry.is_symlink():
+            inside(entry, root)
     return entries
 
 
@@ -101,7 +106,7 @@ def _decoded(files: Sequence[Path], size: int, cache: Path) -> NDArray[np.uint8]
     pixels, shape = cache / f"pictures-{key}.u8", (len(files), 3, size, size)
     if not pixels.is_file() or pixels.stat().st_size != math.prod(shape):
         log.info("decoding %d pictures into %s", len(files), pixels)
-        with writing(cache):
+        with writing(cache), bombs_refused():
             _decode_all(files, size, pixels)
     return np.memmap(pixels, np.uint8, "r", shape=shape)
 
@@ -120,6 +125,20 @@ def _decode_all(files: Sequence[Path], size: int, pixels: Path) -> None:
         partial.replace(pixels)
 
 
+@contextmanager
+def bombs_refused() -> Iterator[None]:
+    """Where Pillow warns of a decompression bomb it raises; of the oddities of metadata it does not speak.
+
+    To be entered before threads are started: filters of warnings belong to the process.
+    """
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
 def decode(file: Path, size: int) -> NDArray[np.uint8]:
     """One picture as RGB [3, size, size]: upright by its EXIF, centre square, antialiased, alpha dropped."""
     from PIL import Image, ImageOps
@@ -132,6 +151,14 @@ def decode(file: Path, size: int) -> NDArray[np.uint8]:
             upright = ImageOps.exif_transpose(picture)
             opaque = (upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB")
             square = ImageOps.fit(opaque, (size, size), Image.Resampling.BILINEAR)
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UsageError(f"unreadable picture {file} ({error}): replace or remove it") from error
+    except unreadable() as error:
+        raise UsageError(f"unreadable picture {file} ({first_line(error)}): replace or remove it") from error
     return np.asarray(square).transpose(2, 0, 1)
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What Pillow raises about a file that is damaged, no picture, or a bomb."""
+    from PIL import Image
+
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    return (OSError, ValueError, SyntaxError, EOFError, struct.error, *bombs)

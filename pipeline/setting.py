@@ -193,6 +193,8 @@ def load_dataset(declared: Mapping[str, Any]) -> Dataset:
     load = _callable({k: v for k, v in declared.items() if k not in conf.DATASET_PROTOCOL})
     try:
         data = load()
+    except MemoryError as error:
+        raise UsageError(f"dataset {target} does not fit into memory ({first_line(error)}); make it smaller") from error
     except Exception as error:
         if isinstance(error, UsageError) or target.startswith("pipeline."):
             raise
@@ -287,8 +289,10 @@ def _recipe(config: Mapping[str, Any]) -> Recipe:
             f"optimizer {target} may mix the replicas of a stack; use one of torch.optim.{{{', '.join(ELEMENTWISE)}}}"
         )
     make = _callable(config["optimizer"])
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
     try:
-        make([nn.Parameter(torch.zeros(1))])
+        make([weight]).step()
     except Exception as error:
         name = conf.short_name(target)
         raise UsageError(f"optimizer {name} refuses its settings: {first_line(error)}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import os
 import tarfile
@@ -17,7 +18,8 @@ from scipy.special import softmax
 
 from pipeline.datasets import Dataset, make_dataset, require
 from pipeline.errors import UsageError, first_line
-from pipeline.loaders import draws_of, three_way
+from pipeline.loaders import draws_of, home_expanded, inside, three_way
+from pipeline.pictures import bombs_refused, unreadable
 
 CIFAR10H = "LIKELIHOOD_LAB_CIFAR10H"  # the environment variable that may stand for `root`
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -26,8 +28,10 @@ WHERE = (
     f"set dataset.root or {CIFAR10H} to a folder, or its .tar.gz, that has CIFAR-10's test pictures as "
     f"test/<class>/*.jpg and {ANNOTATIONS}: a path and ten counts a line, from github.com/jcpeterson/cifar-10h"
 )
+UNPACKED_BYTES = 2**28  # no archive may unpack to more; the published pictures take 0.03 GB
 SIDE = 8  # a teacher's input is a Gaussian "picture", SIDE x SIDE, so that every model takes it
 HIDDEN = 32
+TEACHER_NUMBERS = 2**29  # inputs or probabilities that a teacher may make: 4 GB
 
 # --- CIFAR-10H
 
@@ -41,9 +45,10 @@ def cifar10h(root: str | None = None, data_seed: int = 0, val: int = 500, test: 
     name, source = "cifar10h", root or os.environ.get(CIFAR10H)
     if not source:
         raise UsageError(f"dataset {name} is not here: {WHERE}")
-    files = _files(name, Path(source).expanduser())
+    files = _files(name, home_expanded(source))
     paths, counts = _annotations(name, files)
-    pictures = np.stack([_pixels(name, path, files[path]) for path in paths])
+    with bombs_refused():
+        pictures = np.stack([_pixels(name, path, files[path]) for path in paths])
     labels = np.array([CIFAR10_CLASSES.index(PurePosixPath(path).parent.name) for path in paths])
     shares = counts / counts.sum(1, keepdims=True)
     splits = three_way(labels, val, test, data_seed)
@@ -54,7 +59,7 @@ def _files(name: str, root: Path) -> Mapping[str, bytes]:
     """The test pictures and their annotations by path; an archive is read in memory, so that nothing is unpacked."""
     require(root.exists(), name, f"there is no {root}: {WHERE}")
     try:
-        files = dict(_folder(root) if root.is_dir() else _archive(root))
+        files = dict(_folder(root) if root.is_dir() else _archive(name, root))
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise UsageError(
             f"dataset {name}: {root} is unreadable or no .tar.gz ({first_line(error)}): {WHERE}"
@@ -64,13 +69,16 @@ def _files(name: str, root: Path) -> Mapping[str, bytes]:
 
 
 def _folder(root: Path) -> Iterator[tuple[str, bytes]]:
-    for path in (*root.glob(ANNOTATIONS), *root.glob("test/*/*.jpg")):
-        yield path.relative_to(root).as_posix(), path.read_bytes()
+    for path in filter(Path.is_file, (*root.glob(ANNOTATIONS), *root.glob("test/*/*.jpg"))):
+        yield path.relative_to(root).as_posix(), inside(path, root).read_bytes()
 
 
-def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Members by the end of their path, whatever folder they are in."""
-    with tarfile.open(path) as archive:
+def _archive(name: str, path: Path) -> Iterator[tuple[str, bytes]]:
+    """Members by the end of their path, whatever folder they are in; links are none."""
+    with gzip.open(path) as stream:
+        unpacked = stream.read(UNPACKED_BYTES + 1)
+    require(len(unpacked) <= UNPACKED_BYTES, name, f"{path} unpacks to more than {UNPACKED_BYTES} bytes: {WHERE}")
+    with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
         for member in archive:
             parts = PurePosixPath(member.name).parts
             wanted = parts[-1:] == (ANNOTATIONS,) or (parts[-3:-2] == ("test",) and member.name.endswith(".jpg"))
@@ -80,7 +88,10 @@ def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _annotations(name: str, files: Mapping[str, bytes]) -> tuple[list[str], NDArray[np.int64]]:
     """Paths, and how many people chose each class, [N, 10]."""
-    table = csv.reader(io.StringIO(files[ANNOTATIONS].decode("utf-8", "replace")))
+    try:
+        table = list(csv.reader(io.StringIO(files[ANNOTATIONS].decode("utf-8", "replace"))))
+    except csv.Error as error:
+        raise UsageError(f"dataset {name}: {ANNOTATIONS} is no table ({first_line(error)}): {WHERE}") from error
     header, *lines = [line for line in table if line] or [[]]
     expected = ["path", *CIFAR10_CLASSES]
     require(header == expected, name, f"{ANNOTATIONS} begins with '{','.join(header)}', not {','.join(expected)}")
@@ -95,7 +106,7 @@ def _annotations(name: str, files: Mapping[str, bytes]) -> tuple[list[str], NDAr
 
 
 def _counts(name: str, path: str, *counts: str) -> list[int]:
-    whole = len(counts) == len(CIFAR10_CLASSES) and all(count.isdecimal() for count in counts)
+    whole = len(counts) == len(CIFAR10_CLASSES) and all(count.isdecimal() and len(count) < 7 for count in counts)
     require(whole, name, f"{ANNOTATIONS}: {path} has {','.join(counts) or 'nothing'}, not ten counts")
     require(any(map(int, counts)), name, f"{ANNOTATIONS}: nobody has annotated {path}; remove its line")
     return list(map(int, counts))
@@ -108,8 +119,8 @@ def _pixels(name: str, path: str, content: bytes) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(content)) as picture:
             size, pixels = picture.size, np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"dataset {name}: unreadable picture {path} ({error}): replace it") from error
+    except unreadable() as error:
+        raise UsageError(f"dataset {name}: unreadable picture {path} ({first_line(error)}): replace it") from error
     require(size == (32, 32), name, f"{path} is {size[0]} x {size[1]}, not 32 x 32")
     return pixels.transpose(2, 0, 1)
 
@@ -134,6 +145,8 @@ def teacher(
     require(labels in ("soft", "sampled"), "teacher", f"labels={labels}: choose soft or sampled")
     require(num_classes > 1, "teacher", f"num_classes={num_classes}: give 2 or more")
     require(min(train, val, test) > 0, "teacher", "train, val and test have to be 1 or more")
+    most = TEACHER_NUMBERS // max(SIDE * SIDE, num_classes)
+    require(train + val + test <= most, "teacher", f"train, val and test may be {most} together, not more")
     draws, count, pixels = draws_of(data_seed), train + val + test, SIDE * SIDE
     inner = draws.standard_normal((pixels, HIDDEN)) / np.sqrt(pixels)
     outer = draws.standard_normal((HIDDEN, num_classes)) / np.sqrt(HIDDEN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -64,8 +65,6 @@ def check_call(key: str, declared: Any, given: Sequence[str] = (), complete: boo
         raise UsageError(f"{key} declares no _target_; give a dotted path such as torch.nn.CrossEntropyLoss")
     target = locate(key, declared["_target_"])
     keywords = {k: v for k, v in declared.items() if k not in given and not str(k).startswith("_")}
-    for word in (word for word, value in keywords.items() if value == "???"):
-        raise UsageError(f"{key}.{word} is not set; give it on the command line: {key}.{word}=...")
     try:
         parameters = inspect.signature(target).parameters
     except ValueError:  # a built-in without a signature: its own call will tell
@@ -98,7 +97,9 @@ def _check_types(key: str, target: Callable[..., Any], keywords: Mapping[str, An
     except Exception:  # annotations that name what is not imported: nothing to check
         return
     for word, value in keywords.items():
-        if word not in hints or isinstance(value, Mapping):
+        if isinstance(value, float) and math.isnan(value):
+            raise UsageError(f"{key}.{word}=nan is no number; give one")
+        if word not in hints or (isinstance(value, Mapping) and "_target_" in value):
             continue
         if complaint := _complaint(hints[word], value):
             raise UsageError(f"{key}.{word}={value!r}: {complaint}")

@@ -23,7 +23,7 @@ MARKS = {None: "", True: " holds", False: " does not hold"}
 
 
 def announce(
-    setting: Setting, request: Request, missing: Sequence[Replica], stale: Sequence[Replica], aside: Path
+    setting: Setting, request: Request, missing: Sequence[Replica], moved: Mapping[Replica, str], aside: Path
 ) -> None:
     """What is about to be trained, on what, and how."""
     total = len(request.losses) * len(request.seeds) + len(wanted_controls(request))
@@ -34,12 +34,16 @@ def announce(
         f"{len(missing)} of {total} runs to train; "
         f"engine {setting.engine} ({setting.engine_reason})"
     )
-    if stale:
-        names = _listed([f"{replica.arm}/s{replica.seed}" for replica in stale])
-        console.print(
-            f"{len(stale)} runs were made by other code, settings, data or environment, or edited; "
-            f"they moved to {aside} and are trained again: {names}"
-        )
+    for reason in dict.fromkeys(moved.values()):
+        names = [f"{replica.arm}/s{replica.seed}" for replica, why in moved.items() if why == reason]
+        console.print(f"moved to {aside} ({reason}) and trained again: {_listed(names)}")
+
+
+def announce_damaged(damaged: Mapping[Replica, str]) -> None:
+    """The runs that a verdict cannot count."""
+    if damaged:
+        said = [f"{replica.arm}/s{replica.seed} ({what})" for replica, what in damaged.items()]
+        console.print(f"damaged and not counted: {_listed(said)}; the command that trained them trains them again")
 
 
 LARGE = 10**9  # bytes that are worth a line

@@ -20,7 +20,7 @@ from pipeline.looks import look_at
 from pipeline.looks import record as record_look
 from pipeline.objective_axis import ask_at_weights, ask_audit, read_audit
 from pipeline.objectives import Replica
-from pipeline.outcomes import Facts, Request, own_controls, wanted, wanted_controls, without_edited
+from pipeline.outcomes import Facts, Request, own_controls, wanted, wanted_controls
 from pipeline.progress import Progress
 from pipeline.recording import Recorder, tracker_of
 from pipeline.request import check_resolution, check_truth, facts_of, request_of, write_request
@@ -28,7 +28,7 @@ from pipeline.resume import interrupted
 from pipeline.runs import cell_run, report_run
 from pipeline.setting import Setting, prepare
 from pipeline.tables import between_seeds, differences, distances, trial_history
-from pipeline.terminal import announce, announce_budget, closing, console, show_verdict
+from pipeline.terminal import announce, announce_budget, announce_damaged, closing, console, show_verdict
 from pipeline.tracking import Run
 from pipeline.training import tiles, train_tile
 from pipeline.verdict import audit_in_force, decide
@@ -144,8 +144,8 @@ def _train(setting: Setting, request: Request, folder: TrialFolder, recorder: Re
     """Each tile's runs are recorded as soon as its cells are on disk."""
     all_wanted = [*wanted(request), *wanted_controls(request)]
     fingerprints = {replica: setting.fingerprint(replica) for replica in all_wanted}
-    missing, stale = folder.sort_out(fingerprints)
-    announce(setting, request, missing, stale, folder.path / "stale")
+    missing, moved = folder.sort_out(fingerprints)
+    announce(setting, request, missing, moved, folder.path / "stale")
     if missing:
         budget = budget_of(setting)
         check_disk(budget, len(missing), folder.path)
@@ -181,7 +181,8 @@ def conclude(
     from pipeline.figures import write_report
     from pipeline.page import Findings
 
-    cells = _read(folder, wanted(request))
+    cells, controls = _read(folder, wanted(request)), _read(folder, wanted_controls(request))
+    announce_damaged(folder.damaged)
     if not cells:
         raise UsageError(f"{folder.path} holds no finished run; train first")
     look = look_at(folder.path, request.seeds, request.question, request.alpha, request.looks)
@@ -190,18 +191,17 @@ def conclude(
             f"alpha={look.alpha:g} and looks={look.declared} hold, which the first verdict in {folder.path} declared; "
             "to declare others, choose a new folder (hydra.run.dir=DIR)"
         )
-    known = cells | own_controls(_read(folder, wanted_controls(request)), cells, request)
+    known = cells | own_controls(controls, cells, request)
     audit = read_audit(folder.path)
-    verdict = decide(known, request, facts, _header(folder, cells), audit, look)
+    verdict = decide(known, request, facts, _header(folder, cells), audit, look, folder.damaged)
     words = {entry["loss"]: entry["outcome"] for entry in verdict["comparisons"]}
     record_look(folder.path, look, request.seeds, request.question, words)
-    intact = without_edited(known)
     found = Findings(
         verdict=verdict,
-        history=trial_history(without_edited(cells) or cells, request),
-        differences=differences(intact, request, facts),
-        distances=distances(intact, request),
-        between_seeds=between_seeds(intact, request),
+        history=trial_history(cells, request),
+        differences=differences(known, request, facts),
+        distances=distances(known, request),
+        between_seeds=between_seeds(known, request),
         audit=audit_in_force(audit, known, request),
         command=facts.command,
     )

@@ -14,7 +14,7 @@ from pipeline.auditing.finding import strict
 from pipeline.envelope import Envelope
 from pipeline.looks import Look, level_of
 from pipeline.objectives import Replica
-from pipeline.outcomes import Cells, Facts, Request, outcomes, status_of, without_edited
+from pipeline.outcomes import Cells, Facts, Request, outcomes, status_of
 from pipeline.rank_test import RankFinding
 from pipeline.statistics import OutcomeFinding
 
@@ -23,6 +23,7 @@ SAME = frozenset({"identical", "rounding", "offset", "equivalent"})
 
 
 Entry = Mapping[str, Any]
+Damaged = Mapping[Replica, str]
 
 PARTED = {"outside": "different"}
 ANOTHER_RATE = Envelope("not_applicable", reason="it was trained at another learning rate")
@@ -90,15 +91,15 @@ def comparison(
     entry: Entry,
     controls: Mapping[str, Any],
     cells: Cells,
+    damaged: Damaged,
     request: Request,
     facts: Facts,
 ) -> dict[str, Any]:
     """One entry of `comparisons` in verdict.json; `entry` is the candidate's in audit.json."""
     objective = entry["objective"]
-    intact = without_edited(cells)
-    rate = rate_of(candidate, intact) / rate_of(request.reference, intact)
-    trajectory = envelope_of(candidate, intact, request) if rate == 1 else ANOTHER_RATE
-    ranks = rank_test_of(candidate, intact, request)
+    rate = rate_of(candidate, cells) / rate_of(request.reference, cells)
+    trajectory = envelope_of(candidate, cells, request) if rate == 1 else ANOTHER_RATE
+    ranks = rank_test_of(candidate, cells, request)
     verdict = word(request.about, objective, finding.word, trajectory.word, finding.failures.candidate_only > 0, rate)
     expected = request.expect.get(candidate)
     said = [
@@ -131,7 +132,7 @@ def comparison(
         "would_have_caught": would_have_caught(finding, entry, trajectory, request),
         "covered": [facts.scope, *entry["covered"]],
         "not_covered": ["other data, splits, hyperparameters and devices", *entry["not_covered"]],
-        "failures": _failures(candidate, cells, request, facts),
+        "failures": _failures(candidate, cells, damaged, request, facts),
         "metrics": metric_entries(finding),
     }
 
@@ -247,16 +248,14 @@ def _smallest(power: Mapping[str, Mapping[str, float | None]]) -> str:
     return ", ".join(shown)
 
 
-def _failures(candidate: str, cells: Cells, request: Request, facts: Facts) -> list[dict[str, Any]]:
+def _failures(candidate: str, cells: Cells, damaged: Damaged, request: Request, facts: Facts) -> list[dict[str, Any]]:
     failures = []
     for seed in request.seeds:
-        cell, reference = cells.get(Replica(candidate, seed)), cells.get(Replica(request.reference, seed))
+        replica = Replica(candidate, seed)
+        cell, reference = cells.get(replica), cells.get(Replica(request.reference, seed))
         status = status_of(cell, reference, facts)
         if status == "missing":
-            failures.append({"seed": seed, "step": None, "cause": "missing"})
-        elif status == "infra" and cell is not None:
-            how = f"copied from {cell.copied_from}" if cell.copied_from else "edited after it was written"
-            cause = f"{how}: {', '.join(cell.edited)}; train it again"
+            cause = f"damaged, {damaged[replica]}; train it again" if replica in damaged else "missing"
             failures.append({"seed": seed, "step": None, "cause": cause})
         elif status == "diverged" and cell is not None:
             cause = cell.record.cause or "its test NLL is no better than the classes' frequencies, the reference's was"
@@ -354,6 +353,7 @@ def decide(
     header: Mapping[str, Any],
     audit: Mapping[str, Any] | None = None,
     look: Look | None = None,
+    damaged: Damaged | None = None,
 ) -> dict[str, Any]:
     """The content of verdict.json.
 
@@ -361,7 +361,9 @@ def decide(
         header: what it is about: sweep, dataset, model and so on.
         audit: the content of audit.json, where the losses were audited.
         look: which look at the data this is; the first and only one where none is given.
+        damaged: what is wrong with cells that are there and cannot be counted.
     """
+    damaged = damaged or {}
     look = look or Look(1, level_of(request.alpha, request.looks, 1), request.alpha, request.looks)
     found = outcomes(cells, request, facts, look)
     in_force = replace(request, alpha=look.alpha, looks=look.declared)
@@ -373,7 +375,8 @@ def decide(
     tested = {name: metric_entries(finding) for name, finding in controls.pop("findings").items()}
     entries = {name: audited_entry(name, audit, cells, request) or UNAUDITED for name in request.candidates}
     comparisons = [
-        comparison(name, found[name], entry, controls, cells, request, facts) for name, entry in entries.items()
+        comparison(name, found[name], entry, controls, cells, damaged, request, facts)
+        for name, entry in entries.items()
     ]
     return {
         "schema": SCHEMA,
@@ -383,6 +386,6 @@ def decide(
         "seeds": list(request.seeds),
         "protocol": protocol,
         "controls": controls | {"metrics": tested},
-        "reference_failures": _failures(request.reference, cells, request, facts),
+        "reference_failures": _failures(request.reference, cells, damaged, request, facts),
         "comparisons": comparisons,
     }

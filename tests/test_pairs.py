@@ -66,8 +66,8 @@ def test_the_finite_value_of_a_diverged_run_is_not_taken_at_its_word() -> None:
 
 
 def test_failures_are_counted_by_arm_and_holes_are_left_out() -> None:
-    candidate: list[Status] = ["ok", "diverged", "diverged", "ok", "missing", "ok", "infra"]
-    reference: list[Status] = ["ok", "ok", "diverged", "diverged", "ok", "infra", "diverged"]
+    candidate: list[Status] = ["ok", "diverged", "diverged", "ok", "missing", "ok", "missing"]
+    reference: list[Status] = ["ok", "ok", "diverged", "diverged", "ok", "missing", "diverged"]
     pairs = pair_nll([0.1, NAN, NAN, 0.1, NAN, 0.1, NAN], [0.1, 0.1, NAN, NAN, 0.1, NAN, NAN], candidate, reference)
     assert pairs.failures == Failures(candidate_only=1, reference_only=1, both=1, missing=3)
     assert pairs.failures.discordant == 2

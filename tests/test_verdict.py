@@ -49,9 +49,6 @@ class StubCell:
     brier: float = 0.1
     record: Record = Record()
 
-    edited: tuple[str, ...] = ()
-    copied_from: str | None = None
-
     @property
     def sketches(self) -> tuple[list[int], torch.Tensor]:
         """Weights at the first steps; those of other bits lie a hundredth away."""
@@ -82,10 +79,14 @@ def audited(objective: str, **fields: Any) -> dict[str, Any]:
     return {"reference": "ce", "reference_made_from": {}, "losses": losses}
 
 
-def judged(audit: dict[str, Any], mine: dict[int, StubCell], request: Request = REQUEST) -> dict[str, Any]:
+def judged(
+    audit: dict[str, Any] | None, mine: dict[int, StubCell], request: Request = REQUEST, **damaged: str
+) -> dict[str, Any]:
+    """`damaged`: what is wrong with a seed's cell, s3="state.pt is missing"."""
     cells = {Replica("ce", seed): StubCell() for seed in request.seeds}
     cells |= {Replica("mine", seed): cell for seed, cell in mine.items()}
-    (found,) = decide(cells, request, FACTS, HEADER, audit)["comparisons"]  # type: ignore[arg-type]
+    broken = {Replica("mine", int(seed[1:])): what for seed, what in damaged.items()}
+    (found,) = decide(cells, request, FACTS, HEADER, audit, damaged=broken)["comparisons"]  # type: ignore[arg-type]
     return dict(found)
 
 
@@ -137,15 +138,6 @@ def test_cells_of_one_loss_that_were_declared_otherwise_decide_nothing() -> None
     found = judged(audited("identical"), mine)
     assert found["outcome"] == "inconclusive"
     assert "loss between seeds" in found["sentence"]
-
-
-def test_a_copied_cell_says_where_it_is_from_and_is_no_evidence_of_the_first_steps() -> None:
-    apart = StubCell(nll=0.21, record=Record(weights_sha256="other"))
-    copied = StubCell(edited=("config.yaml",), copied_from="ce/s3")
-    found = judged(audited("not_run"), {seed: copied if seed < 6 else apart for seed in REQUEST.seeds})
-    whole = judged(audited("not_run"), {seed: apart for seed in REQUEST.seeds if seed >= 6})
-    assert found["failures"][0]["cause"] == "copied from ce/s3: config.yaml; train it again"
-    assert found["envelope"] == whole["envelope"]
 
 
 @pytest.mark.parametrize(("dose", "said"), [("different", False), ("equivalent", True), ("inconclusive", True)])
@@ -284,12 +276,10 @@ def test_the_protocol_is_hashed() -> None:
 # --- integrity
 
 
-def test_an_edited_cell_is_a_hole_that_is_named() -> None:
-    found = entry({seed: StubCell(edited=("history.parquet",) if seed == 3 else ()) for seed in REQUEST.seeds})
+def test_a_damaged_cell_is_a_hole_that_is_named() -> None:
+    found = judged(None, {seed: StubCell() for seed in REQUEST.seeds if seed != 3}, s3="state.pt is missing")
     assert found["outcome"] == "inconclusive"
-    assert found["failures"] == [
-        {"seed": 3, "step": None, "cause": "edited after it was written: history.parquet; train it again"}
-    ]
+    assert found["failures"] == [{"seed": 3, "step": None, "cause": "damaged, state.pt is missing; train it again"}]
 
 
 def test_pairs_of_different_code_or_device_are_never_the_same() -> None:

@@ -89,7 +89,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         ("seed=range(3)", "error: seed=range(3) is a sweep: add -m, or give a list such as 'seed=[0,1,2]'"),
         ("loss=nll,kl", "error: loss=nll,kl is a sweep: add -m, or give a list such as 'loss=[nll,kl]'"),
         ("loss=[nll", "error: cannot read 'loss=[nll': no viable alternative at input '[nll'; give"),
-        ("model=null", "error: a group cannot be null; give the name of one of its files, or leave it out"),
+        ("model=null", "error: a group cannot be null or a number; give the name of one of its files, or leave it out"),
         ("seed=-1", "error: seed=-1 is not an integer from 0 to 4294967295"),
         ("+loss.ce.lr_scale=-1", "error: loss.ce.lr_scale=-1; give a positive factor of the learning rate"),
         ("+loss.ce.lr_scale=true", "error: loss.ce.lr_scale=True; give a positive factor of the learning rate"),
