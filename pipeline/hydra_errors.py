@@ -41,7 +41,7 @@ def _blames_the_request(error: Exception) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     origin = "" if trace is None else str(trace.tb_frame.f_globals["__name__"])
-    return (isinstance(error, ValueError) and origin.startswith("hydra.")) or origin == DEFAULTS_LIST
+    return (isinstance(error, ValueError | ImportError) and origin.startswith("hydra.")) or origin == DEFAULTS_LIST
 
 
 def in_one_line(error: BaseException) -> str:

@@ -31,5 +31,6 @@ def swept(settings: HydraConf) -> bool:
 
 def folder_of(settings: HydraConf) -> Path:
     """The folder that was asked for: Hydra makes a swept job's, a single request makes its own."""
-    asked = settings.runtime.output_dir if swept(settings) else settings.callbacks["late_folder"]["asked"]
+    late = settings.callbacks.get("late_folder")  # whoever takes it away has Hydra make the folder
+    asked = settings.runtime.output_dir if swept(settings) or late is None else late["asked"]
     return Path(str(asked)).absolute()
