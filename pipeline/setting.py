@@ -31,6 +31,7 @@ from pipeline.stack import (
     convolves,
     fast_path_holds,
     find_head,
+    gains_channels_last,
     pads,
     tile_size,
 )
@@ -92,11 +93,16 @@ class Setting:
             "loss_code": code_digest(locate(f"loss.{arm}.fn", self.config["loss"][arm]["fn"]["_target_"])),
             "model_code": code_digest(self.builder.make),
             "data_digest": self.data.digest,
-            "engine": {"name": self.engine, "version": ENGINE_VERSION, "tile": self.tile},
+            "engine": {"name": self.engine, "version": ENGINE_VERSION, "tile": self.tile, **self._layout},
             "torch": str(torch.__version__),
             "device": self.environment["device"],
             "threads": trainer["threads"],
         }
+
+    @property
+    def _layout(self) -> dict[str, str]:
+        """The fast path of the loop engine changes bits, that of the fold engine does not."""
+        return {"memory_format": "channels_last"} if self.engine == "loop" and self.fast else {}
 
     def fingerprint(self, replica: Replica) -> str:
         return conf.digest({**self.fingerprint_parts(replica.arm), "arm": replica.arm, "seed": replica.seed})
@@ -244,8 +250,11 @@ def _engine(
     """Engine, reason, tile, fast path; they depend on the configuration alone, never on which cells are missing."""
     requested, first = config["trainer"]["engine"], builder(0).to(device, dtype)
     _check_pairing(builder)
+    fast = config["trainer"]["fast"]
+    channels_last = fast and device.type == "cpu" and dtype == torch.float32 and gains_channels_last(first)
     if lonely and requested == "auto":
-        return "loop", "a batch of one example has other bits when folded", config["trainer"]["tile"] or 4, False
+        why = "a batch of one example has other bits when folded"
+        return "loop", why, config["trainer"]["tile"] or 4, channels_last
     batch_bytes = recipe.batch_size * math.prod(builder.input_shape) * dtype.itemsize
     tile = config["trainer"]["tile"] or tile_size("fold", first, batch_bytes, device)
     static_loop = requested == "loop" or (requested == "auto" and convolves(first) and device.type == "cpu")
@@ -253,12 +262,9 @@ def _engine(
     engine, reason = choose_engine(requested, modules, builder.input_shape, recipe.batch_size, recipe.make_optimizer)
     if engine == "loop" and requested == "fold":
         raise UsageError(f"trainer.engine=fold, but {builder.name} {reason}; use trainer.engine=auto")
-    fast = (
-        engine == "fold"
-        and config["trainer"]["fast"]
-        and fast_path_holds(modules, builder.input_shape, recipe.batch_size, recipe.make_optimizer)
-    )
-    return engine, reason, config["trainer"]["tile"] or tile_size(engine, first, batch_bytes, device), fast
+    how = (modules, builder.input_shape, recipe.batch_size, recipe.make_optimizer)
+    faster = channels_last if engine == "loop" else fast and fast_path_holds(*how)
+    return engine, reason, config["trainer"]["tile"] or tile_size(engine, first, batch_bytes, device), faster
 
 
 def _check_pairing(builder: ModelBuilder) -> None:

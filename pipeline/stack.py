@@ -208,7 +208,10 @@ class Fold(Stack):
 
 
 class Loop(Stack):
-    """The loop engine: plain modules, each drawing its dropout masks from a stream of its own; it has no fast path."""
+    """The loop engine: plain modules, each drawing its dropout masks from a stream of its own.
+
+    With `fast` their convolutions keep pictures channels last, which changes bits and nothing else.
+    """
 
     engine, replica_axis = "loop", 0
 
@@ -217,6 +220,8 @@ class Loop(Stack):
     ) -> None:
         super().__init__(len(modules), head)
         self.replicas = nn.ModuleList(modules)
+        if fast:
+            self.replicas.to(memory_format=torch.channels_last)
         device = next(modules[0].parameters()).device
         self.streams = [RandomStream(seed, device) for seed in seeds]
         self.evaluation_streams = [RandomStream(derive_seed(seed, "evaluation"), device) for seed in seeds]
@@ -482,9 +487,19 @@ def build_stack(
     """The stack of these modules, replica i seeded with `seeds[i]`, in the engine that `choose_engine` named.
 
     Args:
-        fast: whether to take the fast path, where `fast_path_holds`.
+        fast: whether to take the engine's fast path: in fold where `fast_path_holds`, in the loop where a network
+            `gains_channels_last`.
     """
     return ENGINES[engine](modules, seeds, head, fast)
+
+
+NARROW = 128  # channels; a CNN of 32 and 64 is 1.6 times as fast with channels last, ResNet-18 with up to 512 is .96
+
+
+def gains_channels_last(module: nn.Module) -> bool:
+    """Whether a plain convolutional network is trained faster on a CPU with channels last: a static rule."""
+    widths = [layer.out_channels for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    return bool(widths) and max(widths) <= NARROW
 
 
 TENSOR_BYTES = 2**25  # on a CPU, allocating a tensor beyond this costs more than folding saves

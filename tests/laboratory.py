@@ -80,7 +80,9 @@ def stack_of(
     head: str | None = None,
     fast: bool = True,
 ) -> Stack:
-    return build_stack(engine, [build(seed).to(dtype) for seed in seeds], seeds, head, fast).train()
+    return build_stack(
+        engine, [build(seed).to(dtype) for seed in seeds], seeds, head, fast and engine == "fold"
+    ).train()
 
 
 def untrained(

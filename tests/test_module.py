@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from pipeline.models import cnn, mlp, softmax_regression
-from pipeline.module import Divergence, Recipe, SideBySide
+from pipeline.module import Divergence, Recipe, SideBySide, fit
+from pipeline.objectives import Objectives, Replica
+from pipeline.stack import build_stack
 
 Make = Callable[..., nn.Module]
 
@@ -304,3 +306,17 @@ def test_one_batch_is_laid_out_for_all_replicas_without_a_copy(engine: str) -> N
     assert shared.data_ptr() == inputs.data_ptr()
     assert shared.shape[stack.replica_axis] == 3
     assert torch.equal(shared.select(stack.replica_axis, 2), inputs)
+
+
+def test_channels_last_a_cnn_is_trained_to_the_same_weights_but_for_rounding() -> None:
+    how = recipe(epochs=5, batch_size=10)
+    data = toy_data((2, 8, 8), dtype=torch.float64)
+    build = builder(partial(cnn, channels=[4, 8], hidden=8), data)
+    stack = build_stack("loop", [build(3).double()], [3], fast=True).train()
+    assert next(stack.parameters()).is_contiguous(memory_format=torch.channels_last)
+    replicas = [Replica("ce", 3)]
+    objectives = Objectives(shipped("ce"), replicas, data.num_classes, torch.device("cpu"), data.dtype)
+    module = SideBySide(stack, objectives, replicas, data, build.input_shape, how)
+    fit(module, (), "cpu")
+    plain = trained_by_hand(build(3).double(), data, 3, how).state_dict()
+    assert largest_difference(stack.weights(0), plain) <= 1e-12

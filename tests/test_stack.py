@@ -15,7 +15,7 @@ from torchvision.models import resnet18
 from pipeline.formulations import Formulation
 from pipeline.models import ModelBuilder, cnn, mlp, softmax_regression
 from pipeline.objectives import Objectives, Replica
-from pipeline.stack import Stack, find_head
+from pipeline.stack import Stack, find_head, gains_channels_last
 
 Make = Callable[..., nn.Module]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -257,3 +257,9 @@ def test_looking_for_the_head_leaves_the_module_as_it_was() -> None:
     assert module.training
     assert not any(layer._forward_hooks for layer in module.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_narrow_convolutions_gain_from_channels_last_wide_and_dense_networks_do_not() -> None:
+    assert gains_channels_last(cnn((1, 28, 28), 10))
+    assert not gains_channels_last(resnet18())
+    assert not gains_channels_last(mlp((1, 28, 28), 10))

@@ -326,6 +326,19 @@ def test_a_fast_path_that_is_switched_off_changes_no_bit(tmp_path: Path) -> None
         assert len({cell.record.fingerprint for cell in cells if cell}) == 1
 
 
+def test_cells_of_a_cnn_say_that_their_channels_are_last(tmp_path: Path) -> None:
+    asked = ("loss=[ce]", "seed=0", "epochs=1", "model=cnn", "model.channels=[4]", "model.hidden=8", "~model.dropout")
+    trial(tmp_path / "t", *asked)
+    first = TrialFolder(tmp_path / "t").read(Replica("ce", 0))
+    assert first is not None
+    assert first.record.made_from["engine"]["memory_format"] == "channels_last"
+    trial(tmp_path / "t", *asked, "trainer.fast=false")
+    again = TrialFolder(tmp_path / "t").read(Replica("ce", 0))
+    assert again is not None
+    assert "memory_format" not in again.record.made_from["engine"]
+    assert again.record.fingerprint != first.record.fingerprint
+
+
 def test_a_loss_that_overwrites_what_others_share_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="overwrites its input target_probs"):
         run(with_loss("smoothing_in_place", ["log_probs", "target_probs"]), tmp_path / "t", "x")
