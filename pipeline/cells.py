@@ -235,9 +235,9 @@ class TrialFolder:
 
     def cells(self, kind: str = "cells") -> list[Cell]:
         """All cells, or all `controls`, by arm and seed."""
-        folders = sorted(self.path.glob(f"{kind}/*/s*"), key=lambda p: (p.parent.name, int(p.name[1:])))
-        found = (self.read(Replica(folder.parent.name, int(folder.name[1:]))) for folder in folders)
-        return [cell for cell in found if cell is not None]
+        folders = [path for path in self.path.glob(f"{kind}/*/s*") if path.name[1:].isdecimal()]
+        order = sorted((path.parent.name, int(path.name[1:])) for path in folders)
+        return [cell for arm, seed in order if (cell := self.read(Replica(arm, seed))) is not None]
 
     def sort_out(self, wanted: Mapping[Replica, str]) -> tuple[list[Replica], dict[Replica, str]]:
         """Which of the wanted cells (with their fingerprints) are missing, and why some of those moved to `stale/`.

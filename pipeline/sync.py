@@ -53,15 +53,14 @@ def _send(folder: TrialFolder, tracker: Tracker) -> str:
     tracker.open()
     held = tracker.present(folder.path.name)
     cells = [*folder.cells(), *folder.cells("controls")]
-    intact = [cell for cell in cells if not cell.edited]
-    runs = [cell_run(cell, folder, reference) for cell in intact if cell.record.fingerprint not in held]
+    runs = [cell_run(cell, folder, reference) for cell in cells if cell.record.fingerprint not in held]
     concluded = (folder.path / "report.html").exists()
     if concluded:
-        report = report_run(folder, json.loads((folder.path / "verdict.json").read_text()), intact)
+        report = report_run(folder, json.loads((folder.path / "verdict.json").read_text()), cells)
         runs += [report] if report.content not in held else []
     tracker.record(runs)
     tracker.link(folder.path.name)
-    total, damaged = len(intact) + concluded, len(cells) - len(intact)
+    total, damaged = len(cells) + concluded, len(folder.damaged)
     line = f"{tracker} held {total - len(runs)} of {total} runs, {len(runs)} were sent"
     return line + (f"; {damaged} of its cells damaged: train again" if damaged else "")
 
