@@ -37,7 +37,7 @@ def serve(folder: Path, port: int) -> ExitCode:
     password = os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD", "")
     if len(password) < SHORTEST:
         said = f"has {len(password)} characters" if password else "is not set"
-        raise UsageError(f"MLFLOW_AUTH_ADMIN_PASSWORD {said}; give the admin a password of at least {SHORTEST}")
+        raise UsageError(f"MLFLOW_AUTH_ADMIN_PASSWORD {said}; give the admin one of at least {SHORTEST} characters")
     if find_spec("flask_wtf") is None:
         raise UsageError("the server's packages are not installed; run pip install '.[lab,server]', or make server")
     folder = folder.resolve()
