@@ -102,9 +102,9 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     own = cfg.copy()
     with open_dict(own):
         own.pop("hydra", None)
-    for key in sorted(OmegaConf.missing_keys(own)):
-        raise UsageError(f"{key} is not set; give it on the command line: {key}=...")
     try:
+        for key in sorted(OmegaConf.missing_keys(own)):
+            raise UsageError(f"{key} is not set; give it on the command line: {key}=...")
         return conf.plain(own)
     except OmegaConfBaseException as error:
         raise UsageError(in_one_line(error)) from error

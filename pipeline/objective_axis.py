@@ -77,9 +77,12 @@ def read_audit(path: Path) -> dict[str, Any] | None:
     """The content of a folder's audit.json; None where there is none that can be read."""
     try:
         found: dict[str, Any] = json.loads((path / "audit.json").read_text())
-    except (OSError, ValueError):
+        whole = {"reference", "reference_made_from", "settings"} <= found.keys() and all(
+            {"objective", "made_from"} <= entry.keys() for entry in found["losses"].values()
+        )
+    except (OSError, ValueError, AttributeError, KeyError):
         return None
-    return found if found.get("schema") == AUDIT_SCHEMA else None
+    return found if whole and found.get("schema") == AUDIT_SCHEMA else None
 
 
 # --- at the trial's own weights

@@ -89,8 +89,11 @@ def write_request(path: Path, request: Request, facts: Facts, tracking: Mapping[
 def read_request(path: Path) -> tuple[Request, Facts]:
     """What the folder was last trained for."""
     found = _read(path)
-    request: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()}
-    return Request(**request), Facts(**found["facts"])
+    try:
+        request: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()}
+        return Request(**request), Facts(**found["facts"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path / 'request.yaml'} is damaged; the command that trained the folder mends it") from error
 
 
 def read_tracking(path: Path) -> dict[str, Any]:

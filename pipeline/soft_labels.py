@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import math
 import os
 import tarfile
 import zlib
@@ -107,7 +108,7 @@ def _annotations(name: str, files: Mapping[str, bytes]) -> tuple[list[str], NDAr
 
 def _counts(name: str, path: str, *counts: str) -> list[int]:
     whole = len(counts) == len(CIFAR10_CLASSES) and all(count.isdecimal() and len(count) < 7 for count in counts)
-    require(whole, name, f"{ANNOTATIONS}: {path} has {','.join(counts) or 'nothing'}, not ten counts")
+    require(whole, name, f"{ANNOTATIONS}: {path} has {','.join(counts)[:80] or 'nothing'}, not ten counts")
     require(any(map(int, counts)), name, f"{ANNOTATIONS}: nobody has annotated {path}; remove its line")
     return list(map(int, counts))
 
@@ -143,6 +144,7 @@ def teacher(
     soft, and the label is its most probable class; else labels are drawn from P, and targets are one-hot.
     """
     require(labels in ("soft", "sampled"), "teacher", f"labels={labels}: choose soft or sampled")
+    require(math.isfinite(sharpness), "teacher", f"sharpness={sharpness}: give a finite number")
     require(num_classes > 1, "teacher", f"num_classes={num_classes}: give 2 or more")
     require(min(train, val, test) > 0, "teacher", "train, val and test have to be 1 or more")
     most = TEACHER_NUMBERS // max(SIDE * SIDE, num_classes)
