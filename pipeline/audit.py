@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from pipeline import config as conf
 from pipeline.checks import check_audit
 from pipeline.exit_codes import ExitCode, guarded, note, run_entry_point
+from pipeline.imports import lasting
 from pipeline.late_folder import folder_of
 
 
@@ -20,8 +21,9 @@ def task(cfg: DictConfig) -> None:
     """One audit; its own errors become an exit code."""
 
     def audit() -> ExitCode:
-        check_audit(cfg)
-        from pipeline.audit_request import run
+        with lasting("torch"):
+            check_audit(cfg)
+            from pipeline.audit_request import run
 
         return run(conf.plain(cfg), folder_of(HydraConfig.get()))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -114,9 +115,10 @@ class Cell:
 
     @cached_property
     def yardsticks(self) -> dict[str, float]:
-        """The last value of every yardstick."""
-        last = self.history.groupby("metric", sort=False)["value"].last()
-        return {str(metric): float(value) for metric, value in last.items() if metric != "train/objective"}
+        """The last value of every yardstick that is one, NaN where none is."""
+        measured = zip(self.history["metric"].tolist(), self.history["value"].tolist(), strict=True)
+        rows = [(metric, value) for metric, value in measured if metric != "train/objective"]
+        return {metric: math.nan for metric, _ in rows} | {metric: value for metric, value in rows if value == value}
 
 
 def sound_cell(folder: Path) -> Cell:
@@ -291,6 +293,7 @@ class TrialFolder:
                 raise
             _sync(target.parent)
         cell = self._known[replica] = Cell(target, record)
+        vars(cell).update(history=history, sketches=(state["sketch_steps"], state["sketches"]))  # as it would read them
         return cell
 
     def write_history(self, history: pd.DataFrame) -> None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
@@ -323,8 +324,9 @@ class SideBySide(pl.LightningModule):
 
     def history(self, replica: int) -> pd.DataFrame:
         """All that was measured of one replica: metric, step, value."""
-        rows = [(metric, step, values[replica].item()) for metric, step, values in self._measured]
-        return pd.DataFrame(rows, columns=["metric", "step", "value"]).astype({"step": "int64", "value": "float64"})
+        metrics, steps, values = zip(*self._measured, strict=True)
+        column = torch.stack([each[replica] for each in values]).cpu()
+        return pd.DataFrame({"metric": list(metrics), "step": np.array(steps), "value": column.numpy()})
 
     def divergences(self) -> Iterator[Divergence | None]:
         """For each replica where and how it became non-finite, or None: objective, weights or yardsticks."""

@@ -15,6 +15,7 @@ import yaml
 
 from pipeline.errors import UsageError
 from pipeline.exit_codes import guarded
+from pipeline.imports import lasting
 
 USAGE = (
     "usage: python -m pipeline.report DIR|sweep=ID "
@@ -24,10 +25,11 @@ USAGE = (
 
 def report(arguments: list[str]) -> int:
     """Conclude again; what is not given is as the trial was asked."""
-    from pipeline import config as conf
-    from pipeline.cells import TrialFolder
-    from pipeline.request import read_request
-    from pipeline.trial import conclude
+    with lasting("torch"):
+        from pipeline import config as conf
+        from pipeline.cells import TrialFolder
+        from pipeline.request import read_request
+        from pipeline.trial import conclude
 
     known = {"expect", "about", "reference", "sweep"}
     changes = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in known and "=" in a)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pipeline import config as conf
@@ -36,7 +38,7 @@ def cell_run(cell: Cell, folder: TrialFolder, reference: str) -> Run:
         "engine": record.engine,
         "device": made["device"],
         "torch": made["torch"],
-        **git_state(conf.ROOT),
+        **_code(),
     }
     settings = {key: value for key, value in made.items() if key not in (*DIGESTS, "loss")}
     distances = gaps(cell, folder.read(Replica(reference, record.seed)))
@@ -66,7 +68,11 @@ def report_run(folder: TrialFolder, verdict: Mapping[str, Any], cells: Iterable[
     artifacts = {name: folder.path / name for name in names}
     return Run(
         name=f"{folder.path.name}/report",
+<<<<<<< HEAD
         tags=identity | about | words | content_tag(artifacts) | git_state(conf.ROOT),
+=======
+        tags=identity | about | words | _code(),
+>>>>>>> b511aad (Imports without the garbage collector, git asked once a process, cells not read back: a trial of 90 runs takes some five CPU seconds less)
         params={"reference": verdict["reference"], "seeds": str(verdict["seeds"])},
         metrics=pd.DataFrame(columns=["metric", "step", "value"]),
         started=min(record.started for record in records),
@@ -96,7 +102,15 @@ def gaps(cell: Cell, reference: Cell | None) -> pd.DataFrame:
             gap = abs(cell.yardsticks[f"test/{metric}"] - reference.yardsticks[f"test/{metric}"])
             rows.append((f"gap/{metric}", steps[-1], gap))
         rows += [(f"{metric}_log10", step, math.log10(gap)) for metric, step, gap in rows if gap > 0]
-    return pd.DataFrame(rows, columns=["metric", "step", "value"]).astype({"step": "int64", "value": "float64"})
+    metrics, at, values = zip(*rows, strict=True) if rows else ((), (), ())
+    columns = {"metric": list(metrics), "step": np.array(at, np.int64), "value": np.array(values, np.float64)}
+    return pd.DataFrame(columns).astype({"metric": "str"})
+
+
+@functools.cache
+def _code() -> dict[str, str]:
+    """Which code this process runs: that of its first question, since asking git takes as long as training a run."""
+    return git_state(conf.ROOT)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from pipeline import config as conf
 from pipeline.checks import check
 from pipeline.exit_codes import ExitCode, attempt, guarded, note, run_entry_point
+from pipeline.imports import lasting
 from pipeline.late_folder import folder_of, swept
 
 
@@ -27,8 +28,9 @@ def task(cfg: DictConfig) -> dict[str, Any]:
     settings = HydraConfig.get()
 
     def trial() -> ExitCode:
-        check(cfg)
-        from pipeline.trial import run
+        with lasting("torch"):
+            check(cfg)
+            from pipeline.trial import run
 
         return run(conf.plain(cfg), folder_of(settings), _command(settings))
 
