@@ -1,11 +1,11 @@
-"""A progress bar with throughput and the arms' losses."""
+"""A progress bar with throughput and the arms' losses, and what a long training will take."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from rich.console import Console
@@ -14,9 +14,12 @@ from rich.progress import Progress as Bars
 
 from pipeline.module import SideBySide
 from pipeline.objectives import Replica
+from pipeline.terminal import announce_time
 
 if TYPE_CHECKING:
     from pipeline.setting import Setting
+
+PROBE = 5.0  # seconds of training by which all of it is estimated
 
 
 class Progress:
@@ -28,6 +31,7 @@ class Progress:
         news = TextColumn("{task.fields[news]}")
         self.bars = Bars(*columns, news, console=console, disable=silent, transient=True)
         self.task = self.bars.add_task("", total=len(groups) * setting.recipe.epochs, news="")
+        self.runs, self.estimated = sum(map(len, groups)), False
 
     def __enter__(self) -> Progress:
         self.bars.start()
@@ -54,6 +58,13 @@ class _EpochNews(pl.Callback):
         self.started, self.steps_before = time.perf_counter(), pl_module.steps_done
         self.progress.bars.advance(self.progress.task, pl_module.epochs_done)
 
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self.progress.estimated or time.perf_counter() - self.started < PROBE:
+            return
+        assert isinstance(pl_module, SideBySide)  # noqa: S101 - it is what `fit` was given
+        self.progress.estimated = True
+        announce_time(self.progress.runs * pl_module.last_step / self._rate(pl_module), self.progress.runs)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch:
             self._tell(pl_module)
@@ -65,7 +76,11 @@ class _EpochNews(pl.Callback):
         if self.progress.bars.disable:
             return
         assert isinstance(module, SideBySide)  # noqa: S101 - it is what `fit` was given
-        elapsed = time.perf_counter() - self.started
-        rate = (module.steps_done - self.steps_before) * len(module.replicas) / elapsed
         losses = "  ".join(f"{arm} {value:.4g}" for arm, value in module.latest("val/nll").items())
-        self.progress.bars.update(self.progress.task, advance=1, news=f"{rate:,.0f} run-steps/s  val/nll {losses}")
+        self.progress.bars.update(
+            self.progress.task, advance=1, news=f"{self._rate(module):,.0f} run-steps/s  val/nll {losses}"
+        )
+
+    def _rate(self, module: SideBySide) -> float:
+        """Steps of single runs a second."""
+        return (module.steps_done - self.steps_before) * len(module.replicas) / (time.perf_counter() - self.started)

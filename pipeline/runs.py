@@ -68,11 +68,7 @@ def report_run(folder: TrialFolder, verdict: Mapping[str, Any], cells: Iterable[
     artifacts = {name: folder.path / name for name in names}
     return Run(
         name=f"{folder.path.name}/report",
-<<<<<<< HEAD
-        tags=identity | about | words | content_tag(artifacts) | git_state(conf.ROOT),
-=======
-        tags=identity | about | words | _code(),
->>>>>>> b511aad (Imports without the garbage collector, git asked once a process, cells not read back: a trial of 90 runs takes some five CPU seconds less)
+        tags=identity | about | words | content_tag(artifacts) | _code(),
         params={"reference": verdict["reference"], "seeds": str(verdict["seeds"])},
         metrics=pd.DataFrame(columns=["metric", "step", "value"]),
         started=min(record.started for record in records),

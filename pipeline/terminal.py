@@ -58,6 +58,16 @@ def announce_budget(budget: Budget, missing: int, tile: int) -> None:
         )
 
 
+LONG = 60.0  # seconds that are worth a line
+
+
+def announce_time(seconds: float, runs: int) -> None:
+    """What a long training is going to take."""
+    if seconds > LONG:
+        taken = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        console.print(f"about {taken} to train {runs} runs, if they go on at the pace of the first seconds")
+
+
 def show_verdict(verdict: Mapping[str, Any]) -> None:
     """The table, then each finding once for all the losses that it is true of."""
     console.print()

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from pipeline.errors import UsageError
+from pipeline.imports import lasting
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -253,7 +254,8 @@ class Tracker:
 def load() -> None:
     """Import MLflow, which takes seconds that no store is to blame for."""
     _set_environment()
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+    with lasting("mlflow"):
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
 def git_state(root: Path) -> dict[str, str]:

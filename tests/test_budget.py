@@ -21,6 +21,7 @@ from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
 from pipeline.models import ModelBuilder
 from pipeline.setting import Setting, prepare
+from pipeline.terminal import announce_time
 
 WEIGHTS = 4 * (64 * 16 + 16 + 16 * 10 + 10)  # bytes of the MLP 64-16-10
 
@@ -154,3 +155,13 @@ def test_out_of_memory_a_second_time_is_one_line(tmp_path: Path, monkeypatch: py
     with pytest.raises(UsageError, match=r"out of memory while training 3 run.* give trainer.tile=1"):
         trial(tmp_path / "t", *ASKED)
     assert TrialFolder(tmp_path / "t").tile == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(59, ""), (720, "about 12 min to train 900 runs"), (9000, "about 2.5 h to train 900 runs")]
+)
+def test_a_time_is_worth_a_line_where_it_is_long(seconds: float, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    announce_time(seconds, 900)
+    printed = capsys.readouterr().out
+    assert printed.startswith(said)
+    assert bool(printed) == bool(said)

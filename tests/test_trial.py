@@ -359,6 +359,15 @@ def test_a_progress_bar_changes_nothing(main_job: Path, tmp_path: Path, monkeypa
     assert "val/nll ce" in screen.getvalue()
 
 
+def test_a_long_training_says_once_and_early_what_it_will_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.progress.PROBE", 0.0)
+    monkeypatch.setattr("pipeline.terminal.LONG", 0.0)
+    trial(tmp_path / "t", "loss=[ce]", "seed=[0,1]", "trainer.tile=1")
+    assert capsys.readouterr().out.count("to train 2 runs, if they go on") == 1
+
+
 def test_models_that_never_moved_are_not_called_the_same(tmp_path: Path) -> None:
     code = trial(tmp_path / "t", "loss=[ce,brier]", "optimizer.lr=0", "expect=same")
     assert code == ExitCode.REFUTED
