@@ -13,9 +13,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 LOSSES = ("nll", "ce", "kl")
@@ -40,11 +41,11 @@ class Workshop:
         self.database_seconds = self._child("database", self.template)[0]
 
     def measure(self, kind: str, num_seeds: int, epochs: int) -> Usage:
-        """Three losses on so many seeds; a kind is `product` or `conventional`."""
+        """So many seeds of three losses, as `product` or `conventional`, or of one loss, `alone`."""
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             database = Path(shutil.copy(self.template, Path(scratch, "mlflow.db")))
             total, imports = self._child(kind, database, "--seeds", str(num_seeds), "--epochs", str(epochs))
-        return Usage(imports, total - imports, num_seeds * len(LOSSES))
+        return Usage(imports, total - imports, num_seeds * (1 if kind == "alone" else len(LOSSES)))
 
     def _child(self, kind: str, database: Path, *arguments: str) -> tuple[float, float]:
         """CPU seconds of a child in all, and until it had imported everything."""
@@ -86,13 +87,17 @@ def database(scratch: Path, num_seeds: int, epochs: int) -> float:
 
 def product(scratch: Path, num_seeds: int, epochs: int) -> float:
     """One trial of everything, as `python -m pipeline.train` runs it."""
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - imports to be counted as such
-    import sklearn.datasets  # noqa: F401
     from hydra import compose, initialize_config_dir
 
-    import pipeline.figures  # noqa: F401
     from pipeline import config as conf
-    from pipeline.trial import run
+    from pipeline.imports import lasting
+
+    with lasting("torch"):
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - imports to be counted as such
+        import sklearn.datasets  # noqa: F401
+
+        import pipeline.figures  # noqa: F401
+        from pipeline.trial import run
 
     imports = time.process_time()
     seeds = list(range(num_seeds))
@@ -104,7 +109,7 @@ def product(scratch: Path, num_seeds: int, epochs: int) -> float:
     return imports
 
 
-def conventional(scratch: Path, num_seeds: int, epochs: int) -> float:
+def conventional(scratch: Path, num_seeds: int, epochs: int, losses: Sequence[str] = LOSSES) -> float:
     """One run after the other."""
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - imports to be counted as such
     import sklearn.datasets  # noqa: F401
@@ -119,13 +124,14 @@ def conventional(scratch: Path, num_seeds: int, epochs: int) -> float:
     warnings.simplefilter("ignore")
     data = digits()
     for seed in range(num_seeds):
-        for arm in LOSSES:
+        for arm in losses:
             train(arm, seed, epochs, data, os.environ["MLFLOW_TRACKING_URI"])
     return imports
 
 
 KINDS: dict[str, Callable[[Path, int, int], float]] = {
     "database": database, "product": product, "conventional": conventional,
+    "alone": partial(conventional, losses=("ce",)),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import Contender, Spread, clock, gain, interleaved
+from benchmarks.vmapped import Vmapped
 from pipeline.datasets import Dataset, make_dataset
 from pipeline.formulations import Formulation
 from pipeline.loaders import digits
@@ -26,6 +28,7 @@ from pipeline.stack import Outputs, build_stack
 
 BATCH = 64
 LEARNING_RATE = 0.1
+RIVAL = "vmap"
 FORMULATIONS = (
     Formulation("nll", ("log_probs", "labels"), nn.NLLLoss),
     Formulation("ce", ("logits", "labels"), nn.CrossEntropyLoss),
@@ -34,15 +37,21 @@ FORMULATIONS = (
 BARE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "nll": lambda logits, labels: F.nll_loss(F.log_softmax(logits, -1), labels),
     "ce": F.cross_entropy,
-    "kl": lambda logits, labels: F.kl_div(
-        F.log_softmax(logits, -1), F.one_hot(labels, logits.shape[-1]).to(logits), reduction="batchmean"
-    ),
+    "kl": lambda logits, labels: F.kl_div(F.log_softmax(logits, -1), _one_hot(logits, labels), reduction="batchmean"),
 }
+
+
+def _one_hot(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which vmap can batch, as it cannot torch's own."""
+    return (labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=labels.device)).to(logits)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model on data, and which stacks of it are timed: (engine, replicas, with the losses)."""
+    """A model on data, and which stacks of it are timed: (engine, replicas, with the losses).
+
+    The engine `vmap` is no engine of the product but what it is compared with.
+    """
 
     name: str
     make_model: Callable[..., nn.Module]
@@ -75,11 +84,17 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     elif quick:
         yield Case("digits, MLP 64-128-10", mlp, digits(), [("fold", 30, True), ("fold", 30, False)], 8)
     else:
-        many = [("fold", r, True) for r in (1, 3, 9, 30, 90)] + [("fold", 30, False), ("loop", 9, True)]
-        yield Case("digits, MLP 64-128-10", mlp, digits(), many, 32)
+        from torchvision.models import resnet18
+
+        many = [("fold", r, True) for r in (1, 3, 9, 30, 90, 300)] + [("fold", 30, False), ("loop", 9, True)]
+        yield Case("digits, MLP 64-128-10", mlp, digits(), [*many, *(("vmap", r, True) for r in (30, 300))], 32)
+        both, rival = [("fold", 30, True), ("fold", 30, False)], ("vmap", 30, True)
+        for width in (32, 512):
+            yield Case(f"digits, MLP 64-{width}-10", partial(mlp, hidden=(width,)), digits(), [*both, rival], 16)
         few = [("fold", r, True) for r in (3, 9, 30)]
-        yield Case("random 28x28, MLP 784-128-10", mlp, fashion_like(), few, 16)
-        yield Case("random 28x28, CNN", cnn, small(), [("loop", 3, True)], 3)
+        yield Case("random 28x28, MLP 784-128-10", mlp, fashion_like(), [*few, rival], 16)
+        yield Case("random 28x28, CNN", cnn, small(), [("loop", r, True) for r in (1, 3)], 3)
+        yield Case("random 28x28, ResNet-18", resnet18, small(), [("loop", 1, True)], 1)
 
 
 def measure(case: Case, device: torch.device, repetitions: int) -> list[Row]:
@@ -89,7 +104,7 @@ def measure(case: Case, device: torch.device, repetitions: int) -> list[Row]:
     builder = ModelBuilder(case.make_model, "model", data.input_shape, data.num_classes)
     contenders = {arm: Contender(_bare(builder, data, device, arm, steps), steps) for arm in BARE_LOSSES}
     for stack in case.stacks:
-        contenders[str(stack)] = Contender(_stepping(stacked(builder, data, device, *stack), steps), steps)
+        contenders[str(stack)] = Contender(_run_of(stack, builder, data, device, steps), steps)
     seconds = interleaved(contenders, repetitions, clock(device))
     bare = [statistics.fmean(each) for each in zip(*(seconds[arm] for arm in BARE_LOSSES), strict=True)]
     rows = []
@@ -116,6 +131,24 @@ def sgemm_rate(size: int = 512, repetitions: int = 15) -> float:
     square = torch.randn(size, size)
     seconds = interleaved({"sgemm": Contender(lambda: torch.mm(square, square), 1)}, repetitions, time.process_time)
     return 2 * size**3 / statistics.median(seconds["sgemm"])
+
+
+def of_bandwidth(row: Row, case: Case) -> float:
+    """What share of this core's copying rate the stack reaches with what SGD with momentum cannot leave out.
+
+    Seven times each weight: read forward and backward, its gradient written and read, its momentum read and
+    written, itself written. Where it all fits into a cache, that is no limit and the share may exceed 1.
+    """
+    module = case.make_model(input_shape=case.data.input_shape, num_classes=case.data.num_classes)
+    weights = sum(4 * parameter.numel() for parameter in module.parameters())
+    return row.replicas * 7 * weights / row.step.median / copy_rate()
+
+
+def copy_rate(size: int = 2**27, repetitions: int = 5) -> float:
+    """Bytes a second that one thread reads and writes in a copy far larger than any cache; the median."""
+    source, target = torch.ones(size // 4), torch.empty(size // 4)
+    seconds = interleaved({"copy": Contender(lambda: target.copy_(source), 1)}, repetitions, time.process_time)
+    return 2 * size / statistics.median(seconds["copy"])
 
 
 def stacked(
@@ -190,10 +223,31 @@ def _stepping(module: SideBySide, steps: int) -> Callable[[], None]:
     return run
 
 
+def _run_of(
+    stack: tuple[str, int, bool], builder: ModelBuilder, data: Dataset, device: torch.device, steps: int
+) -> Callable[[], None]:
+    if stack[0] == RIVAL:
+        return _vmapped(builder, data, stack[1], steps)
+    return _stepping(stacked(builder, data, device, *stack), steps)
+
+
+def _vmapped(builder: ModelBuilder, data: Dataset, count: int, steps: int) -> Callable[[], None]:
+    counts = Counter(replica.arm for replica in _replicas(count))
+    model, order = Vmapped(builder, BARE_LOSSES, counts, LEARNING_RATE), data.splits["train"]
+    batches = order[: len(order) // BATCH * BATCH].split(BATCH)
+
+    def run() -> None:
+        for batch in itertools.islice(itertools.cycle(batches), steps):
+            model.step(*data.take(batch.expand(count, BATCH)))
+
+    return run
+
+
 def _bare(builder: ModelBuilder, data: Dataset, device: torch.device, arm: str, steps: int) -> Callable[[], None]:
     model, loss = builder(0).to(device).train(), BARE_LOSSES[arm]
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     inputs, labels = data.take(data.splits["train"])
+    inputs = inputs.expand(len(inputs), *builder.input_shape)  # grey pictures where the model takes colour
     order = torch.randperm(len(labels), device=device)
     batches = order[: len(order) // BATCH * BATCH].split(BATCH)
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks import record, run, steps
 from benchmarks.end_to_end import Usage
 from benchmarks.timing import Contender, Spread, gain, interleaved
+from benchmarks.vmapped import Vmapped
 from pipeline.loaders import digits
 from pipeline.models import ModelBuilder, mlp
 
@@ -39,6 +40,33 @@ def test_what_is_timed_trains(engine: str, with_losses: bool) -> None:
     assert not any(torch.equal(tensor, before[name]) for name, tensor in module.stack.weights(2).items())
 
 
+def test_vmap_does_the_same_training_as_the_bare_loop() -> None:
+    data = digits()
+    builder = ModelBuilder(mlp, "mlp", data.input_shape, data.num_classes)
+    model = Vmapped(builder, steps.BARE_LOSSES, {"nll": 1, "kl": 2}, steps.LEARNING_RATE)
+    plain = {("nll", 0): builder(0), ("kl", 0): builder(0), ("kl", 1): builder(1)}
+    optimizers = [torch.optim.SGD(module.parameters(), steps.LEARNING_RATE, 0.9) for module in plain.values()]
+    for batch in data.splits["train"][:128].split(64):
+        inputs, labels = data.take(batch)
+        for optimizer, ((arm, _), module) in zip(optimizers, plain.items(), strict=True):
+            optimizer.zero_grad()
+            steps.BARE_LOSSES[arm](module(inputs), labels).backward()
+            optimizer.step()
+        model.step(inputs.expand(3, *inputs.shape), labels.expand(3, -1))
+    for place, module in enumerate(plain.values()):
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(model.parameters[name][place], parameter)
+
+
+def test_a_rival_is_on_the_page_and_not_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = steps.Case("tiny", mlp, digits(), [("fold", 3, True), (steps.RIVAL, 3, True)], steps=1)
+    monkeypatch.setattr(steps, "cases", lambda device, quick: [case])
+    run.main(["--steps-only", "--out", str(tmp_path)])
+    (page,) = tmp_path.glob("*.md")
+    assert "| tiny | vmap | 3 | with the losses |" in page.read_text()
+    assert record.read(page.with_suffix(".csv")).keys() == {("tiny", "fold", "3", "with")}
+
+
 def test_the_page_states_device_gain_and_extrapolation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,7 +76,8 @@ def test_the_page_states_device_gain_and_extrapolation(
         def __init__(self, folder: Path) -> None: ...
 
         def measure(self, kind: str, num_seeds: int, epochs: int) -> Usage:
-            return Usage(4.0, training=3.0 if kind == "conventional" else 2.0, num_runs=3 * num_seeds)
+            training = {"conventional": 3.0, "alone": 1.5, "product": 2.0}[kind]
+            return Usage(4.0, training, num_runs=1 if kind == "alone" else 3 * num_seeds)
 
     case = steps.Case("tiny", mlp, digits(), [("fold", 3, True)], steps=1)
     monkeypatch.setattr(run, "Workshop", Workshop)
@@ -60,6 +89,7 @@ def test_the_page_states_device_gain_and_extrapolation(
     assert run.device_name(CPU) in text
     assert "| tiny | fold | 3 | with the losses |" in text
     assert "extrapolated" in text
+    assert "| one process a run | 495.00 [495.00..495.00] | 6.00 [6.00..6.00] | **82.5 [82.5..82.5]** |" in text
     assert "| without imports | 90.00 [90.00..90.00] | 2.00 [2.00..2.00] | **45.0 [45.0..45.0]** |" in text
 
 
@@ -119,5 +149,14 @@ def test_the_share_of_the_ceiling_counts_what_a_step_multiplies(monkeypatch: pyt
     assert share == pytest.approx(3 * products / 1e9)
 
 
-def test_the_sgemm_rate_is_that_of_a_processor() -> None:
+def test_the_share_of_the_copying_rate_counts_what_a_step_must_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = steps.Case("tiny", mlp, digits(), [("fold", 3, False)], steps=1)
+    monkeypatch.setattr(steps, "copy_rate", lambda: 1e9)
+    weights = 64 * 128 + 128 + 128 * 10 + 10
+    row = steps.Row("tiny", "fold", 3, False, Spread(1, 1, 1), Spread(1, 1, 1), Spread(1, 1, 1))
+    assert steps.of_bandwidth(row, case) == pytest.approx(3 * 7 * 4 * weights / 1e9)
+
+
+def test_the_rates_are_those_of_a_processor_and_its_memory() -> None:
     assert 1e8 < steps.sgemm_rate(128, 5) < 1e13
+    assert 1e8 < steps.copy_rate(2**22, 2) < 1e13
