@@ -7,7 +7,7 @@ A replica in training keeps, in bytes:
     + buffers
 
 and a stack keeps that for each replica of its tile, beside the data. On disk a run is its weights twice, in its cell
-and as a checkpoint, and about 60 kB of history, sketches and logits.
+and as a checkpoint, and about 140 kB of history, sketches and logits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pipeline.errors import UsageError
 from pipeline.setting import Setting
 
-HISTORY_BYTES = 60_000
+HISTORY_BYTES = 140_000
 USABLE = 0.7  # of a machine's memory: a ResNet-18 was seen to take 1.4 times what the formula says, MLPs .9
 PROBED = (2, 4)  # rows of the two batches whose difference tells what a row costs
 

@@ -303,7 +303,8 @@ class SideBySide(pl.LightningModule):
     def batches(self, replica: int) -> list[dict[str, Any]]:
         """What reached one replica's loss at the first step, after a quarter, half and all of the training."""
         seed = self.objectives.slots[replica]
-        mine = ((step, logits[replica], indices[seed]) for step, logits, indices in self.met)
+        # A clone: with a part of a tensor, torch saves the whole.
+        mine = ((step, logits[replica].clone(), indices[seed]) for step, logits, indices in self.met)
         return [{"step": step, "logits": logits.cpu(), **self._targets(indices)} for step, logits, indices in mine]
 
     def _targets(self, indices: Tensor) -> dict[str, Tensor]:

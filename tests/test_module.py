@@ -248,6 +248,13 @@ def test_a_sketch_of_the_weights_is_kept_at_1_3_10_and_the_end(engine: str) -> N
     assert torch.equal(module.sketches[-1][1], last)
 
 
+def test_what_reached_a_loss_is_kept_without_its_neighbours() -> None:
+    """torch saves the whole storage of a part of a tensor: a cell would hold what reached every replica."""
+    tensors = [batch[name] for batch in small("ce", "kl").batches(1) for name in ("logits", "labels")]
+    assert len(tensors) == 2 * 4
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+
+
 def test_a_training_that_ends_too_early_is_an_error() -> None:
     """Lightning takes a StopIteration from anywhere for the end of the training."""
 
