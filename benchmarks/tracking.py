@@ -22,13 +22,14 @@ REPETITIONS = 5
 
 def a_run(number: int, artifact: Path) -> Run:
     """As large as that of one cell."""
+    values = np.random.default_rng(number).random(METRICS * EPOCHS)
     names = np.repeat([f"val/metric_{i}" for i in range(METRICS)], EPOCHS)
     steps = np.tile(np.arange(EPOCHS), METRICS)
     return Run(
         name=f"ce/s{number}",
         tags={f"tag_{i}": "value" for i in range(15)} | {"sweep": "measured", "fingerprint": str(number)},
         params={f"param_{i}": f"value {i}" for i in range(PARAMS)},
-        metrics=pd.DataFrame({"metric": names, "step": steps, "value": np.random.default_rng(number).random(len(steps))}),
+        metrics=pd.DataFrame({"metric": names, "step": steps, "value": values}),
         started=time.time(),
         ended=time.time(),
         dataset=("digits", "digest"),
