@@ -38,7 +38,7 @@ def run(config: Config, folder: Path) -> ExitCode:
     torch.set_num_threads(1)
     reference = conf.reference_of(config)
     recorder = Recorder(tracker_of(config["tracking"]), folder, "the same command again sends them")
-    recorder.open()  # MLflow is imported before the losses are asked, so that a wrong address is told at once
+    recorder.open()  # before the losses are asked, so that a wrong address is told at once
     settings = AuditSettings(**{name: config[name] for name in AuditSettings.__dataclass_fields__})
     if settings.soft_targets and not any("target_probs" in loss["args"] for loss in config["loss"].values()):
         raise UsageError("soft_targets=true, but no chosen loss takes target_probs; add one that does, such as ce_soft")

@@ -43,15 +43,18 @@ class Recorder:
         self._pending: threading.Thread | None = None  # a call that took too long; it may yet return
 
     def open(self) -> None:
-        """Connect, so that an address that cannot be meant is refused before anything is trained."""
-        if self._tracker is not None:
-            load()
-        self._attempt(self._connect, GIVEN_UP)
+        """Connect, so that an address that cannot be meant is refused before anything is trained.
+
+        A database that holds the experiment already needs no trial: MLflow is imported once there is something for it.
+        """
+        if self._tracker is not None and not self._tracker.is_ready:
+            self._attempt(self._connect, GIVEN_UP)
 
     def offer(self, cells: Mapping[str, Callable[[], Run]]) -> None:
         """Record these, by content, and whatever could not be recorded before."""
         self._cells |= cells
-        self._attempt(self._send, LEFT_ALONE)
+        if self._cells:
+            self._attempt(self._send, LEFT_ALONE)
 
     def conclude(self, report: Run) -> None:
         """Record the report, and whatever could not be recorded before."""
@@ -87,6 +90,7 @@ class Recorder:
             self._fault, self._asked = fault, False
 
     def _connect(self, tracker: Tracker) -> None:
+        load()
         # A file that other processes are making at this moment is worth waiting for.
         self._in_time(tracker.open, None if tracker.is_file else PATIENCE)
 

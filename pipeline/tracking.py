@@ -15,13 +15,14 @@ import json
 import math
 import os
 import re
+import sqlite3
 import subprocess
 import tempfile
 import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,18 @@ class Tracker:
             for key in defaults.keys() - self._found.tags.keys():
                 self._client.set_experiment_tag(self._id, key, defaults[key])
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a file of SQLite holds the experiment already, told without MLflow and its second of imports."""
+        if not self.is_file:
+            return False
+        try:
+            with closing(sqlite3.connect(f"{self._file.as_uri()}?mode=ro", timeout=0, uri=True)) as database:
+                known = database.execute("SELECT lifecycle_stage FROM experiments WHERE name = ?", [self.experiment])
+                return known.fetchall() == [("active",)]
+        except sqlite3.Error:  # whatever it is, opening will say it
+            return False
+
     def present(self, sweep: str) -> set[str]:
         """The content of the runs that this sweep already holds complete, and once.
 
@@ -205,10 +218,14 @@ class Tracker:
         """MLflow creates neither a database nor an experiment safely where two processes begin at once."""
         if self._is_remote:
             return nullcontext()
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{self._file}.lock")
+
+    @property
+    def _file(self) -> Path:
+        """The file of SQLite; where the store is none, the one that it would be by default."""
         file = self.uri.partition(":///")[2].partition("?")[0] if self.is_file else ""
-        database = Path(file or self.root / "mlflow.db")
-        database.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(f"{database}.lock")
+        return Path(file or self.root / "mlflow.db").absolute()
 
     def _find_or_create_experiment(self) -> Experiment:
         found = self._client.get_experiment_by_name(self.experiment) or self._create_experiment()

@@ -19,7 +19,7 @@ from pipeline.tracking import Run, StoreError
 class Store:
     """Stands for a tracker; `fault` is called before everything that it is asked."""
 
-    is_local, is_file = False, False
+    is_local, is_file, is_ready = False, False, False
 
     def __init__(self, fault: Callable[[], None] = lambda: None, portion: int = 1) -> None:
         self.fault, self.portion = fault, portion
@@ -200,6 +200,16 @@ def test_an_address_that_cannot_be_meant_ends_the_trial_before_it_begins() -> No
 
     with pytest.raises(UsageError, match="no such scheme"):
         recorder_of(Store(refuse_address))
+
+
+def test_a_store_that_is_ready_hears_nothing_before_there_is_a_run() -> None:
+    store = Store()
+    store.is_ready = True
+    recorder = recorder_of(store)
+    recorder.offer({})
+    assert store.calls == []
+    recorder.offer(cells("a"))
+    assert store.calls == ["open", "present", "record 1"]
 
 
 def test_without_tracking_nothing_is_told() -> None:

@@ -282,6 +282,19 @@ def test_a_deleted_experiment_is_refused_with_the_way_back(tracker: Tracker, roo
         Tracker(tracker.uri, "gone", root).open()
 
 
+def test_a_database_is_ready_once_it_holds_the_experiment(tracker: Tracker, root: Path, tmp_path: Path) -> None:
+    assert tracker.is_ready
+    number = tracker._client.create_experiment("going")
+    assert Tracker(tracker.uri, "going", root).is_ready
+    tracker._client.delete_experiment(number)
+    for uri, experiment in ((tracker.uri, "going"), (tracker.uri, "unknown"), ("http://127.0.0.1:9", "one estimator")):
+        assert not Tracker(uri, experiment, root).is_ready
+    (tmp_path / "text.db").write_text("not a database " * 100)
+    for name in ("text.db", "absent.db", "absent/mlflow.db"):
+        assert not Tracker(f"sqlite:///{tmp_path / name}", "one estimator", tmp_path).is_ready
+    assert not (tmp_path / "absent.db").exists()
+
+
 @pytest.mark.parametrize(
     ("make_uri", "says"),
     [
