@@ -17,6 +17,7 @@ from pipeline.tracking import Run, StoreError, Tracker, load
 T = TypeVar("T")
 
 PATIENCE = 10.0  # seconds that one call may take
+LISTED_IN_A_SECOND = 20  # runs, by a slow store
 PACE = 2.0  # seconds that a run may take to be sent; what is beyond is lost to a slow store
 # When so many seconds are lost, the store is left alone until the end, and then given up: with the call that is the
 # last straw, half a minute altogether.
@@ -97,7 +98,8 @@ class Recorder:
     def _send(self, tracker: Tracker) -> None:
         if not self._asked:
             self._connect(tracker)
-            self._held = self._in_time(lambda: tracker.present(self._folder.name))
+            patience = PATIENCE + len(self._cells) / LISTED_IN_A_SECOND
+            self._held = self._in_time(lambda: tracker.present(self._folder.name), patience)
             self._asked = True
         missing = [make for content, make in self._cells.items() if content not in self._held]
         for i in range(0, len(missing), tracker.portion):

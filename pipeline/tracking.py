@@ -252,7 +252,8 @@ class Tracker:
     def _search(self, query: str) -> Iterator[StoredRun]:
         token = None
         while True:
-            page = self._client.search_runs([self._id], query, max_results=1000, page_token=token)
+            # A server takes some milliseconds a run: no call may take longer than a silent server is waited for.
+            page = self._client.search_runs([self._id], query, max_results=200, page_token=token)
             yield from page
             if not (token := page.token):
                 return
