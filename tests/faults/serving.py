@@ -107,14 +107,14 @@ def postgres(password: str) -> Iterator[tuple[str, Path]]:
     if as_user:
         shutil.chown(home, "postgres")
     control = [*as_user, str(Path(found).with_name("pg_ctl")), "-D", str(home / "data")]
-    make = [*as_user, found, "-D", str(home / "data"), "-U", "owner", "-A", "scram-sha-256", "--pwfile=/dev/stdin"]
+    doors = ["--auth-local=trust", "--auth-host=scram-sha-256"]  # the socket lies in a folder of its own
+    make = [*as_user, found, "-D", str(home / "data"), "-U", "owner", *doors]
     try:
-        subprocess.run(make, input=password.encode(), check=True, stdout=subprocess.DEVNULL, cwd="/")
+        subprocess.run(make, check=True, stdout=subprocess.DEVNULL, cwd="/")
         options = f"-p {port} -h 127.0.0.1 -k {home}"
         start = [*control, "-w", "-o", options, "-l", str(home / "log"), "start"]
         subprocess.run(start, check=True, stdout=subprocess.DEVNULL, cwd="/")
-        place = {"host": "127.0.0.1", "port": port, "user": "owner", "password": password}
-        with psycopg.connect(**place, dbname="postgres", autocommit=True) as owner:
+        with psycopg.connect(host=str(home), port=port, user="owner", dbname="postgres", autocommit=True) as owner:
             owner.execute(psycopg.sql.SQL("CREATE ROLE mlflow LOGIN PASSWORD {}").format(password))
             owner.execute("CREATE DATABASE mlflow OWNER mlflow")
         yield f"postgresql://mlflow@127.0.0.1:{port}/mlflow", home
