@@ -326,7 +326,7 @@ class SideBySide(pl.LightningModule):
     def history(self, replica: int) -> pd.DataFrame:
         """All that was measured of one replica: metric, step, value."""
         metrics, steps, values = zip(*self._measured, strict=True)
-        column = torch.stack([each[replica] for each in values]).cpu()
+        column = torch.stack([each.cpu() for each in values])[:, replica]
         return pd.DataFrame({"metric": list(metrics), "step": np.array(steps), "value": column.numpy()})
 
     def divergences(self) -> Iterator[Divergence | None]:
