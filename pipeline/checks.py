@@ -34,6 +34,8 @@ LIMITS = {
     "trainer.tile": (1, 4096), "trainer.checkpoint_every": (0, 10**9),
 }  # fmt: skip
 
+MOST_CLASSES = 2**18  # of a batch of an audit: the largest vocabularies have as many; 300 such rows take 0.6 GB
+
 # What the pipeline adds when it calls each group's target, or keeps to itself.
 GIVEN_BY_PIPELINE = {
     "model": ("input_shape", "num_classes"),
@@ -82,9 +84,12 @@ def check_audit(cfg: DictConfig) -> None:
             raise UsageError(f"{key}={config[key]}; it must be at least {smallest:g}")
     classes = config["num_classes"]
     if classes is not None and not (
-        isinstance(classes, list) and all(type(c) is int and c >= 2 for c in classes) and classes
+        isinstance(classes, list) and all(type(c) is int and 2 <= c <= MOST_CLASSES for c in classes) and classes
     ):
-        raise UsageError(f"num_classes={classes}; give a list of integers from 2 on, such as '[2,10]'")
+        line = f"num_classes={classes}; give a list of integers from 2 on, such as '[2,10]', up to {MOST_CLASSES}"
+        raise UsageError(line)
+    if (ignored := config["ignore_index"]) is not None and not -(2**63) <= ignored < 2**63:
+        raise UsageError(f"ignore_index={ignored}; give a number that a label can be, such as -100")
     _check_files(chosen_files("loss"))
     if not config["loss"]:
         raise UsageError("no loss is chosen; give for example 'loss=[ce,nll,kl]'")

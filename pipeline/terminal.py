@@ -17,7 +17,7 @@ from pipeline.objectives import Replica
 from pipeline.outcomes import Request, wanted_controls
 from pipeline.setting import Setting
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # what others wrote is text
 SHOWN = 6  # of a list that may be long
 MARKS = {None: "", True: " holds", False: " does not hold"}
 

@@ -174,6 +174,8 @@ def test_fused_losses_and_weights_of_their_own(tmp_path: Path, mine: Path) -> No
         (["loss=[ce,nll]", "dtype=bloat16"], "bfloat16"),
         (["loss=[ce,nll]", "device=tpu"], "device=tpu; choose cpu, cuda or cuda:N"),
         (["loss=[ce,nll]", "num_classes=[1]"], "num_classes=[1]; give a list of integers from 2 on"),
+        (["loss=[ce,nll]", "num_classes=[1000000000]"], "give a list of integers from 2 on, such as '[2,10]', up to"),
+        (["loss=[ce,nll]", f"ignore_index={2**63}"], "ignore_index=9223372036854775808; give a number that a label"),
         (["loss=[ce,nll]", "expect={kl: same}"], "expect names 'kl'"),
         (["loss=[ce,nll]", "jobs=0"], "jobs=0; it must be at least 1"),
         (["loss=[ce,nll]", "+seed=3"], "unknown key 'seed'"),

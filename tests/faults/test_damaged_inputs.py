@@ -574,6 +574,15 @@ def test_a_damaged_audit_says_nothing(content: str, copied: Path) -> None:
     assert found["objective"] == "not_run"
 
 
+def test_a_folder_s_name_is_text_and_no_markup(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "a[" / "b] [red] :cat:"
+    shutil.copytree(trained, odd)
+    assert guarded(lambda: report([str(odd)])) == ExitCode.HOLDS
+    assert f"report: {odd / 'report.html'}" in capsys.readouterr().out
+
+
 def test_data_that_are_refused_leave_neither_a_folder_nor_a_run(tmp_path: Path) -> None:
     root = idx_folder(tmp_path / "idx")
     idx(root / LABELS, 60, value=77)
