@@ -10,11 +10,13 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from faults.serving import Server, environment, guarded_server, postgres, running
 from faults.trials import begin, check_whole, ended, synced
-from pipeline.tracking import StoreError, Tracker
+from pipeline.recording import Recorder
+from pipeline.tracking import Run, StoreError, Tracker
 
 pytest.importorskip("flask_wtf", reason="the server's packages are not installed (make .venv/.server)")
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
@@ -52,6 +54,11 @@ def check_doors(server: Server, admin: tuple[str, str], user: tuple[str, str]) -
     assert call(server, f"{API}/experiments/get?experiment_id=0", user) == 403
 
 
+def run(name: str) -> Run:
+    points = pd.DataFrame({"metric": ["val/nll"], "step": [1], "value": [0.5]})
+    return Run(name, {"sweep": "trial", "fingerprint": name}, {"lr": "0.1"}, points, 0.0, 1.0, artifacts={"a": "a"})
+
+
 def check_no_secret(secrets_: Sequence[str], *folders: Path) -> None:
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert {"users.db", "auth.ini", "server.log"} <= {path.name for path in files}
@@ -80,11 +87,17 @@ def test_clients_without_the_right_password_are_refused_and_no_file_holds_it(
 ) -> None:
     with running(guarded_server(tmp_path, passwords[0])) as server:
         check_doors(server, ("admin", passwords[0]), ("lab", passwords[1]))
-        Tracker(server.url, "of the lab", tmp_path).open()
+        recorder = Recorder(Tracker(server.url, "of the lab", tmp_path), tmp_path / "trial", "")
+        recorder.open()
+        recorder.offer({"a": lambda: run("a")})
+        assert recorder.shortfall is None
         with monkeypatch.context() as wrong:
             wrong.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
             with pytest.raises(StoreError, match="not authenticated"):
                 Tracker(server.url, "of the lab", tmp_path).open()
+        server.kill()
+        recorder.offer({"b": lambda: run("b")})
+        assert "(no server answers): 1 of 2 runs are recorded there" in str(recorder.shortfall)
     check_no_secret(passwords, tmp_path)
 
 
