@@ -39,7 +39,7 @@ class Recorder:
         self._held: set[str] = set()  # content that the store has, as far as is known
         self._asked = False  # what it has, since the last fault
         self._link: str | None = None
-        self._fault: StoreError | None = None  # the latest
+        self._fault: UsageError | None = None  # the latest
         self._lost = 0.0
         self._pending: threading.Thread | None = None  # a call that took too long; it may yet return
 
@@ -85,7 +85,9 @@ class Recorder:
             return
         try:
             action(self._tracker)
-        except StoreError as fault:
+        except UsageError as fault:
+            if not self._cells and not isinstance(fault, StoreError):
+                raise  # nothing is trained yet: this is the moment to correct the address
             if self._fault is None:
                 console.print(f"{fault}; going on without, and the end says what was not recorded")
             self._fault, self._asked = fault, False
@@ -126,7 +128,7 @@ class Recorder:
             return outcome.result(patience)
         except Exception as error:
             self._lost += time.monotonic() - begun
-            if thread.is_alive():
+            if not outcome.done():
                 self._pending = thread
                 raise StoreError(f"{self._tracker} does not answer within {patience:g} s") from error
             if isinstance(error, UsageError):

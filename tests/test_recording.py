@@ -212,6 +212,18 @@ def test_a_store_that_is_ready_hears_nothing_before_there_is_a_run() -> None:
     assert store.calls == ["open", "present", "record 1"]
 
 
+def test_an_experiment_that_is_deleted_in_the_midst_of_a_trial_does_not_end_it() -> None:
+    def deleted() -> None:
+        raise UsageError("the experiment is deleted")
+
+    store = Store()
+    recorder = recorder_of(store)
+    recorder.offer(cells("a"))
+    store.fault = deleted
+    recorder.offer(cells("b"))
+    assert "the experiment is deleted: 1 of 2 runs are recorded there" in str(recorder.shortfall)
+
+
 def test_without_tracking_nothing_is_told() -> None:
     recorder = recorder_of(tracker_of({"enabled": False}))
     recorder.offer(cells("a"))
