@@ -57,15 +57,16 @@ class Workshop:
             "CUDA_VISIBLE_DEVICES": "",
         }
         command = [sys.executable, "-m", "benchmarks.end_to_end", kind, str(database.parent), *arguments]
-        before = _children_seconds()
+        before = children_seconds()
         environment = os.environ | settings
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)  # noqa: S603
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-        return _children_seconds() - before, float(json.loads(done.stdout.splitlines()[-1]))
+        return children_seconds() - before, float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _children_seconds() -> float:
+def children_seconds() -> float:
+    """CPU seconds, user and system, of all children that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import record, run, steps
-from benchmarks.end_to_end import Usage
+from benchmarks.end_to_end import ROOT, Usage
 from benchmarks.timing import Contender, Spread, gain, interleaved
 from benchmarks.vmapped import Vmapped
 from pipeline.loaders import digits
@@ -160,3 +162,10 @@ def test_the_share_of_the_copying_rate_counts_what_a_step_must_move(monkeypatch:
 def test_the_rates_are_those_of_a_processor_and_its_memory() -> None:
     assert 1e8 < steps.sgemm_rate(128, 5) < 1e13
     assert 1e8 < steps.copy_rate(2**22, 2) < 1e13
+
+
+def test_a_start_is_measured_to_the_first_step_and_no_further(tmp_path: Path) -> None:
+    trial = ["loss=[ce]", "trainer=cpu", "tracking=none", f"hydra.run.dir={tmp_path / 'trial'}"]
+    subprocess.run([sys.executable, "-m", "benchmarks.startup", *trial], cwd=ROOT, check=True)
+    assert (tmp_path / "trial" / "request.yaml").exists()
+    assert not (tmp_path / "trial" / "cells").exists()

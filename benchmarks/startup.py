@@ -1,0 +1,73 @@
+"""CPU time from the command to the first step, beside that of two imports: python -m benchmarks.startup
+
+The command is the main job's, with an audit of two losses. Each process is left at once, without tidying up: the
+plain command of two imports takes another second for that. A database that is ready is one that MLflow has made and
+that holds the experiment, as after the first trial.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.end_to_end import ROOT, Workshop, children_seconds
+
+IMPORTS = "import os, torch, pytorch_lightning; os._exit(0)"
+REPETITIONS = 5
+
+
+def to_the_first_step(arguments: list[str]) -> None:
+    """`python -m pipeline.train`, which ends where it would take its first step."""
+    from pipeline import train
+
+    check = train.check
+
+    def check_and_prepare_to_stop(*given: object) -> None:
+        check(*given)  # type: ignore[arg-type]
+        from pipeline.module import SideBySide
+
+        SideBySide.training_step = lambda *_: os._exit(0)  # type: ignore[method-assign]
+
+    train.check = check_and_prepare_to_stop
+    sys.argv = ["pipeline.train", *arguments]
+    train.main()
+
+
+def measure(command: list[str], database: Path) -> float:
+    """CPU seconds of a fresh process and of its children."""
+    settings = {"MLFLOW_TRACKING_URI": f"sqlite:///{database}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    before = children_seconds()
+    subprocess.run(command, cwd=ROOT, env=os.environ | settings, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+    return children_seconds() - before
+
+
+def main() -> None:
+    """A line for each case, in turns."""
+    from benchmarks.timing import Spread, gain  # imports torch, which the child must be left to do
+
+    with tempfile.TemporaryDirectory() as folder:
+        ready = Workshop(Path(folder)).template
+        trial = [sys.executable, "-m", "benchmarks.startup", "loss=[nll,ce,kl]", "seed=[0,1,2]", "trainer=cpu"]
+        commands = {
+            "import torch, pytorch_lightning": [sys.executable, "-c", IMPORTS],
+            "a trial without tracking": [*trial, "tracking=none"],
+            "a trial, its database ready": trial,
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        for repetition in range(REPETITIONS):
+            for name, command in commands.items():
+                own = [f"hydra.run.dir={folder}/{len(name)}-{repetition}"] if "trial" in name else []
+                seconds[name].append(measure([*command, *own], ready))
+    baseline = seconds["import torch, pytorch_lightning"]
+    for name, found in seconds.items():
+        print(f"{name}: {Spread.of(found):.2f} s, {gain(found, baseline):.2f} x the imports")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        to_the_first_step(sys.argv[1:])
+    else:
+        main()
