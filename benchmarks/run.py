@@ -1,6 +1,6 @@
 """What a trial and its step cost, side by side with the usual way, in one run: `make bench`.
 
-python -m benchmarks.run             some ten minutes of CPU time; writes benchmarks/<date>-<device>.md and .csv
+python -m benchmarks.run             some minutes of CPU time; writes benchmarks/<date>-<device>.md and .csv
 python -m benchmarks.run --quick     half a minute: two stacks, no whole trials, nothing written unless --out
 python -m benchmarks.run --check     the steps again, beside the last record of this device (`make bench-check`)
 """
