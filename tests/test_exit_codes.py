@@ -48,7 +48,7 @@ def test_a_disk_that_takes_nothing_is_no_bug(number: int, capsys: pytest.Capture
     outcome = attempt(raising(OSError(number, "No room", "/far/away")))  # type: ignore[arg-type]
     assert outcome.code is ExitCode.USAGE
     assert outcome.error is not None
-    assert outcome.error.startswith("cannot write to /far/away: No room")
+    assert outcome.error.startswith("cannot read or write /far/away: No room")
     assert capsys.readouterr().err == ""
 
 
