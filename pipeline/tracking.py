@@ -21,9 +21,10 @@ import tempfile
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,14 +139,14 @@ class Tracker:
             from mlflow import MlflowClient
 
             self._client = MlflowClient(tracking_uri=self.uri)
-            self._found = self._find_or_create_experiment()
+            self._found = _once_permitted(self._find_or_create_experiment)
             self._id = str(self._found.experiment_id)
             defaults = {
                 "mlflow.note.content": _DESCRIPTION.format(link=self._page(_VIEW)),
                 f"mlflow.sharedViewState.{_VIEW}": _grouped_view("tags.kind = 'train'"),
             }
             for key in defaults.keys() - self._found.tags.keys():
-                self._client.set_experiment_tag(self._id, key, defaults[key])
+                _beside_others(partial(self._client.set_experiment_tag, self._id, key, defaults[key]))
 
     @property
     def is_ready(self) -> bool:
@@ -316,6 +317,32 @@ def _plain_errors(tracker: Tracker, opening: bool = False) -> Iterator[None]:
         raise StoreError(line) from error
 
 
+def _once_permitted(find: Callable[[], Experiment]) -> Experiment:
+    """What is found. A server grants the right to an experiment a moment after another process has made it."""
+    from mlflow.exceptions import MlflowException
+
+    for pause in (0.2, 0.5, 1.0, 2.0):
+        try:
+            return find()
+        except MlflowException as error:
+            if error.error_code != "PERMISSION_DENIED":
+                raise
+        time.sleep(pause)
+    return find()
+
+
+def _beside_others(write: Callable[[], object]) -> None:
+    """Of several processes that make the same row at once, a server fails all but one; then the row is there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        write()
+    except MlflowException as error:
+        if error.error_code != "BAD_REQUEST":
+            raise
+        write()
+
+
 def _cannot_be_meant(error: Exception) -> bool:
     """Whether the address is wrong: another try would end the same way."""
     from sqlalchemy.exc import ArgumentError
@@ -408,7 +435,7 @@ def _send(client: MlflowClient, experiment: str, run: Run) -> None:
     if run.dataset is not None:
         name, digest = run.dataset
         data = Dataset(name, digest[:_LONGEST_DIGEST], "digest", digest)
-        client.log_inputs(info.run_id, [DatasetInput(data, [InputTag(*_CONTEXT)])])
+        _beside_others(partial(client.log_inputs, info.run_id, [DatasetInput(data, [InputTag(*_CONTEXT)])]))
     _save_artifacts(run, info.artifact_uri, client.tracking_uri)
     client.set_terminated(info.run_id, run.status, end)
 

@@ -275,6 +275,35 @@ def test_artifacts_live_under_the_root_wherever_the_command_runs(tracker: Tracke
     assert tracker._found.artifact_location == (root / "mlruns" / "one estimator").as_uri()
 
 
+def failing_once(code: str) -> Callable[[], int]:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import ErrorCode
+
+    calls: list[None] = []
+
+    def call() -> int:
+        calls.append(None)
+        if len(calls) == 1:
+            raise MlflowException("once", error_code=ErrorCode.Value(code))
+        return len(calls)
+
+    return call
+
+
+def test_a_row_that_another_process_made_first_is_written_again(tracker: Tracker) -> None:
+    lost = failing_once("BAD_REQUEST")
+    tracking._beside_others(lost)
+    assert lost() == 3
+    with pytest.raises(Exception, match="once"):
+        tracking._beside_others(failing_once("TEMPORARILY_UNAVAILABLE"))
+
+
+def test_the_right_to_a_new_experiment_is_waited_for(tracker: Tracker) -> None:
+    assert tracking._once_permitted(failing_once("PERMISSION_DENIED")) == 2  # type: ignore[arg-type]
+    with pytest.raises(Exception, match="once"):
+        tracking._once_permitted(failing_once("INTERNAL_ERROR"))  # type: ignore[arg-type]
+
+
 def test_a_deleted_experiment_is_refused_with_the_way_back(tracker: Tracker, root: Path) -> None:
     number = tracker._client.create_experiment("gone")
     tracker._client.delete_experiment(number)
