@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pandas as pd
 from pipeline.answers import controls_of, smallest_margin
 from pipeline.assay import PLACEBOS
 from pipeline.audit_figures import audit_pictures
+from pipeline.cells import write_whole
 from pipeline.drawing import (
     Picture,
     Row,
@@ -45,13 +45,13 @@ def write_report(folder: Path, found: Findings) -> Path:
         "curves": loss_curves(found.verdict, found.history),
     }
     figures = folder / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
     drawn = {figures / f"{picture.name}.svg": picture.svg for group in chapters.values() for picture in group}
     for path, svg in drawn.items():
-        _replace(path, svg)
+        write_whole(path, svg.encode())
     for stale in set(figures.glob("*.svg")) - drawn.keys():
         stale.unlink()
-    return _replace(folder / "report.html", page(found, chapters))
+    write_whole(folder / "report.html", page(found, chapters).encode())
+    return folder / "report.html"
 
 
 def loss_curves(verdict: Verdict, history: pd.DataFrame) -> list[Picture]:
@@ -188,10 +188,3 @@ def _tally(values: npt.NDArray[np.float64]) -> str:
         return f"all {zeros} exactly 0"
     counts = {"failed": failed, "exactly 0": zeros, "differ": len(values) - failed - zeros}
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-
-
-def _replace(path: Path, text: str) -> Path:
-    """Write beside the path, then rename: a reader finds the old file or the new one, never half of one."""
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    half.write_text(text, encoding="utf-8")
-    return half.replace(path)

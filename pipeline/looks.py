@@ -3,7 +3,7 @@
 Every verdict over another set of seeds, or by other margins or another reference, is a look, and every look is another
 chance of a false claim. Looks that were declared share alpha equally (Bonferroni). One more than declared gets half of
 what the last one had, the next a quarter: however many follow, false claims stay below twice alpha. The record is an
-append-only file in the trial's folder.
+file in the trial's folder that only grows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.cells import write_whole
 from pipeline.errors import UsageError
 
 FILE = "looks.jsonl"
@@ -59,15 +60,12 @@ def look_at(folder: Path, seeds: Sequence[int], question: str, alpha: float, dec
 def record(folder: Path, look: Look, seeds: Sequence[int], question: str, words: Mapping[str, str]) -> None:
     """Append a look that is not on record yet; one at which nothing was tested (all identical) is none."""
     tested = any(word not in ("identical", "not_run") for word in words.values())
-    if not tested or look.number <= len(_taken(folder)):
+    taken = _taken(folder)
+    if not tested or look.number <= len(taken):
         return
     entry = asdict(look) | {"question": question, "seeds": sorted(seeds), "words": dict(words)}
-    try:
-        with (folder / FILE).open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-    except OSError as error:
-        problem = f"cannot write to {folder / FILE}: {error.strerror}"
-        raise UsageError(f"{problem}; free space or choose another folder") from error
+    earlier = (folder / FILE).read_bytes() if taken else b""
+    write_whole(folder / FILE, earlier + json.dumps(entry).encode() + b"\n")
 
 
 def _taken(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+
+from faults.watched import Drill
+from pipeline.exit_codes import ExitCode
+from pipeline.tracking import Tracker
+
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Drill:
+    """A database without runs, which takes MLflow seconds to make."""
+    drill = Drill(tmp_path_factory.mktemp("empty"))
+    Tracker(drill.uri, "likelihood-lab", drill.root).open()
+    return drill
+
+
+@pytest.fixture(scope="session")
+def whole(empty: Drill, tmp_path_factory: pytest.TempPathFactory) -> Drill:
+    """The trial to which nothing happens."""
+    drill = empty.copied(tmp_path_factory.mktemp("whole") / "drill")
+    assert drill.run().code == ExitCode.HOLDS
+    drill.assert_whole(drill.hashes())
+    return drill
