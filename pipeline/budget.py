@@ -79,13 +79,6 @@ def fitted(setting: Setting) -> Setting:
     return setting if tile == setting.tile else replace(setting, tile=tile)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had: Python's, a GPU's, or torch's on a CPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
 def check_disk(budget: Budget, missing: int, folder: Path) -> None:
     """Refuse a trial whose missing runs would fill the disk.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import UsageError, first_line
+from pipeline.errors import UsageError, first_line, is_out_of_memory
 from pipeline.formulations import FUSED_INPUTS, Formulation, Given, LossFn, derive, probe
 from pipeline.memory import memory_of, remind
 from pipeline.randomness import RandomStream, derive_seed
@@ -118,6 +118,8 @@ class Objectives:
             except UsageError:
                 raise
             except Exception as error:  # this replica has failed; its neighbours go on
+                if is_out_of_memory(error):
+                    raise
                 self.raised.setdefault(
                     first + i, (self.calls, f"the loss raised {type(error).__name__}: {first_line(error)}")
                 )

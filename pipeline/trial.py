@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as conf
-from pipeline.budget import budget_of, check_disk, fitted, is_out_of_memory
+from pipeline.budget import budget_of, check_disk, fitted
 from pipeline.cells import Cell, TrialFolder, write_json
 from pipeline.controls import BY_PRECISION, DOSE, REPLAY, ranked_arms
-from pipeline.errors import UsageError, first_line
+from pipeline.errors import UsageError, first_line, is_out_of_memory
 from pipeline.exit_codes import ExitCode
 from pipeline.looks import look_at
 from pipeline.looks import record as record_look

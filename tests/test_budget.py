@@ -15,9 +15,9 @@ from torch import nn
 
 from pipeline import budget as budgets
 from pipeline import trial as trials
-from pipeline.budget import Budget, budget_of, check_disk, fitted, in_words, is_out_of_memory
+from pipeline.budget import Budget, budget_of, check_disk, fitted, in_words
 from pipeline.cells import TrialFolder
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, is_out_of_memory
 from pipeline.exit_codes import ExitCode
 from pipeline.models import ModelBuilder
 from pipeline.setting import Setting, prepare
