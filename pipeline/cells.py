@@ -19,7 +19,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -160,34 +160,53 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 class TrialFolder:
-    """One trial's folder. Use it as a context manager: a second process at once is refused."""
+    """One trial's folder. What all its cells share is written by one process at once, and so is each seed's."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = filelock.FileLock(path / ".lock")
         self._known: dict[Replica, Cell] = {}  # what this process wrote or has read
         self.damaged: dict[Replica, str] = {}  # what is wrong with cells that it could not read
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder; it is made where absent."""
+    def locked(self, *, patiently: bool = False) -> Iterator[None]:
+        """Hold the folder, which is made where absent; refused while another process does, unless patiently."""
         new = not self.path.exists()
         with refusing_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.path / ".lock")
-        with refusing_disk_errors(self.path):
-            try:
-                lock.acquire(blocking=False)
-            except filelock.Timeout as error:
-                busy = f"{self.path} is in use by another process; wait for it or choose another folder"
-                raise UsageError(busy) from error
+        self._acquire(self._lock, patiently)
         try:
             yield
         finally:
-            lock.release()
+            self._lock.release()
             if new and [entry.name for entry in self.path.iterdir()] == [
                 ".lock"
             ]:  # a request that was refused after all
                 shutil.rmtree(self.path, ignore_errors=True)
+
+    def let_others_in(self) -> None:
+        """Hold the folder no longer: other jobs prepare themselves and train the cells of their own seeds."""
+        self._lock.release()
+
+    @contextmanager
+    def training(self, seeds: Sequence[int]) -> Iterator[None]:
+        """Hold the cells of these seeds; refused while another process does."""
+        with ExitStack() as held:
+            for seed in seeds:
+                lock = filelock.FileLock(self.path / ".training" / f"s{seed}")
+                with refusing_disk_errors(self.path):
+                    Path(lock.lock_file).parent.mkdir(exist_ok=True)
+                self._acquire(lock)
+                held.callback(lock.release)
+            yield
+
+    def _acquire(self, lock: filelock.BaseFileLock, patiently: bool = False) -> None:
+        with refusing_disk_errors(self.path):
+            try:
+                lock.acquire(blocking=patiently)
+            except filelock.Timeout as error:
+                busy = f"{self.path} is in use by another process; wait for it or choose another folder"
+                raise UsageError(busy) from error
 
     def claim(self, identity: Mapping[str, Any]) -> None:
         """State what the folder is for."""
@@ -219,7 +238,8 @@ class TrialFolder:
 
     def remember_tile(self, size: int) -> None:
         """So that the same command goes on with it."""
-        write_whole(self.path / "tile", f"{size}\n".encode())
+        with self.locked(patiently=True):
+            write_whole(self.path / "tile", f"{size}\n".encode())
 
     def cell_path(self, replica: Replica) -> Path:
         kind = "controls" if is_control(replica.arm) else "cells"

@@ -54,6 +54,7 @@ def check(cfg: DictConfig) -> None:
     _check_keys(config)
     _check_numbers(config)
     conf.seeds_of(config)
+    conf.share_of(config)
     _check_files(chosen_files("loss"))
     if not config["loss"]:
         raise UsageError("no loss is chosen; give for example 'loss=[nll,ce,kl]'")

@@ -104,6 +104,7 @@ class TrainConf:
     trainer: TrainerConf = field(default_factory=TrainerConf)
     tracking: TrackingConf = field(default_factory=TrackingConf)
     seed: Any = 0  # an integer or a list of integers
+    share: Any = None  # of a trial that several jobs train: this job's seeds, none of them to conclude
     vary: Vary = Vary.all
     reference: str | None = None  # null: ce, or the first loss where ce is not chosen
     epochs: int = 30
@@ -213,6 +214,17 @@ def seeds_of(config: Mapping[str, Any]) -> list[int]:
     if repeated:
         raise UsageError(f"seed repeats {', '.join(map(str, repeated))}; name every seed once")
     return seeds
+
+
+def share_of(config: Mapping[str, Any]) -> list[int] | None:
+    """The seeds that this job trains of a trial that several jobs share; none of them: it concludes. None: all."""
+    share = config["share"]
+    if share is None:
+        return None
+    seeds = seeds_of(config)
+    if not isinstance(share, list) or any(type(s) is not int or s not in seeds for s in share):
+        raise UsageError(f"share={share}; give a list of some of the seeds ({', '.join(map(str, seeds))}), or null")
+    return share
 
 
 def reference_of(config: Mapping[str, Any]) -> str:

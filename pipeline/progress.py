@@ -27,7 +27,8 @@ class Progress:
 
     def __init__(self, console: Console, groups: Sequence[Sequence[Replica]], setting: Setting) -> None:
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        silent = not setting.config["trainer"]["progress"] or not console.is_terminal
+        alone = setting.config["share"] is None  # bars of several jobs would overwrite each other
+        silent = not (alone and setting.config["trainer"]["progress"] and console.is_terminal)
         news = TextColumn("{task.fields[news]}")
         self.bars = Bars(*columns, news, console=console, disable=silent, transient=True)
         self.task = self.bars.add_task("", total=len(groups) * setting.recipe.epochs, news="")

@@ -49,7 +49,7 @@ def report(arguments: list[str]) -> int:
     if about not in conf.About.__members__:
         raise UsageError(f"about={about}; choose objective or outcome")
     request = replace(request, about=about, reference=conf.reference_of(asked), expect=conf.expectations_of(asked))
-    with folder.locked():
+    with folder.locked(), folder.training(request.seeds):
         return conclude(folder, request, facts)[0]
 
 

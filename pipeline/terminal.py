@@ -36,7 +36,7 @@ def announce(
     )
     for reason in dict.fromkeys(moved.values()):
         names = [f"{replica.arm}/s{replica.seed}" for replica, why in moved.items() if why == reason]
-        console.print(f"moved to {aside} ({reason}) and trained again: {_listed(names)}")
+        console.print(f"moved to {aside} ({reason}), to be trained again: {_listed(names)}")
 
 
 def announce_damaged(damaged: Mapping[Replica, str]) -> None:
@@ -66,6 +66,12 @@ def announce_time(seconds: float, runs: int) -> None:
     if seconds > LONG:
         taken = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
         console.print(f"about {taken} to train {runs} runs, if they go on at the pace of the first seconds")
+
+
+def announce_lost(lost: Sequence[Replica]) -> None:
+    """What the jobs that share a trial have not brought."""
+    names = _listed([f"{replica.arm}/s{replica.seed}" for replica in lost])
+    console.print(f"{len(lost)} runs are missing ({names}); the same command again trains them")
 
 
 def show_verdict(verdict: Mapping[str, Any]) -> None:

@@ -49,7 +49,8 @@ def _command(settings: HydraConf) -> str:
     sources = settings.runtime.config_sources
     own = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     folder = [override for override in settings.overrides.hydra if override.startswith("hydra.run.dir=")]
-    return shlex.join(["python", "-m", "pipeline.train", *own, *settings.overrides.task, *folder])
+    asked = [override for override in settings.overrides.task if not override.startswith("share=")]
+    return shlex.join(["python", "-m", "pipeline.train", *own, *asked, *folder])
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from pipeline.resume import interrupted
 from pipeline.runs import cell_run, report_run
 from pipeline.setting import Setting, prepare
 from pipeline.tables import between_seeds, differences, distances, trial_history
-from pipeline.terminal import announce, announce_budget, announce_damaged, closing, console, show_verdict
+from pipeline.terminal import announce, announce_budget, announce_damaged, announce_lost, closing, console, show_verdict
 from pipeline.tracking import Run
 from pipeline.training import tiles, train_tile
 from pipeline.verdict import audit_in_force, decide
@@ -49,7 +49,7 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
     check_truth(request, setting)
     facts = facts_of(setting, request, command)
     folder = TrialFolder(path)
-    with folder.locked():
+    with folder.locked(patiently=config["share"] is not None):
         identity = {"name": conf.trial_name(config), **conf.identity(config)}
         folder.check_claim(identity)
         tracker = tracker_of(config["tracking"])
@@ -60,16 +60,25 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
             ask_audit(setting, request, folder)
         request = replace(request, controls=chosen_controls(config, request, folder))
         setting = setting.with_controls(request.controls, request.reference).with_tile(folder.tile)
+        if config["share"]:  # the job that concludes has share=[]
+            write_request(path, request, facts, tracker.described() if tracker else {})
+            folder.let_others_in()
+            train(setting, request, folder, recorder)
+            return ExitCode.HOLDS
         while True:
             write_request(path, request, facts, tracker.described() if tracker else {})
             setting = train(setting, request, folder, recorder)
             if config["audit"]:
                 ask_at_weights(setting, request, folder)
             code, verdict = conclude(folder, request, facts, recorder)
+            if lost := [replica for replica in _all_wanted(request) if folder.read(replica) is None]:
+                announce_lost(lost)
+                return ExitCode.BUG
             more = more_seeds(request, verdict) if config["until"] == "decided" else 0
             if not more:
                 return code
             request = with_more_seeds(request, more)
+            setting = replace(setting, config={**setting.config, "share": None})
             facts = facts_of(setting, request, command)
             console.print(f"\nundecided: going on to {len(request.seeds)} seeds")
 
@@ -115,26 +124,27 @@ def train(setting: Setting, request: Request, folder: TrialFolder, recorder: Rec
 
     Returns the setting that they were trained with.
     """
-    while True:
-        try:
-            _train(setting, request, folder, recorder)
-            return setting
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            setting = _halved(setting, folder, error)
+    with folder.training(setting.config["share"] or request.seeds):
+        while True:
+            try:
+                _train(setting, request, folder, recorder)
+                return setting
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                setting = _halved(setting, folder, error)
 
 
 def _halved(setting: Setting, folder: TrialFolder, error: BaseException) -> Setting:
-    """The setting with half as many runs at once, which the folder remembers.
+    """The setting with half as many runs at once, which the folder remembers, or as another job has it remember.
 
     Raises:
         UsageError: that was done before, or there is but one.
     """
-    fewer = setting.tile // 2
-    if not fewer or folder.tile is not None:
+    fewer = folder.tile or setting.tile // 2
+    if not 0 < fewer < setting.tile:
         line = f"out of memory while training {setting.tile} run(s) at once ({first_line(error)})"
-        raise UsageError(f"{line}; lower batch_size or give trainer.tile={max(1, fewer)}") from error
+        raise UsageError(f"{line}; lower batch_size or give trainer.tile={max(1, setting.tile // 2)}") from error
     folder.remember_tile(fewer)
     console.print(f"out of memory with {setting.tile} runs at once; going on with {fewer}")
     return setting.with_tile(fewer)
@@ -142,18 +152,20 @@ def _halved(setting: Setting, folder: TrialFolder, error: BaseException) -> Sett
 
 def _train(setting: Setting, request: Request, folder: TrialFolder, recorder: Recorder) -> None:
     """Each tile's runs are recorded as soon as its cells are on disk."""
-    all_wanted = [*wanted(request), *wanted_controls(request)]
-    fingerprints = {replica: setting.fingerprint(replica) for replica in all_wanted}
+    share = setting.config["share"]
+    mine = [replica for replica in _all_wanted(request) if not share or replica.seed in share]
+    fingerprints = {replica: setting.fingerprint(replica) for replica in mine}
     missing, moved = folder.sort_out(fingerprints)
-    announce(setting, request, missing, moved, folder.path / "stale")
-    if missing:
+    to_train = [] if share == [] else missing
+    announce(setting, request, to_train, moved, folder.path / "stale")
+    if to_train:
         budget = budget_of(setting)
-        check_disk(budget, len(missing), folder.path)
-        announce_budget(budget, len(missing), setting.tile)
+        check_disk(budget, len(to_train), folder.path)
+        announce_budget(budget, len(to_train), setting.tile)
     done = [replica for replica in fingerprints if replica not in missing]
     recorder.offer(_runs(_read(folder, done).values(), folder, request))
-    groups = interrupted(folder.path, setting, fingerprints, missing)
-    fresh = [replica for replica in missing if not any(replica in group for group in groups)]
+    groups = [] if share == [] else interrupted(folder.path, setting, fingerprints, missing)
+    fresh = [replica for replica in to_train if not any(replica in group for group in groups)]
     groups += tiles(fresh, [*request.losses, *request.controls], setting.tile)
     waiting: list[Cell] = []  # for the reference of their seed: their distance to it is recorded with them
     with Progress(console, groups, setting) as progress:
@@ -163,6 +175,10 @@ def _train(setting: Setting, request: Request, folder: TrialFolder, recorder: Re
             waiting = [cell for cell in waiting if cell not in ready]
             recorder.offer(_runs(ready, folder, request))
     recorder.offer(_runs(waiting, folder, request))
+
+
+def _all_wanted(request: Request) -> list[Replica]:
+    return [*wanted(request), *wanted_controls(request)]
 
 
 def _runs(cells: Iterable[Cell], folder: TrialFolder, request: Request) -> dict[str, Callable[[], Run]]:

@@ -67,7 +67,7 @@ def test_a_loss_file_declares_one_loss_under_its_own_name(loss: str) -> None:
 
 def test_the_keys_are_those_that_users_write() -> None:
     assert list(conf.TrainConf.__dataclass_fields__) == [
-        "loss", "model", "dataset", "optimizer", "trainer", "tracking", "seed", "vary", "reference", "epochs",
+        "loss", "model", "dataset", "optimizer", "trainer", "tracking", "seed", "share", "vary", "reference", "epochs",
         "batch_size", "precision", "schedule", "warmup_steps", "clip_norm", "about", "expect", "alpha",
         "looks", "until", "max_seeds", "audit", "controls", "rank_test",
     ]  # fmt: skip

@@ -36,6 +36,7 @@ class NoteTaker(Launcher):
     def __init__(self) -> None:
         self.batches: list[list[list[str]]] = []
         self.accident: BaseException | None = None
+        self.exit_code = 0
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         raise AssertionError("the sweeper under test receives its launcher ready")
@@ -47,7 +48,7 @@ class NoteTaker(Launcher):
             raise self.accident
         hydra = OmegaConf.create({"hydra": {"runtime": {"output_dir": "somewhere"}}})
         done = JobReturn(hydra_cfg=hydra, status=JobStatus.COMPLETED)
-        done.return_value = {"exit_code": 0, "summary": "as told"}
+        done.return_value = {"exit_code": self.exit_code, "summary": "as told"}
         return [done for _ in job_overrides]
 
 
@@ -94,7 +95,8 @@ def master() -> tuple[HydraContext, DictConfig]:
 
         with initialize_config_dir(str(APP / "conf"), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
-            config = compose("config", overrides=[CHECK], return_hydra_config=True)
+            one_folder = "hydra.sweep.subdir=${hydra:runtime.choices.model}"  # for all jobs that share a trial
+            config = compose("config", overrides=[CHECK, one_folder], return_hydra_config=True)
     return HydraContext(config_loader=loader, callbacks=Callbacks()), config
 
 
@@ -226,20 +228,58 @@ def test_an_experiment_declares_its_own_sweep(sweep: Sweep) -> None:
     assert received(answer[0])["option"] == "cnn"
 
 
-def test_no_job_holds_more_replicas_than_asked_and_no_seed_is_lost(plan: Plan) -> None:
-    assert plan("model=mlp,cnn", "loss=nll,ce", "seed=range(5)", replicas_per_job=5) == [
-        [f"model={model}", "loss=[nll,ce]", seeds]
-        for model in ("mlp", "cnn")
-        for seeds in ("seed=[0,1]", "seed=[2,3]", "seed=[4]")
-    ]
+def test_no_job_holds_more_replicas_than_asked_no_seed_is_lost_and_one_job_concludes(plan: Plan) -> None:
+    asked = [[f"model={model}", "loss=[nll,ce]", "seed=[0,1,2,3,4]"] for model in ("mlp", "cnn")]
+    shares = [[*job, share] for job in asked for share in ("share=[0,1]", "share=[2,3]", "share=[4]")]
+    answer = plan("model=mlp,cnn", "loss=nll,ce", "seed=range(5)", replicas_per_job=5)
+    assert answer == [*shares, *([*job, "share=[]"] for job in asked)]
+
+
+def test_a_job_that_holds_no_more_than_asked_is_not_shared(plan: Plan) -> None:
+    assert plan("seed=0,1", replicas_per_job=6) == [["seed=[0,1]"]]
 
 
 def test_replicas_are_counted_where_the_losses_are_the_default_ones(plan: Plan) -> None:
-    assert plan("++seed=[3,1,2]", replicas_per_job=7) == [["seed=[3,1]"], ["seed=[2]"]]
+    shares = ("share=[3,1]", "share=[2]", "share=[]")
+    assert plan("++seed=[3,1,2]", replicas_per_job=7) == [["++seed=[3,1,2]", share] for share in shares]
 
 
 def test_a_seed_whose_losses_exceed_the_limit_still_gets_its_job(plan: Plan) -> None:
-    assert plan("seed=0,1", replicas_per_job=1) == [["seed=[0]"], ["seed=[1]"]]
+    shares = ("share=[0]", "share=[1]", "share=[]")
+    assert plan("seed=0,1", replicas_per_job=1) == [["seed=[0,1]", share] for share in shares]
+
+
+def test_a_share_that_was_given_by_hand_is_not_shared_again(plan: Plan) -> None:
+    assert plan("seed=0,1", "share=[1]", replicas_per_job=1) == [["seed=[0,1]", "share=[1]"]]
+
+
+def test_the_jobs_of_a_batch_conclude_once_all_shares_are_back(plan: Plan, launcher: NoteTaker) -> None:
+    plan("seed=0,1,2", replicas_per_job=3, max_batch_size=2)
+    assert [[job[-1] for job in batch] for batch in launcher.batches] == [
+        ["share=[0]", "share=[1]"],
+        ["share=[2]"],
+        ["share=[]"],
+    ]
+
+
+@pytest.mark.parametrize(("exit_code", "launched"), [(3, 3), (2, 2)])
+def test_lost_shares_are_concluded_on_and_a_request_that_every_share_refused_is_not(
+    plan: Plan, launcher: NoteTaker, noted: list[int], exit_code: int, launched: int
+) -> None:
+    launcher.exit_code = exit_code
+    assert len(plan("seed=0,1", replicas_per_job=3)) == launched
+    assert noted == [exit_code] * launched
+
+
+def test_shares_of_which_nothing_is_known_are_concluded_on(plan: Plan, launcher: NoteTaker) -> None:
+    launcher.accident = ConnectionError("the cluster is gone")
+    assert plan("seed=0,1", replicas_per_job=3)[-1] == ["seed=[0,1]", "share=[]"]
+
+
+def test_jobs_that_share_a_trial_need_one_folder(sweep: Sweep) -> None:
+    with pytest.raises(UsageError, match=r"hydra\.sweep\.subdir gives .* several folders \(0, 1\)"):
+        sweep("-m", "seed=0,1", "hydra.sweeper.replicas_per_job=3")
+    assert not Path("sweep").exists()
 
 
 def test_a_failed_job_is_recorded_and_costs_the_others_nothing(

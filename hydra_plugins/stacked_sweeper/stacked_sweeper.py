@@ -2,7 +2,8 @@
 
 `-m model=mlp,cnn loss=nll,ce 'seed=range(3)'` launches `model=mlp loss=[nll,ce] seed=[0,1,2]` and the same
 for `cnn`, through any launcher. A choice of lists is an ordinary sweep (`seed=[0],[1]` makes two jobs), and
-`hydra/sweeper=basic` makes a job of every combination.
+`hydra/sweeper=basic` makes a job of every combination. Where `replicas_per_job` splits a job, its parts work in one
+folder at the same time: each is told its `share` of the seeds, and one more job, whose share is empty, concludes.
 
 Hydra executes a plugin before the module can be found by its name, so that dataclasses in it cannot have
 postponed annotations: no `from __future__ import annotations`.
@@ -28,7 +29,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import get_method
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from pipeline import exit_codes
 from pipeline.errors import UsageError
@@ -36,6 +37,7 @@ from pipeline.exit_codes import ExitCode
 from pipeline.hydra_errors import as_refusals, in_one_line
 
 Job = tuple[str, ...]  # the overrides that make one job
+CONCLUDING = "share=[]"
 
 
 @dataclass
@@ -44,7 +46,7 @@ class StackedSweeperConf:
 
     _target_: str = "hydra_plugins.stacked_sweeper.stacked_sweeper.StackedSweeper"
     stack: list[str] = field(default_factory=lambda: ["loss", "seed"])  # the axes whose values share a job
-    replicas_per_job: int | None = None  # split the last axis where a job would hold more combinations
+    replicas_per_job: int | None = None  # share the last axis's values where a job would hold more combinations
     max_batch_size: int | None = None  # jobs handed to the launcher at once
     check: str = "pipeline.checks.check"  # sees each job's configuration before any job is launched
     params: dict[str, str] = field(default_factory=dict)  # a sweep kept in a file; the command line wins
@@ -82,21 +84,34 @@ class StackedSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> list[Record]:
         """Check every job, then launch them all, whatever becomes of each; exit codes are noted."""
         with as_refusals():
-            jobs = [part for job in self.jobs(arguments) for part in self.checked(job)]
-        records = [Record(job) for job in jobs]
+            parts = {job: self.checked(job) for job in self.jobs(arguments)}
         made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        self.save(records)
-        size = self.settings.max_batch_size or len(jobs)
-        for start in range(0, len(jobs), size):
-            batch = slice(start, start + size)
-            records[batch] = self.launch(jobs[batch], start)
-            self.save(records)
+        records = self.launched([part for job in parts for part in parts[job]], [])
+        refused = {record.overrides for record in records if record.exit_code == ExitCode.USAGE}
+        shared = [job for job in parts if len(parts[job]) > 1]
+        shares = {part for job in shared for part in parts[job]}
+        concluding = [(*job, CONCLUDING) for job in shared if not refused.issuperset(parts[job])]
+        records = self.launched(concluding, records)
         for record in records:
             exit_codes.note(ExitCode.BUG if record.exit_code is None else record.exit_code)
+            said = f"{record.status}: {' '.join(record.overrides)}"
             if record.status != "done":
-                print(f"{record.status}: {' '.join(record.overrides)}: {record.error}", file=sys.stderr)
+                print(f"{said}: {record.error}", file=sys.stderr)
+            elif record.overrides not in shares:  # launchers keep to themselves what a job has printed
+                print(f"{said}: exit code {record.exit_code}, {record.dir}")
         if all(record.exit_code == ExitCode.USAGE for record in records):
             self.take_back(made)
+        return records
+
+    def launched(self, jobs: list[Job], before: list[Record]) -> list[Record]:
+        """The records of the jobs before these and of these, launched in batches."""
+        records = [*before, *map(Record, jobs)]
+        self.save(records)
+        size = self.settings.max_batch_size or max(1, len(jobs))
+        for start in range(len(before), len(records), size):
+            batch = slice(start, start + size)
+            records[batch] = self.launch([record.overrides for record in records[batch]], start)
+            self.save(records)
         return records
 
     def jobs(self, arguments: list[str]) -> list[Job]:
@@ -133,26 +148,40 @@ class StackedSweeper(Sweeper):
 
     def checked(self, job: Job) -> list[Job]:
         """The job, once its configuration has passed the check, in as many parts as it needs."""
-        composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
+        composed = self.composed(job)
         if composed.hydra.sweeper != self.config.hydra.sweeper:
             raise UsageError(f"{' '.join(job)} brings its own hydra.sweeper settings: run it by itself")
-        HydraConfig.instance().set_config(composed)  # `${hydra:...}` means the same here as in the job
         get_method(self.settings.check)(composed)
         limit = self.settings.replicas_per_job
         return [job] if limit is None else self.parts(job, composed, limit)
 
+    def composed(self, job: Job, number: int = 0) -> DictConfig:
+        """The configuration of a job, in which `${hydra:...}` means the same as where it will run."""
+        composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
+        with open_dict(composed):
+            composed.hydra.job.num = number
+        HydraConfig.instance().set_config(composed)
+        return composed
+
     def parts(self, job: Job, config: DictConfig, limit: int) -> list[Job]:
-        """The job split along the last axis, so that a part holds at most `limit` replicas (or one value)."""
+        """The job in shares of the last axis's values, none of more than `limit` replicas (or one value)."""
         *others, last = (OmegaConf.select(config, axis) for axis in self.settings.stack)
-        if not isinstance(last, ListConfig):
+        if not isinstance(last, ListConfig) or config.get("share") is not None:
             return [job]
         abreast = math.prod(len(values) for values in others if isinstance(values, DictConfig | ListConfig))
         size = max(1, limit // abreast)
-        name = self.settings.stack[-1]
-        rest = tuple(line for line in job if self.axis(line.partition("=")[0]) != name)
+        if len(last) <= size:
+            return [job]
         texts = [Transformer.str(value) for value in last]
-        starts = range(0, len(texts), size)
-        return [(*rest, f"{name}=[{','.join(texts[start : start + size])}]") for start in starts]
+        shares = [texts[start : start + size] for start in range(0, len(texts), size)]
+        parts = [(*job, f"share=[{','.join(share)}]") for share in shares]
+        folders = {self.composed(part, i).hydra.sweep.subdir for i, part in enumerate((parts[0], (*job, CONCLUDING)))}
+        if len(folders) > 1:
+            raise UsageError(
+                f"hydra.sweep.subdir gives the jobs that share a trial several folders ({', '.join(sorted(folders))}); "
+                "leave it as it is, or leave hydra.sweeper.replicas_per_job out"
+            )
+        return parts
 
     def launch(self, jobs: list[Job], start: int) -> list[Record]:
         """One batch; where a job takes the launcher down with it, nothing is known of its neighbours."""
@@ -211,4 +240,4 @@ def recorded(job: Job, returned: JobReturn) -> Record:
         return Record(job, folder, "failed", ExitCode.BUG, in_one_line(error))
     if code in (ExitCode.HOLDS, ExitCode.REFUTED):
         return Record(job, folder, "done", code)
-    return Record(job, folder, "failed", code, result.get("summary", "see what the job printed"))
+    return Record(job, folder, "failed", code, result.get("summary") or "see what the job printed")

@@ -32,6 +32,7 @@ class Miniature:
     loss: dict[str, Loss] = field(default_factory=dict)
     model: Model = field(default_factory=Model)
     seed: Any = 0
+    share: Any = None
     epochs: int = 1
     exit_code: int = 0
     accident: str | None = None
