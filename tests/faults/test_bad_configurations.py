@@ -36,6 +36,7 @@ MISFITS: dict[type, tuple[str, ...]] = {
 }
 ANYTHING = {
     "seed": ("-1", "1.5", "[]", "[0,0]", "x", "{a: 1}", str(2**32), "null", "[true]", "[[0]]"),
+    "share": ("x", "0", "1.5", "true", "{a: 1}", "[x]", "[-1]", "[99]", "[true]", "[[0]]"),
     "expect": ("x", "3", "{ce: same}", "{nobody: same}", "{nll: x}", "[same]", "true"),
 }  # what the schema leaves to `pipeline.config`
 IMPOSSIBLE: list[Overrides] = [
