@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,7 @@ from pipeline.trajectory import relative_distance
 
 SEALED = ("history.parquet", "state.pt")  # the files of a cell whose SHA-256 stands in its config.yaml
 SEAL = b"# SHA-256 of the lines above: "  # begins the last line of config.yaml
+UNSEALED = re.compile(rb"\n  state\.pt: [0-9a-f]{64}\n\Z")  # how config.yaml ended before there was a seal
 OUTDATED = "made by other code, settings, data or environment"
 
 
@@ -140,7 +142,10 @@ def sound_cell(folder: Path) -> Cell:
 
 def _record(path: Path) -> CellRecord:
     with _reading(path):
-        text, _, seal = path.read_bytes().rpartition(SEAL)
+        content = path.read_bytes()
+    text, mark, seal = content.rpartition(SEAL)
+    if not mark and UNSEALED.search(content):
+        raise DamagedCellError(f"{path.name} bears no seal: an older version wrote it")
     if _sha256(text) != seal.decode(errors="replace").strip():
         raise DamagedCellError(f"{path.name} is not as it was written")
     try:

@@ -94,12 +94,14 @@ class Formulation:
             UsageError: it did.
         """
         before = {name: _changes(tensors) for name, tensors in inputs.items()}
-        yield
-        for name, tensors in inputs.items():
-            if _changes(tensors) != before[name]:
-                raise UsageError(
-                    f"loss {self.name} overwrites its input {name}, which other losses share; clone it first"
-                )
+        try:
+            yield
+        finally:  # also of one that torch itself stopped for it
+            for name, tensors in inputs.items():
+                if _changes(tensors) != before[name]:
+                    raise UsageError(
+                        f"loss {self.name} overwrites its input {name}, which other losses share; clone it first"
+                    )
 
 
 def _changes(tensors: Sequence[Tensor | None]) -> int:
@@ -158,7 +160,7 @@ def probe(
                 value.backward()
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         shapes = ", ".join(f"{arg} {list(inputs[arg].shape)}" for arg in formulation.args)
         raise UsageError(f"loss {formulation.name} failed when called with {shapes}: {first_line(error)}") from error
     if not value.requires_grad:

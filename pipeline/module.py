@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from pipeline.datasets import Dataset
+from pipeline.errors import UsageError
 from pipeline.objectives import Objectives, Replica
 from pipeline.randomness import derive_seed
 from pipeline.stack import Stack
@@ -347,24 +349,18 @@ class SideBySide(pl.LightningModule):
 
 
 def fit(module: SideBySide, callbacks: Sequence[pl.Callback], accelerator: str) -> None:
-    """Train the stack; an interrupt leaves as KeyboardInterrupt."""
+    """Train the stack; SIGINT and SIGTERM leave as KeyboardInterrupt."""
     trainer = pl.Trainer(
         accelerator=accelerator, devices=1, max_epochs=module.recipe.epochs - module.epochs_done,
         callbacks=list(callbacks), logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    interrupted: list[Any] = []
-
-    class Interrupt(pl.Callback):
-        def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-            interrupted.extend([exception] if isinstance(exception, KeyboardInterrupt) else [])
-
-    trainer.callbacks.append(Interrupt())  # type: ignore[attr-defined]
     try:
         trainer.fit(module)
-    except SystemExit:
-        if interrupted:
+    except SystemExit as error:  # Lightning's answer to both signals
+        if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
-        raise
+        line = f"the model's own code calls sys.exit({error.code}) in training; raise an error there"
+        raise UsageError(line) from error
     if module.steps_done < module.last_step:  # Lightning takes a StopIteration from anywhere for the end
         raise RuntimeError(f"training ended after {module.steps_done} of {module.last_step} steps")

@@ -117,7 +117,7 @@ class Objectives:
                     objectives.append(arm.formulation.objective(fn, batch))
             except UsageError:
                 raise
-            except Exception as error:  # this replica has failed; its neighbours go on
+            except (Exception, SystemExit) as error:  # this replica has failed; its neighbours go on
                 if is_out_of_memory(error):
                     raise
                 self.raised.setdefault(

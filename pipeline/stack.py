@@ -159,7 +159,7 @@ class Fold(Stack):
         self._hidden = arguments[0]
 
     def forward(self, inputs: Tensor, fused: bool = False) -> Outputs:
-        if self.chain is not None and self.training and not torch.is_autocast_enabled(inputs.device.type):
+        if self.chain is not None and self._chained(inputs):
             return Outputs(self.chain(inputs))
         logits = self._by_replica(self.folded(inputs.flatten(1, 2)))
         hidden, self._hidden = self._hidden, None
@@ -170,6 +170,10 @@ class Fold(Stack):
             raise ValueError("a fused loss needs a stack that was built with its head's name")
         bias = None if layer.bias is None else layer.bias.unbind()
         return Outputs(logits, self._by_replica(hidden), layer.weight.unbind(), bias)
+
+    def _chained(self, inputs: Tensor) -> bool:
+        """Whether the chain gives autograd's bits: with a batch of one, strides mean nothing and products differ."""
+        return self.training and len(inputs) > 1 and not torch.is_autocast_enabled(inputs.device.type)
 
     def _by_replica(self, folded: Tensor) -> Tensor:
         """[B, R*F] as a contiguous [R, B, F]."""
@@ -360,6 +364,8 @@ def _perturbed(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def _unfaithful(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int) -> str | None:
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in modules[0].parameters()):
+        return "its parameters have hooks, which a stacked copy loses"
     generator = torch.Generator().manual_seed(0)
     device = next(modules[0].parameters()).device
     copies = [_perturbed(modules[i % len(modules)], generator).double() for i in range(3)]

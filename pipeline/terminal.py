@@ -43,7 +43,7 @@ def announce_damaged(damaged: Mapping[Replica, str]) -> None:
     """The runs that a verdict cannot count."""
     if damaged:
         said = [f"{replica.arm}/s{replica.seed} ({what})" for replica, what in damaged.items()]
-        console.print(f"damaged and not counted: {_listed(said)}; the command that trained them trains them again")
+        console.print(f"not counted: {_listed(said)}; the command that trained them trains them again")
 
 
 LARGE = 10**9  # bytes that are worth a line

@@ -159,3 +159,13 @@ def test_the_check_passes_what_has_the_same_bits_and_nothing_else(monkeypatch: p
 
     monkeypatch.setattr(Chain, "backward", off_by_a_bit)
     assert not fast_path_holds(modules(), (1, 4, 4), 16)
+
+
+def test_a_batch_of_one_has_autograds_bits_too() -> None:
+    data = toy_data((1, 8, 8), num_classes=10, train=21)
+    build = builder(partial(mlp, hidden=[128]), data)
+    fast, plain = (
+        trained(build, data, shipped(*ARMS), SEEDS, recipe(batch_size=10), fast=fast) for fast in (True, False)
+    )
+    for seed in SEEDS:
+        assert same_bits(weights_of(fast, "ce", seed), weights_of(plain, "ce", seed))

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,6 +27,7 @@ from laboratory import (
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
+from pipeline.formulations import Formulation
 from pipeline.models import cnn, mlp, softmax_regression
 from pipeline.module import Divergence, Recipe, SideBySide, fit
 from pipeline.objectives import Objectives, Replica
@@ -327,3 +331,30 @@ def test_channels_last_a_cnn_is_trained_to_the_same_weights_but_for_rounding() -
     fit(module, (), "cpu")
     plain = trained_by_hand(build(3).double(), data, 3, how).state_dict()
     assert largest_difference(stack.weights(0), plain) <= 1e-12
+
+
+def interrupting(step: int, act: Callable[[], None]) -> Formulation:
+    """Cross-entropy that does something at its call of that number."""
+    calls = iter(range(1, 10**6))
+
+    def fn(logits: Tensor, labels: Tensor) -> Tensor:
+        if next(calls) == step:
+            act()
+        return F.cross_entropy(logits, labels)
+
+    return Formulation("ce", ("logits", "labels"), lambda: fn)
+
+
+def test_a_request_to_end_is_an_interrupt_and_no_end_of_the_training() -> None:
+    data = toy_data()
+    ended = interrupting(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        trained(builder(softmax_regression, data), data, [ended], (0,), recipe(epochs=3))
+
+
+def test_a_loss_that_exits_fails_alone() -> None:
+    data = toy_data()
+    module = trained(builder(softmax_regression, data), data, [interrupting(4, sys.exit)], (0,), recipe(epochs=3))
+    (divergence,) = module.divergences()
+    assert divergence is not None
+    assert divergence.cause.startswith("the loss raised SystemExit")

@@ -15,7 +15,7 @@ from torchvision.models import resnet18
 from pipeline.formulations import Formulation
 from pipeline.models import ModelBuilder, cnn, mlp, softmax_regression
 from pipeline.objectives import Objectives, Replica
-from pipeline.stack import Stack, find_head, gains_channels_last
+from pipeline.stack import Stack, find_head, gains_channels_last, unfit_to_fold
 
 Make = Callable[..., nn.Module]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -263,3 +263,9 @@ def test_narrow_convolutions_gain_from_channels_last_wide_and_dense_networks_do_
     assert gains_channels_last(cnn((1, 28, 28), 10))
     assert not gains_channels_last(resnet18())
     assert not gains_channels_last(mlp((1, 28, 28), 10))
+
+
+def test_a_model_whose_parameters_have_hooks_is_not_folded() -> None:
+    module = mlp((1, 4, 4), 4)
+    next(module.parameters()).register_hook(lambda gradient: 2 * gradient)
+    assert "hooks" in str(unfit_to_fold([module], (1, 4, 4), 8))

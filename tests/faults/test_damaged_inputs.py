@@ -425,7 +425,7 @@ CELLS: dict[str, tuple[Damage, str]] = {
     "no config": (lambda cell: (cell / "config.yaml").unlink(), "config.yaml is missing"),
     "half a config": (lambda cell: halved(cell / "config.yaml"), "config.yaml is not as it was written"),
     "a bit of the config": (lambda cell: bit_flipped(cell / "config.yaml"), "config.yaml is not as it was written"),
-    "a config without its seal": (without_its_seal, "config.yaml is not as it was written"),
+    "a config without its seal": (without_its_seal, "config.yaml bears no seal: an older version wrote it"),
     "no YAML": (lambda cell: (cell / "config.yaml").write_text("a: [\x00"), "config.yaml is not as it was written"),
     "an empty config": (lambda cell: (cell / "config.yaml").write_bytes(b""), "config.yaml is not as it was written"),
     "no history": (lambda cell: (cell / "history.parquet").unlink(), "history.parquet is missing"),
@@ -476,13 +476,13 @@ def retold(folder: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert before is not None
     spoil(cells.cell_path(VICTIM))
     report([str(folder)])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged and not counted")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not counted: ")]
     assert f"nll/s1 ({what})" in line
     (found,) = json.loads((folder / "verdict.json").read_text())["comparisons"]
     assert found["outcome"] == "inconclusive"
     assert found["failures"] == [{"seed": 1, "step": None, "cause": f"damaged, {what}; train it again"}]
     assert run(request(), folder, "the command") == ExitCode.HOLDS
-    assert f"({what}) and trained again: nll/s1" in capsys.readouterr().out
+    assert f"({what}), to be trained again: nll/s1" in capsys.readouterr().out
     again = TrialFolder(folder).read(VICTIM)
     assert again is not None
     assert again.record.weights_sha256 == before.record.weights_sha256
