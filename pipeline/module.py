@@ -293,7 +293,7 @@ class SideBySide(pl.LightningModule):
         yardsticks = Yardsticks(len(self.replicas), self.device)
         was_training = self.stack.training
         self.stack.eval()
-        for indices in self.data.splits[split].split(EVALUATION_BATCH):
+        for indices in without_a_lonely_one(self.data.splits[split]):
             inputs, labels = self._take(indices), self.data.labels[indices]
             with self._autocast():
                 logits = self.stack(self.stack.shared(inputs)).first(len(self.replicas)).logits
@@ -346,6 +346,13 @@ class SideBySide(pl.LightningModule):
                 yield Divergence(self.last_step, "the logits are not finite")
             else:
                 yield None
+
+
+def without_a_lonely_one(indices: Tensor) -> tuple[Tensor, ...]:
+    """The examples in batches for evaluation, none of a single one where there are more: folded, it has other bits."""
+    size = next(size for size in range(EVALUATION_BATCH, 0, -1) if len(indices) % size != 1 or len(indices) == 1)
+    batches: tuple[Tensor, ...] = indices.split(size)
+    return batches
 
 
 def fit(module: SideBySide, callbacks: Sequence[pl.Callback], accelerator: str) -> None:

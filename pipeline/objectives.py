@@ -73,17 +73,16 @@ class Objectives:
 
     def __call__(self, outputs: Outputs, labels: Tensor, target_probs: Tensor | None) -> list[Tensor]:
         """R scalars in replica order, from logits [R, B, C], labels [S, B] and target_probs [S, B, C] by seed."""
-        by_seed = {"labels": labels.unbind()}
-        if target_probs is not None:
-            by_seed["target_probs"] = target_probs.unbind()
+        by_seed = {"labels": labels} if target_probs is None else {"labels": labels, "target_probs": target_probs}
         objectives: list[Tensor] = []
         self.calls += 1
         for arm, logits in zip(self.arms, outputs.logits.split(self.sizes), strict=True):
             mine = slice(len(objectives), len(objectives) + len(arm.fns))
             given: Given = {name: tensor.unbind() for name, tensor in derive(arm.formulation.args, logits).items()}
             for name in arm.formulation.args:
-                if name in by_seed:
-                    given[name] = [by_seed[name][slot] for slot in self.slots[mine]]
+                if name in by_seed:  # the arm's own copy: what writes behind torch's back reaches no other
+                    rows = by_seed[name].clone().unbind()
+                    given[name] = [rows[slot] for slot in self.slots[mine]]
                 elif name in FUSED_INPUTS:
                     given[name] = _of_fused(outputs, name, mine)
             with arm.formulation.unwritten(given):

@@ -252,6 +252,11 @@ def _engine(
     _check_pairing(builder)
     fast = config["trainer"]["fast"]
     channels_last = fast and device.type == "cpu" and dtype == torch.float32 and gains_channels_last(first)
+    if lonely and requested == "fold":
+        raise UsageError(
+            "trainer.engine=fold, but the last batch holds one example, whose bits depend on the neighbours when "
+            "folded; use trainer.engine=auto or another batch_size"
+        )
     if lonely and requested == "auto":
         why = "a batch of one example has other bits when folded"
         return "loop", why, config["trainer"]["tile"] or 4, channels_last

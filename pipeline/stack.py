@@ -452,7 +452,11 @@ def _two_steps(fold: Fold, inputs: Tensor, upstream: Tensor, make_optimizer: Mak
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+    return torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _num_classes(module: nn.Module, shape: Sequence[int], device: torch.device) -> int:

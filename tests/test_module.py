@@ -29,7 +29,7 @@ from torchvision.models import resnet18
 
 from pipeline.formulations import Formulation
 from pipeline.models import cnn, mlp, softmax_regression
-from pipeline.module import Divergence, Recipe, SideBySide, fit
+from pipeline.module import Divergence, Recipe, SideBySide, fit, without_a_lonely_one
 from pipeline.objectives import Objectives, Replica
 from pipeline.stack import build_stack
 
@@ -358,3 +358,24 @@ def test_a_loss_that_exits_fails_alone() -> None:
     (divergence,) = module.divergences()
     assert divergence is not None
     assert divergence.cause.startswith("the loss raised SystemExit")
+
+
+def test_a_loss_that_overwrites_labels_behind_torchs_back_reaches_no_neighbour() -> None:
+    def overwriting(logits: Tensor, labels: Tensor) -> Tensor:
+        labels.data.zero_()
+        return F.cross_entropy(logits, labels)
+
+    data = toy_data()
+    build = builder(softmax_regression, data)
+    first = Formulation("a", ("logits", "labels"), lambda: overwriting)
+    alone = trained(build, data, shipped("ce"), (0,), recipe())
+    beside = trained(build, data, [first, *shipped("ce")], (0,), recipe())
+    assert same_bits(weights_of(alone, "ce", 0), weights_of(beside, "ce", 0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 499, 500, 501, 1000, 1001, 1500, 2501])
+def test_evaluation_leaves_no_example_alone(count: int) -> None:
+    batches = without_a_lonely_one(torch.arange(count))
+    assert torch.equal(torch.cat(batches), torch.arange(count))
+    assert count == 1 or min(map(len, batches)) > 1
+    assert count % 500 == 1 or len(batches[0]) == min(count, 500)

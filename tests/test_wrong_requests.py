@@ -278,6 +278,11 @@ def test_a_last_batch_of_one_is_refused_under_batch_norm(
     assert 1137 % advised > 1 or advised == 3
 
 
+def test_folding_a_last_batch_of_one_is_refused(quick: Config, unready: Callable[..., str]) -> None:
+    line = unready(trainer={**quick["trainer"], "engine": "fold"}, batch_size=142)
+    assert "the last batch holds one example, whose bits depend on the neighbours when folded" in line
+
+
 def test_a_last_batch_of_one_is_no_matter_without_batch_norm(quick: Config) -> None:
     prepare({**quick, "batch_size": 1136})
 
