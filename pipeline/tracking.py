@@ -355,7 +355,7 @@ def _cannot_be_meant(error: Exception) -> bool:
 
 def without_password(text: str) -> str:
     """The text without the user and password of any address: no password is printed or stored."""
-    return re.sub(r"\bpassword=[^&\s]*&?", "", re.sub(r"//[^:/@\s]*:[^@\s]*@", "//", text))
+    return re.sub(r"\b(ssl)?password=[^&\s]*&?", "", re.sub(r"//[^:/@\s]*:\S*@", "//", text))
 
 
 def _content(tags: Mapping[str, str]) -> str:

@@ -366,8 +366,10 @@ def test_a_store_that_is_not_there_is_one_line_soon(uri: str, says: str, tmp_pat
     ("text", "safe"),
     [
         ("at http://bob:se/c:ret@host:5000/x, and", "at http://host:5000/x, and"),
+        ("at http://bob:se@cr@et@host:5000/x, and", "at http://host:5000/x, and"),
         ("postgresql://bob@host/db", "postgresql://bob@host/db"),
         ("postgresql://host/db?password=secret&x=1", "postgresql://host/db?x=1"),
+        ("postgresql://host/db?x=1&sslpassword=secret", "postgresql://host/db?x=1&"),
         ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
     ],
 )
