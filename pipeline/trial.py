@@ -71,11 +71,8 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
             if config["audit"]:
                 ask_at_weights(setting, request, folder)
             code, verdict = conclude(folder, request, facts, recorder)
-            if lost := [replica for replica in _all_wanted(request) if folder.read(replica) is None]:
-                announce_lost(lost)
-                return ExitCode.BUG
             more = more_seeds(request, verdict) if config["until"] == "decided" else 0
-            if not more:
+            if code is ExitCode.BUG or not more:
                 return code
             request = with_more_seeds(request, more)
             setting = replace(setting, config={**setting.config, "share": None})
@@ -193,7 +190,10 @@ def _read(folder: TrialFolder, replicas: Sequence[Replica]) -> Cells:
 def conclude(
     folder: TrialFolder, request: Request, facts: Facts, recorder: Recorder | None = None
 ) -> tuple[ExitCode, dict[str, Any]]:
-    """Verdict, report and checkpoints from the cells alone; prints the table, returns exit code and verdict."""
+    """Verdict, report and checkpoints from the cells alone; prints the table, returns exit code and verdict.
+
+    Whatever holds of the others, a run that is missing makes it `BUG`.
+    """
     from pipeline.figures import write_report
     from pipeline.page import Findings
 
@@ -226,10 +226,15 @@ def conclude(
     folder.export_checkpoints(list(cells.values()))
     write_report(folder.path, found)
     show_verdict(verdict)
-    if recorder is None:
-        return closing(verdict, folder.path), verdict
-    recorder.conclude(report_run(folder, verdict, cells.values()))
-    return closing(verdict, folder.path, recorder.shortfall or recorder.page), verdict
+    recorded = None
+    if recorder is not None:
+        recorder.conclude(report_run(folder, verdict, cells.values()))
+        recorded = recorder.shortfall or recorder.page
+    code = closing(verdict, folder.path, recorded)
+    if lost := [replica for replica in _all_wanted(request) if replica not in cells | controls]:
+        announce_lost(lost)
+        code = ExitCode.BUG
+    return code, verdict
 
 
 def _header(folder: TrialFolder, cells: Cells) -> dict[str, Any]:

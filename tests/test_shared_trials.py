@@ -16,6 +16,7 @@ from test_trial import FAST, same_bits, trial, verdict, weights
 from pipeline.cells import TrialFolder
 from pipeline.errors import UsageError
 from pipeline.exit_codes import ExitCode
+from pipeline.report import report
 
 ASKED = ("loss=[ce,nll,brier]", "seed=[0,1,2]", "controls=all")
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,8 @@ def test_what_a_share_has_not_brought_is_named_and_trained_by_the_same_command(
     for entry in verdict(path)["comparisons"]:
         assert [failure["seed"] for failure in entry["failures"]] == [2]
         assert entry["outcome"] == "inconclusive"
+    assert report([str(path)]) == ExitCode.BUG
+    assert "missing (ce/s2, nll/s2, brier/s2, " in capsys.readouterr().out
     trial(path, *ASKED, "share=[2]")
     assert trial(path, *ASKED, "share=[]") == ExitCode.HOLDS
     assert verdict(path) == verdict(alone)
