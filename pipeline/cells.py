@@ -168,6 +168,7 @@ class TrialFolder:
     """One trial's folder. What all its cells share is written by one process at once, and so is each seed's."""
 
     def __init__(self, path: Path) -> None:
+        path = Path(os.path.abspath(path))  # its name is what its runs are found by, `.` is none
         self.path = path
         self._lock = filelock.FileLock(path / ".lock")
         self._known: dict[Replica, Cell] = {}  # what this process wrote or has read

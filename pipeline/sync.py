@@ -56,7 +56,11 @@ def _send(folder: TrialFolder, tracker: Tracker) -> str:
     runs = [cell_run(cell, folder, reference) for cell in cells if cell.record.fingerprint not in held]
     concluded = (folder.path / "report.html").exists()
     if concluded:
-        report = report_run(folder, json.loads((folder.path / "verdict.json").read_text()), cells)
+        try:
+            report = report_run(folder, json.loads((folder.path / "verdict.json").read_text()), cells)
+        except (FileNotFoundError, ValueError) as error:
+            line = f"the verdict or report in {folder.path} is damaged or gone"
+            raise UsageError(f"{line}: `make report DIR={folder.path}` makes it again") from error
         runs += [report] if report.content not in held else []
     tracker.record(runs)
     tracker.link(folder.path.name)

@@ -16,9 +16,10 @@ def untouched_randomness() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests remember, a user must not recall."""
+def _cache_and_store_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests remember, a user must not recall; and nothing of theirs goes to a user's store."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("LIKELIHOOD_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -16,6 +16,7 @@ from pipeline import config as conf
 from pipeline.cells import TrialFolder
 from pipeline.errors import UsageError
 from pipeline.objectives import Replica
+from pipeline.report import report
 from pipeline.sync import sync
 from pipeline.tracking import Tracker
 from pipeline.trial import run
@@ -131,3 +132,28 @@ def test_a_folder_that_is_no_trial_s_is_refused(tmp_path: Path) -> None:
 def test_help_is_told_at_once() -> None:
     done = subprocess.run([sys.executable, "-m", "pipeline.sync", "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: ")
+
+
+def test_a_folder_that_is_named_by_a_dot_has_the_same_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync([str(folder)])
+    before = names(folder)
+    monkeypatch.chdir(folder)
+    assert "held 10 of 10 runs, 0 were sent" in synced(Path("."), capsys)
+    assert names(folder) == before
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short"])
+def test_a_verdict_that_is_damaged_or_gone_is_one_line_and_the_report_mends_it(folder: Path, damage: str) -> None:
+    report([str(folder)])
+    verdict = folder / "verdict.json"
+    whole = verdict.read_bytes()
+    verdict.write_bytes(whole[:100])
+    if damage == "gone":
+        verdict.unlink()
+    with pytest.raises(UsageError, match="damaged or gone: `make report DIR="):
+        sync([str(folder)])
+    report([str(folder)])
+    assert json.loads(verdict.read_text()) == json.loads(whole)
+    assert sync([str(folder)]) == 0
