@@ -4,7 +4,10 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
+TORCH  ?=
 PY     := .venv/bin/python
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 ARGS   ?=
 DIR    ?=
 PORT   ?= 5000
@@ -21,18 +24,24 @@ help: ## list the targets
 .venv/.lab: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; give PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,launchers]'
+	@case "$(TORCH)" in \
+	  "") ;; \
+	  cpu) $(PIP) --retries 1 --index-url $(CPU_INDEX) torch torchvision || { \
+	    echo "error: torch's index of CPU builds, $(CPU_INDEX), cannot be used here; leave TORCH=cpu out" >&2; exit 1; };; \
+	  *) echo "error: TORCH=$(TORCH); give TORCH=cpu, or leave it out" >&2; exit 1;; \
+	esac
+	$(PIP) -e '.[lab,launchers]'
 	@touch $@
 
 .venv/.dev: .venv/.lab
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,launchers,server,dev]'
+	$(PIP) -e '.[lab,launchers,server,dev]'
 	@touch $@
 
 .venv/.server: .venv/.lab
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,server]'
+	$(PIP) -e '.[lab,server]'
 	@touch $@
 
-install: .venv/.lab ## make ./.venv with everything that the pipeline needs
+install: .venv/.lab ## make ./.venv with all that the pipeline needs; TORCH=cpu: torch without CUDA, 5 GB less
 
 # --- the work
 
@@ -84,15 +93,20 @@ bench-check: .venv/.dev ## the steps again, beside the last record of this devic
 
 # --- quality
 
-test: .venv/.dev ## the tests, without the slow ones and the drills
-	$(PY) -m pytest -m "not slow and not faults" $(ARGS)
+# One worker a core, each with one thread; a file stays with one worker, so that its fixtures are made once.
+PARALLEL := -n logical --dist loadfile
+test test-all: export OMP_NUM_THREADS := 1
+
+test: .venv/.dev ## the tests on all cores, without the slow ones and the drills
+	$(PY) -m pytest -m "not slow and not faults" $(PARALLEL) --durations=15 $(ARGS)
 
 faults: .venv/.dev ## the drills: what is killed, full, slow or wrong, many minutes
 	$(PY) -m pytest -m faults tests/faults $(ARGS)
 
-lint: .venv/.dev ## ruff: style, imports, security rules, formatting
+lint: .venv/.dev ## ruff: style, imports, security rules, formatting; import-linter: who may import whom
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports --no-logo --no-cache
 
 types: .venv/.dev ## mypy in strict mode
 	$(PY) -m mypy
@@ -103,7 +117,7 @@ check: .venv/.dev ## what CI runs: lint, types, all tests, the main job; prints 
 	  echo "== all parts took $$SECONDS s"
 
 test-all: .venv/.dev
-	$(PY) -m pytest -m "not faults" --durations=15 $(ARGS)
+	$(PY) -m pytest -m "not faults" $(PARALLEL) --durations=15 $(ARGS)
 
 clean: ## remove caches; never results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

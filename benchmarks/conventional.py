@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.steps import BARE_LOSSES, BATCH, LEARNING_RATE
-from pipeline.datasets import Dataset
+from pipeline.data.dataset import Dataset
 from pipeline.models import mlp
 
 EXPERIMENT = "conventional"  # made beforehand

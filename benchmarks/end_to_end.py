@@ -90,15 +90,15 @@ def product(scratch: Path, num_seeds: int, epochs: int) -> float:
     """One trial of everything, as `python -m pipeline.train` runs it."""
     from hydra import compose, initialize_config_dir
 
-    from pipeline import config as conf
-    from pipeline.imports import lasting
+    from pipeline.config import schema as conf
+    from pipeline.entry import lasting
 
     with lasting("torch"):
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - imports to be counted as such
         import sklearn.datasets  # noqa: F401
 
-        import pipeline.figures  # noqa: F401
-        from pipeline.trial import run
+        import pipeline.reporting.figures  # noqa: F401
+        from pipeline.trial.run import run
 
     imports = time.process_time()
     seeds = list(range(num_seeds))
@@ -117,7 +117,7 @@ def conventional(scratch: Path, num_seeds: int, epochs: int, losses: Sequence[st
     import torch
 
     from benchmarks.conventional import train
-    from pipeline.loaders import digits
+    from pipeline.data.loaders import digits
 
     imports = time.process_time()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What a stack keeps in memory while it trains, beside what pipeline/budget.py says: python -m benchmarks.memory
+"""What a stack keeps in memory while it trains, beside what pipeline/trial/budget.py says: python -m benchmarks.memory
 
 Each model in a fresh process, since memory that was freed is used again: how far the peak of the resident set grows
 over a few steps.
@@ -30,10 +30,11 @@ def measure(overrides: list[str]) -> dict[str, float]:
     from hydra import compose, initialize_config_dir
 
     from benchmarks.steps import WithoutTrainer
-    from pipeline import config as conf
-    from pipeline.budget import budget_of
-    from pipeline.objectives import Objectives, Replica
-    from pipeline.setting import prepare
+    from pipeline.config import schema as conf
+    from pipeline.replica import Replica
+    from pipeline.training.objectives import Objectives
+    from pipeline.trial.budget import budget_of
+    from pipeline.trial.setup import prepare
 
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
         setting = prepare(conf.plain(compose("train", [*overrides, "trainer=cpu"])))
@@ -74,7 +75,7 @@ def _peak() -> Iterator[dict[str, int]]:
 
 def main() -> None:
     """A line for each case."""
-    from pipeline.budget import in_words
+    from pipeline.text import in_words
 
     print("| model | replicas | budget | seen | seen / budget |\n|---|---|---|---|---|")
     for overrides in CASES:

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        from pipeline.setting import keep_freed_memory
+        from pipeline.runtime import keep_freed_memory
 
         keep_freed_memory()  # as every trial does
     whole = not (given.quick or given.steps_only or given.check)

@@ -27,7 +27,7 @@ def to_the_first_step(arguments: list[str]) -> None:
 
     def check_and_prepare_to_stop(*given: object) -> None:
         check(*given)  # type: ignore[arg-type]
-        from pipeline.module import SideBySide
+        from pipeline.training.module import SideBySide
 
         SideBySide.training_step = lambda *_: os._exit(0)  # type: ignore[method-assign]
 

@@ -18,13 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import Contender, Spread, clock, gain, interleaved
 from benchmarks.vmapped import Vmapped
-from pipeline.datasets import Dataset, make_dataset
-from pipeline.formulations import Formulation
-from pipeline.loaders import digits
+from pipeline.data.dataset import Dataset, make_dataset
+from pipeline.data.loaders import digits
+from pipeline.engine.choose import build_stack
+from pipeline.engine.stack import Outputs
 from pipeline.models import ModelBuilder, cnn, mlp
-from pipeline.module import Recipe, SideBySide
-from pipeline.objectives import Objectives, Replica
-from pipeline.stack import Outputs, build_stack
+from pipeline.replica import Replica
+from pipeline.training.module import Recipe, SideBySide
+from pipeline.training.objectives import Formulation, Objectives
 
 BATCH = 64
 LEARNING_RATE = 0.1

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.timing import Contender, Spread, interleaved
-from pipeline.tracking import Run, Tracker
+from pipeline.tracking.mlflow_store import Run
+from pipeline.tracking.tracker import Tracker
 
 RUNS, PARAMS, METRICS, EPOCHS = 96, 30, 5, 30
 REPETITIONS = 5

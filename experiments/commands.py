@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import UsageError
+from likelihood_lab.errors import UsageError
 
 TRAIN = ["python", "-m", "pipeline.train"]
 FOLDER = "hydra.run.dir="

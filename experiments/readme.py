@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments.results import recorded
-from pipeline.errors import UsageError, did_you_mean
-from pipeline.exit_codes import guarded
+from likelihood_lab.errors import UsageError, did_you_mean
+from pipeline.entry import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

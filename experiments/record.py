@@ -27,12 +27,12 @@ import pandas as pd
 
 from experiments.commands import Command, Readme, read, with_block
 from experiments.results import compare, markdown, recorded, rows_of, write
-from pipeline.errors import UsageError, did_you_mean
-from pipeline.exit_codes import GRAVITY, ExitCode, attempt
+from likelihood_lab.errors import UsageError, did_you_mean
+from pipeline.entry import GRAVITY, ExitCode, attempt
 
 BEFORE = "trained before"  # in place of a cost
 EXPERIMENTS = Path(__file__).resolve().parent
-SHAPES_NUMBERS = ("pipeline", "conf", "hydra_plugins", "constraints.txt")
+SHAPES_NUMBERS = ("likelihood_lab", "pipeline", "conf", "hydra_plugins", "constraints.txt")
 # What a trial says that lacks its data or its device; the request is right, it only cannot be run here.
 ABSENT = ("is not here: ", "put the four IDX files there", "holds no sound", "torch sees no CUDA GPU here")
 

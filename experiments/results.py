@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.errors import UsageError, first_line
+from likelihood_lab.errors import UsageError, first_line
 
 KEY = ["trial", "loss", "metric"]
 WORDS = [

@@ -1,24 +1,39 @@
-"""The audit of loss functions, for Python and pytest.
+"""Is it the same loss, and did it train the same model? For Python and pytest.
 
     from likelihood_lab import assert_same_loss
     assert_same_loss(my_cross_entropy, torch.nn.functional.cross_entropy)
 
-A shim over `pipeline.check`, which is imported when one of its names is first asked for.
+From the shell: `python -m likelihood_lab check my_losses:my_cross_entropy`. A name is imported when it is first used:
+importing the package loads no torch.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.check import Finding, assert_same_loss, capture, check
+    from likelihood_lab.audit.api import assert_same_loss, capture, check
+    from likelihood_lab.audit.finding import Finding
+    from likelihood_lab.categorical import losses
+    from likelihood_lab.stats.equivalence import tost
+    from likelihood_lab.stats.outcome import compare
 
-__all__ = ["Finding", "assert_same_loss", "capture", "check"]
+__all__ = ["Finding", "assert_same_loss", "capture", "check", "compare", "losses", "tost"]
+
+_HOMES = {
+    "Finding": "audit.finding",
+    "assert_same_loss": "audit.api",
+    "capture": "audit.capture",
+    "check": "audit.api",
+    "compare": "stats.outcome",
+    "losses": "categorical.losses",
+    "tost": "stats.equivalence",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"likelihood_lab has no {name!r}; it has {', '.join(__all__)}")
-    import pipeline.check
-
-    return getattr(pipeline.check, name)
+    home = importlib.import_module(f"likelihood_lab.{_HOMES[name]}")
+    return home if name == "losses" else getattr(home, name)

@@ -14,6 +14,6 @@ import pytest
 @pytest.fixture(scope="session")
 def assert_same_loss() -> Callable[..., None]:
     """`likelihood_lab.assert_same_loss`; torch is imported by the first test that asks for it."""
-    from pipeline.check import assert_same_loss
+    from likelihood_lab.audit.api import assert_same_loss
 
     return assert_same_loss

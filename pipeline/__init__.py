@@ -1,1 +1,1 @@
-"""likelihood-lab: do two loss formulations train the same model?"""
+"""The application: Hydra configures it, Lightning trains, MLflow records."""

@@ -9,11 +9,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pipeline import config as conf
-from pipeline.checks import check_audit
-from pipeline.exit_codes import ExitCode, guarded, note, run_entry_point
-from pipeline.imports import lasting
-from pipeline.late_folder import folder_of
+from pipeline.config import schema as conf
+from pipeline.config.hydra_glue import folder_of, run_entry_point
+from pipeline.config.validate import check_audit
+from pipeline.entry import ExitCode, guarded, lasting, note
 
 
 @hydra.main(version_base="1.3", config_path=str(conf.CONF), config_name="audit")
@@ -23,7 +22,7 @@ def task(cfg: DictConfig) -> None:
     def audit() -> ExitCode:
         with lasting("torch"):
             check_audit(cfg)
-            from pipeline.audit_request import run
+            from pipeline.loss_audit.command import run
 
         return run(conf.plain(cfg), folder_of(HydraConfig.get()))
 

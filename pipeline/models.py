@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UsageError, first_line
+from likelihood_lab.errors import UsageError, first_line
 
 Shape = tuple[int, int, int]
 

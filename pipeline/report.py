@@ -13,9 +13,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.errors import UsageError
-from pipeline.exit_codes import guarded
-from pipeline.imports import lasting
+from likelihood_lab.errors import UsageError
+from pipeline.entry import guarded, lasting
 
 USAGE = (
     "usage: python -m pipeline.report DIR|sweep=ID "
@@ -26,10 +25,10 @@ USAGE = (
 def report(arguments: list[str]) -> int:
     """Conclude again; what is not given is as the trial was asked."""
     with lasting("torch"):
-        from pipeline import config as conf
-        from pipeline.cells import TrialFolder
-        from pipeline.request import read_request
-        from pipeline.trial import conclude
+        from pipeline.config import schema as conf
+        from pipeline.storage.cells import TrialFolder
+        from pipeline.trial.conclude import conclude
+        from pipeline.verdict.plan import read_request
 
     known = {"expect", "about", "reference", "sweep"}
     changes = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in known and "=" in a)

@@ -16,8 +16,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.errors import UsageError
-from pipeline.exit_codes import ExitCode, guarded
+from likelihood_lab.errors import UsageError
+from pipeline.entry import ExitCode, guarded
 
 SHORTEST = 12  # MLflow's rule
 

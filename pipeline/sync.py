@@ -13,22 +13,22 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import UsageError
-from pipeline.exit_codes import ExitCode, guarded
+from likelihood_lab.errors import UsageError
+from pipeline.entry import ExitCode, guarded
 
 if TYPE_CHECKING:
-    from pipeline.cells import TrialFolder
-    from pipeline.tracking import Tracker
+    from pipeline.storage.cells import TrialFolder
+    from pipeline.tracking.tracker import Tracker
 
 USAGE = "usage: python -m pipeline.sync DIR"
 
 
 def sync(arguments: list[str]) -> ExitCode:
     """Send every whole cell and the last report, each once, whatever is left there of a process that was killed."""
-    from pipeline import config as conf
-    from pipeline.cells import TrialFolder
-    from pipeline.request import read_tracking
-    from pipeline.tracking import StoreError, Tracker
+    from pipeline.config import schema as conf
+    from pipeline.storage.cells import TrialFolder
+    from pipeline.tracking.tracker import StoreError, Tracker
+    from pipeline.verdict.plan import read_tracking
 
     if len(arguments) != 1:
         raise UsageError(USAGE)
@@ -46,8 +46,8 @@ def sync(arguments: list[str]) -> ExitCode:
 
 def _send(folder: TrialFolder, tracker: Tracker) -> str:
     """What was sent, in one line."""
-    from pipeline.request import read_request
-    from pipeline.runs import cell_run, report_run
+    from pipeline.tracking.runs import cell_run, report_run
+    from pipeline.verdict.plan import read_request
 
     reference = read_request(folder.path)[0].reference
     tracker.open()

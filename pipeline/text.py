@@ -1,11 +1,23 @@
-"""Values as a reader would write them."""
+"""Text for readers: numbers, bytes and lists in words, and passwords removed. Standard library only."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
+
+
+SHOWN = 6  # of a list that may be long
+MARKS = {None: "", True: " holds", False: " does not hold"}
+
+
+def in_words(size: int) -> str:
+    """Bytes as a reader takes them in: 45 MB, 1.2 GB."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, (len(str(size)) - 1) // 3))
+    return f"{size / 1000**power:.3g} {units[power]}"
 
 
 def prose(value: Any) -> str:
@@ -24,3 +36,13 @@ def prose(value: Any) -> str:
 def listed(names: Sequence[str]) -> str:
     """`a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def shortened(words: Sequence[object]) -> str:
+    more = len(words) - SHOWN
+    return ", ".join(map(str, words[:SHOWN])) + (f" and {more} more" if more > 0 else "")
+
+
+def without_password(text: str) -> str:
+    """The text without the user and password of any address: no password is printed or stored."""
+    return re.sub(r"\b(ssl)?password=[^&\s]*&?", "", re.sub(r"//[^:/@\s]*:\S*@", "//", text))

@@ -15,11 +15,10 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pipeline import config as conf
-from pipeline.checks import check
-from pipeline.exit_codes import ExitCode, attempt, guarded, note, run_entry_point
-from pipeline.imports import lasting
-from pipeline.late_folder import folder_of, swept
+from pipeline.config import schema as conf
+from pipeline.config.hydra_glue import folder_of, run_entry_point, swept
+from pipeline.config.validate import check
+from pipeline.entry import ExitCode, attempt, guarded, lasting, note
 
 
 @hydra.main(version_base="1.3", config_path=str(conf.CONF), config_name="train")
@@ -30,7 +29,7 @@ def task(cfg: DictConfig) -> dict[str, Any]:
     def trial() -> ExitCode:
         with lasting("torch"):
             check(cfg)
-            from pipeline.trial import run
+            from pipeline.trial.run import run
 
         return run(conf.plain(cfg), folder_of(settings), _command(settings))
 

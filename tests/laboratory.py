@@ -8,19 +8,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 import yaml
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from pipeline.datasets import Dataset, make_dataset
-from pipeline.formulations import Formulation
+from likelihood_lab.errors import UsageError
+from pipeline.data.dataset import Dataset, make_dataset
+from pipeline.engine.choose import build_stack
+from pipeline.engine.seeding import derive_seed
+from pipeline.engine.stack import Stack
 from pipeline.models import ModelBuilder
-from pipeline.module import Recipe, SideBySide, fit
-from pipeline.objectives import Objectives, Replica
-from pipeline.randomness import derive_seed
-from pipeline.stack import Stack, build_stack
+from pipeline.replica import Replica
+from pipeline.training.module import Recipe, SideBySide, fit
+from pipeline.training.objectives import Formulation, Objectives
 
 LOSSES = Path(__file__).parents[1] / "conf" / "loss"
 CPU = torch.device("cpu")
@@ -165,3 +168,13 @@ def largest_difference(a: Weights, b: Weights) -> float:
         for name in a
         if a[name].is_floating_point()
     )
+
+
+def refused(what: Callable[[], object], *words: str) -> None:
+    """`what()` raises a UsageError of one line that holds all `words`."""
+    with pytest.raises(UsageError) as caught:
+        what()
+    line = str(caught.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.audit.tables import environment, markdown
-from pipeline.check import Finding, check
+from likelihood_lab.audit.api import check
+from likelihood_lab.audit.finding import Finding
 
 IGNORED = -100
 HIDDEN, VOCABULARY, LENGTH, PER_BATCH = 16, 50, 32, 2

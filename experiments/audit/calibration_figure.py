@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from pipeline.drawing import COLOURS, LINES, MARKERS, MUTED, canvas, described, label_ends
-from pipeline.numerics import CONSTANT
+from likelihood_lab.audit.rounding import CONSTANT
+from pipeline.reporting.plotting import COLOURS, LINES, MARKERS, MUTED, canvas, described, label_ends
 
 MUTANT = "label smoothing"
 TICKS = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0)

@@ -37,7 +37,7 @@ WORDS = {
 
 def ask() -> Iterator[tuple[str, str, str]]:
     """(row, word, sentence) of every case that the audit can be asked about; half a minute."""
-    from pipeline.check import check
+    from likelihood_lab.audit.api import check
 
     for case in CATALOGUE:
         if case.fn is not None:

@@ -24,7 +24,8 @@ import torch
 from experiments.audit.pairs import Pair, pairs
 from experiments.audit.plain import TESTS, plain_test
 from experiments.audit.tables import environment, markdown
-from pipeline.check import Finding, check
+from likelihood_lab.audit.api import check
+from likelihood_lab.audit.finding import Finding
 
 WORDS = ("identical", "rounding", "offset", "domain", "scaled", "reweighted", "different", "not_run", "error")
 ORIGINS = {

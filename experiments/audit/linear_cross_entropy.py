@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions as Options
 
 from experiments.audit.tables import environment, markdown
-from pipeline.check import Finding, check
+from likelihood_lab.audit.api import check
+from likelihood_lab.audit.finding import Finding
 
 FUSED = ("hidden", "weight", "labels")
 WITH_BIAS = (*FUSED, "bias")

@@ -15,13 +15,13 @@ from torch import Tensor
 from experiments.audit.case import LOGITS_AND_LABELS
 from experiments.audit.honest import FORMS, HonestForm
 from experiments.audit.pairs import ON_TARGETS
-from pipeline.auditing.audit import Audit, audit_of
-from pipeline.auditing.batches import Batch
-from pipeline.auditing.calls import Loss, evaluate
-from pipeline.auditing.mutants import LADDER, MUTANTS, Mutant, mean_cross_entropy
-from pipeline.auditing.power import LARGEST
-from pipeline.auditing.precision import systematic_part
-from pipeline.numerics import in_units, row_errors
+from likelihood_lab.audit.context import Audit, audit_of
+from likelihood_lab.audit.evaluate import Loss, evaluate
+from likelihood_lab.audit.precision import systematic_part
+from likelihood_lab.audit.rounding import in_units, row_errors
+from likelihood_lab.audit.sensitivity import LARGEST
+from likelihood_lab.categorical.batches import Batch
+from likelihood_lab.categorical.mutants import LADDER, MUTANTS, Mutant, mean_cross_entropy
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NO_FORM = {

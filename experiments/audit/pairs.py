@@ -16,10 +16,10 @@ from experiments.audit.catalogue import CATALOGUE
 from experiments.audit.honest import FORMS
 from experiments.audit.planted import BLIND_SPOTS
 from experiments.audit.third_party import cases
-from pipeline.auditing.audit import audit_of
-from pipeline.auditing.calls import Loss
-from pipeline.auditing.mutants import LADDER, MUTANTS
-from pipeline.numerics import unit_roundoff
+from likelihood_lab.audit.context import audit_of
+from likelihood_lab.audit.evaluate import Loss
+from likelihood_lab.audit.rounding import unit_roundoff
+from likelihood_lab.categorical.mutants import LADDER, MUTANTS
 
 SAME = ("identical", "rounding", "offset")
 ON_TARGETS = ("logits", "target_probs")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from experiments.audit.case import Case
-from pipeline.auditing.batches import WIDTH, Batch
-from pipeline.auditing.calls import Evaluation, Loss, evaluate
+from likelihood_lab.audit.evaluate import Evaluation, Loss, evaluate
+from likelihood_lab.categorical.batches import WIDTH, Batch
 
 ROWS, CLASSES = 64, 10
 BOTH = (torch.float32, torch.float64)

@@ -16,11 +16,12 @@ import numpy as np
 from torch import Tensor
 
 from experiments.envelope.study import HONEST, MUTANTS, REFERENCE, REGIMES, given, trained_sketches
-from pipeline.controls import dithered
-from pipeline.envelope import STEPS as KEPT
-from pipeline.formulations import Formulation
-from pipeline.objectives import Replica
-from pipeline.rank_test import BITS, STEPS, rank_test
+from likelihood_lab.stats.trajectory import BITS, rank_test
+from likelihood_lab.stats.trajectory import RANK_STEPS as STEPS
+from likelihood_lab.stats.trajectory import STEPS as KEPT
+from pipeline.replica import Replica
+from pipeline.training.controls import dithered
+from pipeline.training.objectives import Formulation
 
 HERE = Path(__file__).parent
 COPIES = 9

@@ -24,15 +24,15 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from pipeline import config as conf
-from pipeline.controls import BY_PRECISION, control
-from pipeline.envelope import STEPS, Distances, envelope
-from pipeline.formulations import Formulation
-from pipeline.losses import nll_by_logsumexp, nll_of_log_of_softmax
-from pipeline.module import SideBySide, fit
-from pipeline.objectives import Objectives, Replica
-from pipeline.setting import Setting, prepare
-from pipeline.trajectory import relative_distance
+from likelihood_lab.categorical.losses import nll_by_logsumexp, nll_of_log_of_softmax
+from likelihood_lab.stats.trajectory import STEPS, Distances, envelope
+from pipeline.config import schema as conf
+from pipeline.engine.sketch import relative_distance
+from pipeline.replica import BY_PRECISION, Replica
+from pipeline.training.controls import control
+from pipeline.training.module import SideBySide, fit
+from pipeline.training.objectives import Formulation, Objectives
+from pipeline.trial.setup import Setting, prepare
 
 HERE = Path(__file__).parent
 SEEDS = 300

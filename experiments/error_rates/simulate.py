@@ -22,9 +22,9 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from pipeline.looks import level_of
-from pipeline.pairs import Status
-from pipeline.statistics import OutcomeFinding, compare, correct_for_arms
+from likelihood_lab.stats.outcome import OutcomeFinding, compare, correct_for_arms
+from likelihood_lab.stats.pairs import Status
+from pipeline.verdict.plan import level_of
 
 HERE = Path(__file__).parent
 ALPHA = 0.05

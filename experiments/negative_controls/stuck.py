@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.errors import UsageError
-from pipeline.exit_codes import ExitCode, guarded
+from likelihood_lab.errors import UsageError
+from pipeline.entry import ExitCode, guarded
 
 TRIAL = Path(__file__).resolve().parents[2] / "outputs" / "negative_controls" / "outcome"
 LOW = 0.9

@@ -17,11 +17,11 @@ import pandas as pd
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.cells import TrialFolder
-from pipeline.errors import UsageError
-from pipeline.exit_codes import guarded
-from pipeline.losses import nll_by_logsumexp
-from pipeline.objectives import Replica
+from likelihood_lab.categorical.losses import nll_by_logsumexp
+from likelihood_lab.errors import UsageError
+from pipeline.entry import guarded
+from pipeline.replica import Replica
+from pipeline.storage.cells import TrialFolder
 
 TRIAL = Path(__file__).resolve().parents[2] / "outputs" / "precision" / "bf16_mixed"
 SEEDS = range(100, 110)

@@ -31,12 +31,12 @@ from scipy import stats
 
 from experiments.commands import with_block
 from experiments.seed_variance.picture import draw
-from pipeline import config as conf
-from pipeline.cells import Cell, TrialFolder
-from pipeline.datasets import Dataset
-from pipeline.errors import UsageError
-from pipeline.exit_codes import ExitCode, guarded
-from pipeline.setting import load_dataset
+from likelihood_lab.errors import UsageError
+from pipeline.build import load_dataset
+from pipeline.config import schema as conf
+from pipeline.data.dataset import Dataset
+from pipeline.entry import ExitCode, guarded
+from pipeline.storage.cells import Cell, TrialFolder
 
 HERE = Path(__file__).parent
 OUTPUTS = conf.ROOT / "outputs" / "seed_variance"

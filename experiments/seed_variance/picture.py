@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.drawing import COLOURS, INK, MUTED, PAPER, canvas, described, row_names
+from pipeline.reporting.plotting import COLOURS, INK, MUTED, PAPER, canvas, described, row_names
 
 TITLES = {
     "digits": "digits, 360 test examples",

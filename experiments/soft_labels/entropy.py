@@ -13,13 +13,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from pipeline.cells import Cell, TrialFolder
-from pipeline.datasets import Dataset
-from pipeline.errors import UsageError
-from pipeline.exit_codes import ExitCode, guarded
-from pipeline.objectives import Replica
-from pipeline.request import read_request
-from pipeline.setting import load_dataset
+from likelihood_lab.errors import UsageError
+from pipeline.build import load_dataset
+from pipeline.data.dataset import Dataset
+from pipeline.entry import ExitCode, guarded
+from pipeline.replica import Replica
+from pipeline.storage.cells import Cell, TrialFolder
+from pipeline.verdict.plan import read_request
 
 OUTPUTS = Path(__file__).resolve().parents[2] / "outputs" / "soft_labels"
 TRIALS = ("teacher", "sampled", "cifar10h")

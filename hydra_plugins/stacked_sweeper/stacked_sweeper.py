@@ -31,10 +31,10 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import get_method
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from pipeline import exit_codes
-from pipeline.errors import UsageError
-from pipeline.exit_codes import ExitCode
-from pipeline.hydra_errors import as_refusals, in_one_line
+from likelihood_lab.errors import UsageError
+from pipeline import entry as exit_codes
+from pipeline.config.hydra_glue import as_refusals, in_one_line
+from pipeline.entry import ExitCode
 
 Job = tuple[str, ...]  # the overrides that make one job
 CONCLUDING = "share=[]"
@@ -48,7 +48,7 @@ class StackedSweeperConf:
     stack: list[str] = field(default_factory=lambda: ["loss", "seed"])  # the axes whose values share a job
     replicas_per_job: int | None = None  # share the last axis's values where a job would hold more combinations
     max_batch_size: int | None = None  # jobs handed to the launcher at once
-    check: str = "pipeline.checks.check"  # sees each job's configuration before any job is launched
+    check: str = "pipeline.config.validate.check"  # sees each job's configuration before any job is launched
     params: dict[str, str] = field(default_factory=dict)  # a sweep kept in a file; the command line wins
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.auditing.batches import Batch
-from pipeline.errors import UsageError
+from likelihood_lab.categorical.batches import Batch
+from likelihood_lab.errors import UsageError
 
 MOST = 4  # batches that are kept
 _WITH_LOGITS = (F.cross_entropy,)

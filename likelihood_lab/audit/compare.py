@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pipeline.auditing.batches import ORDINARY, ORDINARY_LOGITS, Batch
-from pipeline.auditing.calls import Evaluation, Loss, differentiable, evaluate, same_bits
-from pipeline.numerics import (
+from likelihood_lab.audit.evaluate import Evaluation, Loss, differentiable, evaluate, same_bits
+from likelihood_lab.audit.rounding import (
     CONSTANT,
     UNKNOWN_SCALE,
     Rows,
@@ -23,6 +22,7 @@ from pipeline.numerics import (
     unit_roundoff,
     units,
 )
+from likelihood_lab.categorical.batches import ORDINARY, ORDINARY_LOGITS, Batch
 
 
 @dataclass(frozen=True)

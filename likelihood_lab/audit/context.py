@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.auditing import oracle
-from pipeline.auditing.batches import CLASSES, VOCABULARIES, Batch, Shape, grid
-from pipeline.auditing.calls import NO_GRADIENT, Loss, differentiable
-from pipeline.auditing.judging import Standard
-from pipeline.auditing.normaliser import Normaliser, normaliser
-from pipeline.auditing.power import smallest_differences
-from pipeline.errors import UsageError, first_line
-from pipeline.formulations import LossFn
-from pipeline.numerics import in_units, row_errors
+from likelihood_lab.audit.compare import Standard
+from likelihood_lab.audit.evaluate import NO_GRADIENT, Loss, differentiable
+from likelihood_lab.audit.normaliser import Normaliser, normaliser
+from likelihood_lab.audit.rounding import in_units, row_errors
+from likelihood_lab.audit.sensitivity import smallest_differences
+from likelihood_lab.categorical import oracle
+from likelihood_lab.categorical.batches import CLASSES, VOCABULARIES, Batch, Shape, grid
+from likelihood_lab.categorical.inputs import LossFn
+from likelihood_lab.errors import UsageError, first_line
 
 BOTH = (torch.float32, torch.float64)
 LOW = (torch.bfloat16, torch.float16)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.auditing.batches import CORE_GAP, CORE_OFFSET, WIDTH, Batch, Shape, meant, targets_of
-from pipeline.auditing.calls import Evaluation, Loss, differentiable, evaluate
-from pipeline.auditing.judging import Judgement, Standard, compare
-from pipeline.numerics import CONSTANT
+from likelihood_lab.audit.compare import Judgement, Standard, compare
+from likelihood_lab.audit.evaluate import Evaluation, Loss, differentiable, evaluate
+from likelihood_lab.audit.rounding import CONSTANT
+from likelihood_lab.categorical.batches import CORE_GAP, CORE_OFFSET, WIDTH, Batch, Shape, meant, targets_of
 
 POINTS = {
     "gap": (1, 5, 10, 15, 20, 30, 40, 60, 80, 86, 90, 100, 105, 150, 300, 700, 750, 1e3, 3e3, 1e4),

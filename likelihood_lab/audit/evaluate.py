@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.auditing.batches import Batch
-from pipeline.errors import first_line
-from pipeline.formulations import FUSED_INPUTS, LossFn, derive
+from likelihood_lab.categorical.batches import Batch
+from likelihood_lab.categorical.inputs import FUSED_INPUTS, LossFn, derive
+from likelihood_lab.errors import first_line
 
 NO_GRADIENT = "passes no gradient"
 _FROM_LOGITS = frozenset({"logits", "log_probs", "probs"})

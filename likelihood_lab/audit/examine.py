@@ -10,12 +10,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from pipeline.auditing.audit import LOW, Audit, name_of
-from pipeline.auditing.batches import Batch, Shape
-from pipeline.auditing.calls import NO_GRADIENT, Evaluation, Loss, evaluate, same_bits
-from pipeline.auditing.deciding import SAMENESS, Decision, decide
-from pipeline.auditing.domain import Limit, limits
-from pipeline.auditing.effects import (
+from likelihood_lab.audit.classify import SAMENESS, Decision, decide, judged_values, offset
+from likelihood_lab.audit.compare import Judgement, compare, judge
+from likelihood_lab.audit.context import LOW, Audit, name_of
+from likelihood_lab.audit.describe import covered, evidence, not_covered, sentence
+from likelihood_lab.audit.domain import Limit, limits
+from likelihood_lab.audit.evaluate import NO_GRADIENT, Evaluation, Loss, evaluate, same_bits
+from likelihood_lab.audit.finding import Finding
+from likelihood_lab.audit.normaliser import normaliser
+from likelihood_lab.audit.precision import NOISY_FAMILIES, computes_in, systematic_part
+from likelihood_lab.audit.rounding import SYSTEMATIC
+from likelihood_lab.audit.side_effects import (
     backward_effects,
     changed_state,
     interleaved_effects,
@@ -23,14 +28,7 @@ from pipeline.auditing.effects import (
     random_state,
     state_of,
 )
-from pipeline.auditing.evidence import evidence
-from pipeline.auditing.finding import Finding
-from pipeline.auditing.judging import Judgement, compare, judge
-from pipeline.auditing.normaliser import normaliser
-from pipeline.auditing.precision import NOISY_FAMILIES, computes_in, systematic_part
-from pipeline.auditing.values import judged_values, offset
-from pipeline.auditing.wording import covered, not_covered, sentence
-from pipeline.numerics import SYSTEMATIC
+from likelihood_lab.categorical.batches import Batch, Shape
 
 ASKED_AGAIN = 2**14  # logits in a batch that is asked a second time
 FEW_ROWS = 2  # rows whose float32 gradients may be exact by luck

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.auditing.batches import Batch
-from pipeline.auditing.deciding import SAMENESS, Scale
-from pipeline.auditing.domain import Limit
-from pipeline.auditing.mutants import LADDER
-from pipeline.auditing.normaliser import Normaliser
-from pipeline.auditing.values import Offset
+from likelihood_lab.audit.classify import SAMENESS, Offset, Scale
+from likelihood_lab.audit.domain import Limit
+from likelihood_lab.audit.normaliser import Normaliser
+from likelihood_lab.categorical.batches import Batch
+from likelihood_lab.categorical.mutants import LADDER
 
 GROSS = 1000.0
 """Units by which no order of summation makes a value wrong; the gradients, which decide the word, may be right."""

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.auditing.batches import Batch, Shape, make_batch
-from pipeline.auditing.calls import Loss, differentiable, evaluate
+from likelihood_lab.audit.evaluate import Loss, differentiable, evaluate
+from likelihood_lab.categorical.batches import Batch, Shape, make_batch
 
 CLASSES = 5
 SHAPES = ((12,), (7,), (8,), (1,), (5,))

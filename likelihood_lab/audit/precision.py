@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.auditing.batches import Batch, Shape, make_batch
-from pipeline.auditing.calls import Evaluation, Loss, differentiable, evaluate, same_bits
-from pipeline.auditing.judging import Standard
-from pipeline.numerics import systematic
+from likelihood_lab.audit.compare import Standard
+from likelihood_lab.audit.evaluate import Evaluation, Loss, differentiable, evaluate, same_bits
+from likelihood_lab.audit.rounding import systematic
+from likelihood_lab.categorical.batches import Batch, Shape, make_batch
 
 COARSER = (torch.bfloat16, torch.float16, torch.float32)  # the coarsest first
 JITTERS = 32

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.auditing.batches import Batch, Shape
-from pipeline.auditing.calls import Loss
-from pipeline.auditing.judging import Standard, judge
-from pipeline.auditing.mutants import LADDER, MUTANTS, Mutant, mean_cross_entropy
-from pipeline.auditing.precision import systematic_part
-from pipeline.numerics import SYSTEMATIC
+from likelihood_lab.audit.compare import Standard, judge
+from likelihood_lab.audit.evaluate import Loss
+from likelihood_lab.audit.precision import systematic_part
+from likelihood_lab.audit.rounding import SYSTEMATIC
+from likelihood_lab.categorical.batches import Batch, Shape
+from likelihood_lab.categorical.mutants import LADDER, MUTANTS, Mutant, mean_cross_entropy
 
 LARGEST = 8192  # logits in a batch that the ladder is tried on: what it misses there, larger batches may still catch
 INSIDE = "float32 inside float64"

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.auditing.batches import Batch, Shape, make_batch
-from pipeline.auditing.calls import Evaluation, Loss, evaluate, inputs, numbers, same_bits, scalar
+from likelihood_lab.audit.evaluate import Evaluation, Loss, evaluate, inputs, numbers, same_bits, scalar
+from likelihood_lab.categorical.batches import Batch, Shape, make_batch
 
 OUT_OF_RANGE = 3  # beyond the last class
 

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pipeline.equivalence import (
+from likelihood_lab.stats.equivalence import (
     MIN_PAIRS_EQUIVALENT,
     MetricFinding,
     SeedCount,
@@ -23,7 +23,7 @@ from pipeline.equivalence import (
     seeds_needed,
     seeds_to_differ,
 )
-from pipeline.pairs import YARDSTICKS, Failures, Pairs, Status, pair_up
+from likelihood_lab.stats.pairs import YARDSTICKS, Failures, Pairs, Status, pair_up
 
 Word = Literal["identical", "equivalent", "inconclusive", "different", "not_run"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from pipeline.equivalence import Floats, Scale
+from likelihood_lab.stats.equivalence import Floats, Scale
 
 Bools = NDArray[np.bool_]
 Status = Literal["ok", "diverged", "missing"]

@@ -1,25 +1,49 @@
-"""What Hydra and OmegaConf find wrong with a request, as one line that says what to do instead."""
+"""Everything about Hydra: its errors as one line, the output folder made late, and the wrapper of an entry point."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
+from hydra.conf import HydraConf
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from pipeline.errors import UsageError, did_you_mean
+from likelihood_lab.errors import UsageError, did_you_mean
+from pipeline.entry import ExitCode, gravest, guarded, noted
 
 DEFAULTS_LIST = "hydra._internal.defaults_list"  # the module that reads which files are chosen
 NO_OPTION = "a group cannot be null or a number; give the name of one of its files, or leave it out"
+
+
+def run_entry_point(main: Callable[[], object]) -> None:
+    """Call a Hydra entry point and leave with the gravest exit code of its jobs.
+
+    Hydra turns every error into exit code 1 unless it is asked for the full error; here a configuration that
+    does not compose is a wrong request.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    noted.clear()
+    try:
+        code = guarded(lambda: _composed(main))
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        code = ExitCode.INTERRUPTED
+    sys.exit(code)
+
+
+def _composed(main: Callable[[], object]) -> ExitCode:
+    with as_refusals():
+        main()
+    return gravest()
 
 
 @contextmanager
@@ -107,3 +131,29 @@ def _sweep_without_multirun(message: str) -> str | None:
     key, values = found.groups() if found else ("seed", "range(3)")
     listed = values if re.fullmatch(r"[\w.,-]+", values) else "0,1,2"
     return f"{key}={values} is a sweep: add -m, or give a list such as '{key}=[{listed}]'"
+
+
+class LateFolder(Callback):
+    """Keeps Hydra from making the folder for a request that is then refused.
+
+    Hydra makes `hydra.run.dir` before it calls the task. It is told to stay where it is, and the task finds
+    the folder that was asked for in `hydra.callbacks.late_folder.asked`.
+    """
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        asked = OmegaConf.to_container(config.hydra.run, resolve=False)
+        with open_dict(config.hydra.callbacks.late_folder):
+            config.hydra.callbacks.late_folder.asked = asked["dir"]  # type: ignore[index, call-overload]
+        config.hydra.run.dir = "."
+
+
+def swept(settings: HydraConf) -> bool:
+    """Whether the job at hand is one of several."""
+    return settings.mode is not None and settings.mode.name == "MULTIRUN"
+
+
+def folder_of(settings: HydraConf) -> Path:
+    """The folder that was asked for: Hydra makes a swept job's, a single request makes its own."""
+    late = settings.callbacks.get("late_folder")  # whoever takes it away has Hydra make the folder
+    asked = settings.runtime.output_dir if swept(settings) or late is None else late["asked"]
+    return Path(str(asked)).absolute()

@@ -14,13 +14,11 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.errors import UsageError
+from likelihood_lab.errors import UsageError
 
 MAX_SEED = 2**32 - 1  # what numpy, torch and scikit-learn all accept
-_TREE = Path(__file__).resolve().parent.parent
-_IN_WHEEL = Path(__file__).resolve().parent / "conf"
-CONF = _IN_WHEEL if _IN_WHEEL.is_dir() else _TREE / "conf"
-ROOT = Path.cwd() if _IN_WHEEL.is_dir() else _TREE  # where the tracking database lives by default
+ROOT = Path(__file__).resolve().parents[2]  # the checkout; the tracking database lives here by default
+CONF = ROOT / "conf"
 
 
 class Accelerator(Enum):

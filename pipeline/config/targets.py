@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from pipeline.errors import UsageError, did_you_mean, first_line
+from likelihood_lab.errors import UsageError, did_you_mean, first_line
 
 
 class BrokenImportError(UsageError):
@@ -20,6 +20,15 @@ class BrokenImportError(UsageError):
 
 Parameters = Mapping[str, inspect.Parameter]
 
+MOVED = {
+    "pipeline.losses": "likelihood_lab.categorical.losses",
+    "pipeline.datasets": "pipeline.data",
+    "pipeline.loaders": "pipeline.data.loaders",
+    "pipeline.pictures": "pipeline.data.image_folder",
+    "pipeline.soft_labels": "pipeline.data.soft_labels",
+}
+"""Modules that configurations and datasets of earlier versions name, and where their content is now."""
+
 
 def locate(key: str, target: Any) -> Any:
     """The callable behind a dotted path; `key` is where the configuration names it."""
@@ -27,6 +36,8 @@ def locate(key: str, target: Any) -> Any:
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise UsageError(f"{key}._target_={target!r}; give a dotted path such as torch.nn.CrossEntropyLoss")
     path, _, attribute = target.rpartition(".")
+    if path in MOVED:
+        raise UsageError(f"{key}._target_={target}: that is now {MOVED[path]}.{attribute}; change the name")
     owner = _owner(key, path)
     found = getattr(owner, attribute, None)
     if not callable(found):
@@ -45,6 +56,9 @@ def _owner(key: str, path: str) -> ModuleType | type:
             found = getattr(_owner(key, module), name, None)
             if inspect.isclass(found):
                 return found
+        if error.name in MOVED:
+            line = f"{key}._target_: {path} imports {error.name}, which is now {MOVED[error.name]}; change the import"
+            raise UsageError(line) from error
         line = f"{key}._target_: cannot import {path} ({first_line(error)}); check spelling and PYTHONPATH"
         raise UsageError(line) from error
     except Exception as error:  # whatever a user's module does while it is imported

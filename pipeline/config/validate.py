@@ -14,18 +14,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import config as conf
-from pipeline.errors import UsageError, did_you_mean
-from pipeline.hydra_errors import in_one_line
-from pipeline.targets import check_call, locate
-from pipeline.tracking import without_password
+from likelihood_lab.errors import UsageError, did_you_mean
+from pipeline.config import schema as conf
+from pipeline.config.hydra_glue import in_one_line
+from pipeline.config.targets import check_call, locate
+from pipeline.replica import is_control
+from pipeline.text import without_password
 
 Plain = Mapping[str, Any]
-
-# As pipeline.controls has them, which needs torch.
-CONTROLS = (
-    "replay", "placebo_float64", "placebo_reordered", "placebo_dithered", "placebo_dithered_again", "dose",
-)  # fmt: skip
 
 # The least and the most that a number may be; the most is far beyond use, and short of what a machine can stand.
 LIMITS = {
@@ -64,7 +60,7 @@ def check(cfg: DictConfig) -> None:
     if dose is not None and (isinstance(dose, bool) or not isinstance(dose, int | float) or not -1 < dose < 1000):
         raise UsageError(f"dataset.dose={dose!r}; give a number from -1 to 1000: the logits are multiplied by 1 + dose")
     for name, loss in config["loss"].items():
-        if name in CONTROLS or name.startswith("rank_"):
+        if is_control(name):
             raise UsageError(f"loss.{name} bears the name of a control that trials add by themselves; rename it")
         check_loss(f"loss.{name}", loss)
     for group, given in GIVEN_BY_PIPELINE.items():
@@ -230,7 +226,7 @@ def _check_partial(key: str, target: Any, fn: Plain) -> None:
 
 
 def _check_args(key: str, args: Any) -> None:
-    from pipeline.formulations import INPUTS
+    from likelihood_lab.categorical.inputs import INPUTS
 
     for arg in args if isinstance(args, Sequence) and not isinstance(args, str) else [args]:
         if arg not in INPUTS:
@@ -246,7 +242,7 @@ def _check_args(key: str, args: Any) -> None:
 
 
 def _check_margins(dataset: Plain) -> None:
-    from pipeline.pairs import YARDSTICKS
+    from likelihood_lab.stats.pairs import YARDSTICKS
 
     margins, primary = dataset.get("margins"), dataset.get("primary")
     margins, primary = {} if margins is None else margins, [] if primary is None else primary

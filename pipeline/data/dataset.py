@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pipeline.errors import UsageError
+from likelihood_lab.errors import UsageError
 
 FLOAT_POOL_BYTES = 2**30  # a pool that is larger than this as floats stays as it was loaded; take() converts
 CHUNK_BYTES = 2**26  # working memory of a pass over the pool

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.datasets import Dataset, checked_labels, make_dataset, require
-from pipeline.errors import UsageError, first_line
-from pipeline.loaders import cache_dir, home_expanded, inside, three_way, with_val, writing
+from likelihood_lab.errors import UsageError, first_line
+from pipeline.data.dataset import Dataset, checked_labels, make_dataset, require
+from pipeline.data.loaders import inside, three_way, with_val
+from pipeline.runtime import cache_dir, home_expanded, writing
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 LARGEST_SIDE = 4096  # of the pictures that a model gets

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.datasets import Dataset, make_dataset, require
-from pipeline.errors import UsageError, first_line
+from likelihood_lab.errors import UsageError, first_line
+from pipeline.data.dataset import Dataset, make_dataset, require
+from pipeline.runtime import cache_dir, home_expanded, writing
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 IDX_BYTES = 2**30  # no IDX file may unpack to more; EMNIST's largest has 0.64 GB
@@ -55,30 +54,6 @@ def with_val(labels: Indices, train: int, val: int, data_seed: int) -> dict[str,
     """Splits of a pool that begins with the `train` official training examples and ends with the test's."""
     rest, drawn = carve(np.arange(train), labels, val, draws_of(data_seed))
     return {"train": rest, "val": drawn, "test": np.arange(train, len(labels))}
-
-
-def cache_dir(cache: str | None = None) -> Path:
-    """Where downloads and decoded pictures go: `cache`, $LIKELIHOOD_LAB_CACHE or ~/.cache/likelihood-lab."""
-    folder = home_expanded(cache or os.environ.get("LIKELIHOOD_LAB_CACHE") or "~/.cache/likelihood-lab")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder.resolve()
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """A cache that cannot be written is one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to the cache {folder} ({error}): set LIKELIHOOD_LAB_CACHE to a folder with space"
-        ) from error
-
-
-def home_expanded(path: str) -> Path:
-    """The path with ~ as a shell has it; a user who does not exist stays in it, where pathlib would raise."""
-    return Path(os.path.expanduser(path))
 
 
 def inside(path: Path, root: Path) -> Path:

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from pipeline.datasets import Dataset, make_dataset, require
-from pipeline.errors import UsageError, first_line
-from pipeline.loaders import draws_of, home_expanded, inside, three_way
-from pipeline.pictures import bombs_refused, unreadable
+from likelihood_lab.errors import UsageError, first_line
+from pipeline.data.dataset import Dataset, make_dataset, require
+from pipeline.data.image_folder import bombs_refused, unreadable
+from pipeline.data.loaders import draws_of, inside, three_way
+from pipeline.runtime import home_expanded
 
 CIFAR10H = "LIKELIHOOD_LAB_CIFAR10H"  # the environment variable that may stand for `root`
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

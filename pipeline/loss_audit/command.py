@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from rich import box
+from rich.table import Table
 
-from pipeline import config as conf
-from pipeline.audit_figures import write_audit_figures
-from pipeline.audited import AuditSettings, audit_losses
-from pipeline.auditing.deciding import SAMENESS
-from pipeline.cells import refusing_disk_errors, write_json
-from pipeline.errors import UsageError
-from pipeline.exit_codes import ExitCode
-from pipeline.recording import Recorder, tracker_of
-from pipeline.runs import content_tag
-from pipeline.terminal import closing_audit, show_audit
-from pipeline.tracking import Run, git_state
+from likelihood_lab.audit.classify import SAMENESS
+from likelihood_lab.audit.finding import size_in_words
+from likelihood_lab.errors import UsageError
+from pipeline.config import schema as conf
+from pipeline.console import console
+from pipeline.entry import ExitCode
+from pipeline.loss_audit.losses import AuditSettings, audit_losses
+from pipeline.reporting.audit_figures import write_audit_figures
+from pipeline.runtime import git_state
+from pipeline.storage.files import refusing_disk_errors, write_json
+from pipeline.text import MARKS, shortened
+from pipeline.tracking.mlflow_store import Run
+from pipeline.tracking.recorder import Recorder, tracker_of
+from pipeline.tracking.runs import content_tag
+from pipeline.verdict.verdict import exit_code_of
 
 Config = Mapping[str, Any]
 
@@ -78,3 +84,55 @@ def _report_run(audit: Config, folder: Path, pictures: list[Path], started: floa
         ended=time.time(),
         artifacts=artifacts,
     )
+
+
+# --- an audit
+
+
+def show_audit(audit: Mapping[str, Any]) -> None:
+    """The table, each loss's sentence, and what the grid would have caught."""
+    title = f"each loss against {audit['reference']}: is it the same function?"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in ("loss", "objective", "scale", "domain", "divides by", "expected"):
+        table.add_column(column, no_wrap=True)
+    for name, entry in audit["losses"].items():
+        scale, limit, divided = entry["scale"], entry["domain"], entry["normaliser"]
+        expected = f"{entry['expected'] or '-'}{MARKS[entry['confirmed']]}"
+        table.add_row(
+            name, entry["objective"], scale["formula"] if scale else "-",
+            f"{limit['axis']} {limit['limit']:.4g}" if limit else "-",
+            divided["divides_by"] if divided else "-", expected,
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+    for name, entry in audit["losses"].items():
+        console.print(f"{name}: {entry['sentence']}")
+        for effect in entry["side_effects"]:
+            console.print(f"  side effect: {effect}")
+    groups: dict[str, list[str]] = {}
+    for name, entry in audit["losses"].items():
+        groups.setdefault(str(entry["would_have_caught"]), []).append(name)
+    for names in groups.values():
+        _show_power(audit["losses"][names[0]]["would_have_caught"], names if len(groups) > 1 else [])
+
+
+def _show_power(sizes: Mapping[str, Mapping[str, float | None]], names: Sequence[str]) -> None:
+    """The smallest difference of each kind that the grid of these losses catches."""
+    if not sizes:
+        return
+    precisions = list(next(iter(sizes.values())))
+    title = "the smallest difference that would have been caught" + (f", for {shortened(names)}" if names else "")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("", *precisions):
+        table.add_column(column, no_wrap=True)
+    for kind, caught in sizes.items():
+        table.add_row(kind, *(size_in_words(caught[precision]) for precision in precisions))
+    console.print(table)
+
+
+def closing_audit(audit: Mapping[str, Any], folder: Path, recorded: str | None) -> ExitCode:
+    """Where to look, and the exit code with what it rests on."""
+    console.print(f"\naudit: {folder / 'audit.json'}, pictures beside it in figures/")
+    if recorded is not None:
+        console.print(recorded)
+    return exit_code_of([(name, entry["objective"], entry) for name, entry in audit["losses"].items()])

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import psutil
 
-from pipeline.errors import UsageError, first_line
+from likelihood_lab.errors import UsageError, first_line
 
 POLL = 0.05  # seconds
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -1,33 +1,50 @@
-"""Losses under audit: each is found, imported and asked in a child of its own."""
+"""The audit of declared losses: each is found, imported and asked in a child of its own.
+
+What a grid of batches catches depends on no candidate, and measuring it costs more than all of them. It is cached: a
+file for each grid, code, build of torch and processor. A file that cannot be read or written counts as absent.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import platform
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.auditing.audit import Audit, audit_of, with_ignored
-from pipeline.auditing.batches import Batch
-from pipeline.auditing.calls import Loss
-from pipeline.auditing.examination import examine, needs_cuda
-from pipeline.auditing.finding import Finding
-from pipeline.checks import check_loss
-from pipeline.children import Job, Limits, Outcome, Tell
-from pipeline.children import run as run_children
-from pipeline.errors import UsageError
-from pipeline.formulations import FUSED_INPUTS, code_digest
-from pipeline.power_cache import keep, recall
-from pipeline.setting import formulation_of
-from pipeline.targets import BrokenImportError, locate
+import likelihood_lab.audit
+import likelihood_lab.categorical
+from likelihood_lab.audit.context import Audit, audit_of, with_ignored
+from likelihood_lab.audit.evaluate import Loss
+from likelihood_lab.audit.examine import examine, needs_cuda
+from likelihood_lab.audit.finding import Finding
+from likelihood_lab.categorical.batches import Batch
+from likelihood_lab.categorical.inputs import FUSED_INPUTS
+from likelihood_lab.errors import UsageError
+from pipeline.build import formulation_of
+from pipeline.config.targets import BrokenImportError, locate
+from pipeline.config.validate import check_loss
+from pipeline.loss_audit.isolation import Job, Limits, Outcome, Tell
+from pipeline.loss_audit.isolation import run as run_children
+from pipeline.runtime import cache_dir
+from pipeline.storage.files import write_json
+from pipeline.training.objectives import code_digest
 
 SCHEMA = 1
 VERSION = 1  # raised whenever an audit may find something else; what was found before is then asked again
 POWER = ""  # the job that measures what the grid would have caught; no loss has this name
 
 Entry = dict[str, Any]
+
+
+CODE = tuple(Path(str(package.__file__)).parent for package in (likelihood_lab.audit, likelihood_lab.categorical))
 
 
 @dataclass(frozen=True)
@@ -217,3 +234,56 @@ def _entry(declared: Mapping[str, Any], outcome: Outcome) -> Entry:
     entry.setdefault("made_from", {"loss": dict(declared)})
     entry["evidence"] = {**entry["evidence"], "cpu_seconds": round(outcome.seconds, 2)}
     return entry
+
+
+def recall(audit: Audit) -> dict[str, Any] | None:
+    """What was measured of this grid before, on this machine and by this code; None where nothing was."""
+    with suppress(OSError, ValueError, TypeError, KeyError, UsageError):
+        kept: dict[str, Any] = json.loads(_place(audit).read_text(encoding="utf-8"))
+        if kept["about"] == _about(audit):
+            return dict(kept["power"])
+    return None
+
+
+def keep(audit: Audit, power: dict[str, Any]) -> None:
+    """Remember what was measured."""
+    with suppress(OSError, UsageError):
+        place = _place(audit)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, {"about": _about(audit), "power": power})
+
+
+def _place(audit: Audit) -> Path:
+    name = hashlib.sha256(json.dumps(_about(audit), sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir() / "audit_power" / f"{name}.json"
+
+
+def _about(audit: Audit) -> dict[str, Any]:
+    """All that the measurement depends on."""
+    return {
+        "shape": repr(audit.shape),
+        "batches": [_named(batch, dtype) for batch, dtype in audit.cells],
+        "device": str(audit.device),
+        "torch": str(torch.__version__),
+        "processor": _processor(),
+        "code": _code(),
+    }
+
+
+def _named(batch: Batch, dtype: torch.dtype) -> str:
+    return f"{batch.family} {list(batch.logits.shape)} {batch.layout} {batch.upstream} {dtype}"
+
+
+@functools.cache
+def _processor() -> str:
+    """Its name as Linux has it, and the instructions that torch uses of it."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return f"{named[1] if named else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@functools.cache
+def _code() -> str:
+    """SHA-256 of the audit's own files."""
+    files = [file for folder in CODE for file in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

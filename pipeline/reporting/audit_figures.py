@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.cells import write_whole
-from pipeline.drawing import COLOURS, INK, MUTED, PAPER, Picture, canvas, described, row_names, short
-from pipeline.prose import MINUS
+from pipeline.reporting.plotting import COLOURS, INK, MUTED, PAPER, Picture, canvas, described, row_names, short
+from pipeline.storage.files import write_whole
+from pipeline.text import MINUS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,11 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pipeline.answers import controls_of, smallest_margin
-from pipeline.assay import PLACEBOS
-from pipeline.audit_figures import audit_pictures
-from pipeline.cells import write_whole
-from pipeline.drawing import (
+from pipeline.reporting.audit_figures import audit_pictures
+from pipeline.reporting.page import YARDSTICKS, Findings, estimates, losses_in_order, page
+from pipeline.reporting.plotting import (
     Picture,
     Row,
     Seen,
@@ -29,8 +27,10 @@ from pipeline.drawing import (
     reaches,
     ribbon,
 )
-from pipeline.page import YARDSTICKS, Findings, estimates, losses_in_order, page
-from pipeline.prose import listed, prose
+from pipeline.reporting.sensitivity import controls_of, smallest_margin
+from pipeline.storage.files import write_whole
+from pipeline.text import listed, prose
+from pipeline.verdict.outcomes import PLACEBOS
 
 Verdict = Mapping[str, Any]
 

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from jinja2 import ChainableUndefined, Environment
 
-from pipeline.answers import controls_of, ever_no, how_small
-from pipeline.drawing import themed
-from pipeline.prose import listed, prose
+from pipeline.reporting.plotting import themed
+from pipeline.reporting.sensitivity import controls_of, ever_no, how_small
+from pipeline.text import listed, prose
 
 Verdict = Mapping[str, Any]
 Run = tuple[str, int]  # loss, seed

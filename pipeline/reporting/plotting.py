@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import isotonic_regression
 
-from pipeline.prose import MINUS
+from pipeline.text import MINUS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.prose import listed, prose
+from pipeline.text import listed, prose
 
 Verdict = Mapping[str, Any]
 Audit = Mapping[str, Any] | None

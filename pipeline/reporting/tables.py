@@ -8,13 +8,12 @@ from itertools import pairwise
 
 import pandas as pd
 
-from pipeline.cells import Cell
-from pipeline.controls import RANKED, REPLAY, is_control
-from pipeline.equivalence import paired_differences
-from pipeline.objectives import Replica
-from pipeline.outcomes import Cells, Facts, Request, status_of
-from pipeline.pairs import YARDSTICKS, measured_in
-from pipeline.runs import gaps
+from likelihood_lab.stats.equivalence import paired_differences
+from likelihood_lab.stats.pairs import YARDSTICKS, measured_in
+from pipeline.replica import RANKED, REPLAY, Replica, is_control
+from pipeline.storage.cells import Cell, gaps
+from pipeline.verdict.outcomes import Cells, status_of
+from pipeline.verdict.plan import Facts, Request
 
 
 def trial_history(cells: Cells, request: Request) -> pd.DataFrame:

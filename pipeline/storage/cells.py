@@ -12,8 +12,6 @@ verdict.json report.html figures/ checkpoints/    rebuilt from the cells
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import math
 import os
 import pickle
@@ -24,18 +22,29 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import filelock
+import numpy as np
 import pandas as pd
 import torch
 import yaml
 from torch import Tensor
 
-from pipeline.controls import is_control
-from pipeline.errors import UsageError, first_line
-from pipeline.objectives import Replica
-from pipeline.trajectory import relative_distance
+from likelihood_lab.errors import UsageError
+from likelihood_lab.stats.pairs import measured_in
+from pipeline.engine.sketch import relative_distance
+from pipeline.replica import Replica, is_control
+from pipeline.storage.files import (
+    flush_to_disk,
+    parquet_bytes,
+    read_yaml,
+    refusing_disk_errors,
+    sha256,
+    torch_bytes,
+    write_whole,
+    yaml_bytes,
+)
 
 SEALED = ("history.parquet", "state.pt")  # the files of a cell whose SHA-256 stands in its config.yaml
 SEAL = b"# SHA-256 of the lines above: "  # begins the last line of config.yaml
@@ -146,7 +155,7 @@ def _record(path: Path) -> CellRecord:
     text, mark, seal = content.rpartition(SEAL)
     if not mark and UNSEALED.search(content):
         raise DamagedCellError(f"{path.name} bears no seal: an older version wrote it")
-    if _sha256(text) != seal.decode(errors="replace").strip():
+    if sha256(text) != seal.decode(errors="replace").strip():
         raise DamagedCellError(f"{path.name} is not as it was written")
     try:
         return CellRecord(**yaml.load(text, Loader=yaml.CSafeLoader))
@@ -300,31 +309,31 @@ class TrialFolder:
         replica = Replica(record.arm, record.seed)
         target = self.cell_path(replica)
         draft = target.with_name(f".{target.name}-draft")
-        contents = {"history.parquet": _parquet(history), "state.pt": _saved(state)}
-        record = replace(record, files={name: _sha256(content) for name, content in contents.items()})
+        contents = {"history.parquet": parquet_bytes(history), "state.pt": torch_bytes(state)}
+        record = replace(record, files={name: sha256(content) for name, content in contents.items()})
         text = yaml_bytes(asdict(record))
-        contents["config.yaml"] = text + SEAL + _sha256(text).encode() + b"\n"
+        contents["config.yaml"] = text + SEAL + sha256(text).encode() + b"\n"
         with refusing_disk_errors(self.path):
             shutil.rmtree(draft, ignore_errors=True)
             try:
                 draft.mkdir(parents=True)
                 for name, content in contents.items():
                     (draft / name).write_bytes(content)
-                    _sync(draft / name)
-                _sync(draft)
+                    flush_to_disk(draft / name)
+                flush_to_disk(draft)
                 shutil.rmtree(target, ignore_errors=True)  # damaged leftovers: a whole cell is never written twice
                 draft.rename(target)
             except BaseException:
                 shutil.rmtree(draft, ignore_errors=True)
                 raise
-            _sync(target.parent)
+            flush_to_disk(target.parent)
         cell = self._known[replica] = Cell(target, record)
         vars(cell).update(history=history, sketches=(state["sketch_steps"], state["sketches"]))  # as it would read them
         return cell
 
     def write_history(self, history: pd.DataFrame) -> None:
         """`history.parquet`: the measurements of all cells in one table."""
-        write_whole(self.path / "history.parquet", _parquet(history))
+        write_whole(self.path / "history.parquet", parquet_bytes(history))
 
     def export_checkpoints(self, cells: Sequence[Cell]) -> None:
         """`checkpoints/<arm>/s<seed>.pt`: plain state_dicts, rebuilt where they are not those of the cells."""
@@ -333,85 +342,22 @@ class TrialFolder:
             source = cell.folder / "state.pt"
             if target.exists() and target.stat().st_mtime_ns >= source.stat().st_mtime_ns:
                 continue
-            write_whole(target, _saved(cell.weights))
+            write_whole(target, torch_bytes(cell.weights))
 
 
-@contextmanager
-def refusing_disk_errors(path: Path) -> Iterator[None]:
-    """A disk that is full or read-only is not our bug: one line and exit code 2."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to {path}: {error.strerror or error}; free space or choose another folder"
-        ) from error
+def gaps(cell: Cell, reference: Cell | None) -> pd.DataFrame:
+    """Distance to the reference of the same seed: of the weights over steps, of the yardsticks at the end.
 
-
-@contextmanager
-def writing_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write so that readers see the old content or the new, never a part; its folder is made where absent."""
-    draft = path.with_name(f".{path.name}-draft")
-    with refusing_disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with draft.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with writing_whole(path) as file:
-        file.write(content)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Strict JSON, written whole."""
-    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _parquet(frame: pd.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
-    return buffer.getvalue()
-
-
-def _saved(state: Mapping[str, Any]) -> bytes:
-    """As `torch.save` writes it; to memory first, since on a full disk torch dies in ways of its own."""
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    return buffer.getvalue()
-
-
-def yaml_bytes(value: Any) -> bytes:
-    """YAML by libyaml, ten times as fast as the Python one."""
-    text: str = yaml.dump(value, Dumper=yaml.CSafeDumper, sort_keys=False)
-    return text.encode()
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of a trial's folder: a mapping."""
-    try:
-        found = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is damaged: {first_line(error)}; move its folder away and train again") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} is damaged: it holds no mapping; move its folder away and train again")
-    return found
+    `gap/*_log10` holds the logarithm of what is not 0: MLflow shows 1e-9 as 0.00.
+    """
+    rows: list[tuple[str, int, float]] = []
+    if reference is not None:
+        steps, _ = cell.sketches
+        rows = [("gap/parameters", step, distance) for step, distance in cell.distances_from(reference)]
+        for metric in measured_in([cell.yardsticks]):
+            gap = abs(cell.yardsticks[f"test/{metric}"] - reference.yardsticks[f"test/{metric}"])
+            rows.append((f"gap/{metric}", steps[-1], gap))
+        rows += [(f"{metric}_log10", step, math.log10(gap)) for metric, step, gap in rows if gap > 0]
+    metrics, at, values = zip(*rows, strict=True) if rows else ((), (), ())
+    columns = {"metric": list(metrics), "step": np.array(at, np.int64), "value": np.array(values, np.float64)}
+    return pd.DataFrame(columns).astype({"metric": "str"})

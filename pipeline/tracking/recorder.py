@@ -9,10 +9,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline import config as conf
-from pipeline.errors import UsageError, first_line
-from pipeline.terminal import console
-from pipeline.tracking import Run, StoreError, Tracker, load
+from likelihood_lab.errors import UsageError, first_line
+from pipeline.config import schema as conf
+from pipeline.console import console
+from pipeline.tracking.mlflow_store import Run
+from pipeline.tracking.tracker import StoreError, Tracker, load
 
 T = TypeVar("T")
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from pipeline import config as conf
-from pipeline.cells import Cell, TrialFolder
-from pipeline.controls import is_control
-from pipeline.objectives import Replica
-from pipeline.pairs import measured_in
-from pipeline.tracking import Run, git_state
+from pipeline.config import schema as conf
+from pipeline.replica import Replica, is_control
+from pipeline.runtime import git_state
+from pipeline.storage.cells import Cell, TrialFolder, gaps
+from pipeline.tracking.mlflow_store import Run
 
 DIGESTS = ("data_digest", "loss_code", "model_code")  # long, and of interest to the fingerprint alone
 
@@ -83,24 +80,6 @@ def content_tag(artifacts: Mapping[str, Path]) -> dict[str, str]:
     for name, path in artifacts.items():
         sha.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return {"content.sha256": sha.hexdigest()}
-
-
-def gaps(cell: Cell, reference: Cell | None) -> pd.DataFrame:
-    """Distance to the reference of the same seed: of the weights over steps, of the yardsticks at the end.
-
-    `gap/*_log10` holds the logarithm of what is not 0: MLflow shows 1e-9 as 0.00.
-    """
-    rows: list[tuple[str, int, float]] = []
-    if reference is not None:
-        steps, _ = cell.sketches
-        rows = [("gap/parameters", step, distance) for step, distance in cell.distances_from(reference)]
-        for metric in measured_in([cell.yardsticks]):
-            gap = abs(cell.yardsticks[f"test/{metric}"] - reference.yardsticks[f"test/{metric}"])
-            rows.append((f"gap/{metric}", steps[-1], gap))
-        rows += [(f"{metric}_log10", step, math.log10(gap)) for metric, step, gap in rows if gap > 0]
-    metrics, at, values = zip(*rows, strict=True) if rows else ((), (), ())
-    columns = {"metric": list(metrics), "step": np.array(at, np.int64), "value": np.array(values, np.float64)}
-    return pd.DataFrame(columns).astype({"metric": "str"})
 
 
 @functools.cache

@@ -11,7 +11,7 @@ rank     where asked for: copies of the reference, and the candidates, with grad
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,31 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.formulations import Formulation, LossFn, derive
-from pipeline.rank_test import BITS
-
-REPLAY, DOSE = "replay", "dose"
-IN_FLOAT64, REORDERED = "placebo_float64", "placebo_reordered"
-DITHERED, DITHERED_AGAIN = "placebo_dithered", "placebo_dithered_again"
-NAMES = (REPLAY, IN_FLOAT64, REORDERED, DITHERED, DITHERED_AGAIN, DOSE)
-BY_PRECISION = {"float32": (IN_FLOAT64, REORDERED), "bf16_mixed": (DITHERED, DITHERED_AGAIN), "float64": ()}
-"""The placebos of each precision; in float64 the audit decides, and none is needed."""
+from likelihood_lab.categorical.inputs import LossFn, derive
+from likelihood_lab.stats.trajectory import BITS
+from pipeline.replica import CANDIDATE, COPY, DITHERED, DITHERED_AGAIN, DOSE, IN_FLOAT64, REORDERED, REPLAY
+from pipeline.training.objectives import Formulation
 
 _MADE_OF_LOGITS = ("logits", "log_probs", "probs")
-
-
-RANKED = "rank_"  # what the arms of the rank test begin with: no loss may
-COPY, CANDIDATE = f"{RANKED}copy_", f"{RANKED}of_"
-
-
-def is_control(arm: str) -> bool:
-    """Whether an arm was added by the trial itself."""
-    return arm in NAMES or arm.startswith(RANKED)
-
-
-def ranked_arms(candidates: Sequence[str], copies: int) -> list[str]:
-    """The arms of the rank test: dithered copies of the reference, and every candidate dithered alike."""
-    return [f"{COPY}{k}" for k in range(1, copies + 1)] + [f"{CANDIDATE}{name}" for name in candidates]
 
 
 def ranked(arm: str, formulations: Mapping[str, Formulation], reference: str) -> Formulation:

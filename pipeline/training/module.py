@@ -15,14 +15,14 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from pipeline.datasets import Dataset
-from pipeline.errors import UsageError
-from pipeline.objectives import Objectives, Replica
-from pipeline.randomness import derive_seed
-from pipeline.stack import Stack
-from pipeline.trajectory import sketch, snapshot_steps
-from pipeline.variation import EVERYTHING, Variation
-from pipeline.yardsticks import Yardsticks
+from likelihood_lab.categorical.metrics import Yardsticks
+from likelihood_lab.errors import UsageError
+from pipeline.data.dataset import Dataset
+from pipeline.engine.seeding import EVERYTHING, Variation, derive_seed
+from pipeline.engine.sketch import sketch, snapshot_steps
+from pipeline.engine.stack import Stack
+from pipeline.replica import Replica
+from pipeline.training.objectives import Objectives
 
 EVALUATION_BATCH = 500
 

@@ -7,21 +7,24 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline import config as conf
-from pipeline.audited import SCHEMA as AUDIT_SCHEMA
-from pipeline.audited import AuditSettings, audit_at, audit_losses, made_from
-from pipeline.auditing.batches import Batch
-from pipeline.cells import TrialFolder, write_json
-from pipeline.objectives import Replica
-from pipeline.outcomes import Request
-from pipeline.setting import Setting
-from pipeline.terminal import console
+from likelihood_lab.categorical.batches import Batch
+from pipeline.config import schema as conf
+from pipeline.console import console
+from pipeline.loss_audit.losses import SCHEMA as AUDIT_SCHEMA
+from pipeline.loss_audit.losses import AuditSettings, audit_at, audit_losses, made_from
+from pipeline.replica import Replica
+from pipeline.storage.cells import TrialFolder
+from pipeline.storage.files import write_json
+from pipeline.verdict.plan import Request
+
+if TYPE_CHECKING:
+    from pipeline.trial.setup import Setting
 
 AUDITED_CLASSES = (2, 10, 1000)  # besides the dataset's own number
 

@@ -22,8 +22,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UsageError
-from pipeline.setting import Setting
+from likelihood_lab.errors import UsageError
+from pipeline.text import in_words
+from pipeline.trial.setup import Setting
 
 HISTORY_BYTES = 140_000
 USABLE = 0.7  # of a machine's memory: a ResNet-18 was seen to take 1.4 times what the formula says, MLPs .9
@@ -91,13 +92,6 @@ def check_disk(budget: Budget, missing: int, folder: Path) -> None:
             f"{missing} runs take about {in_words(needed)} on disk, and {folder} has {in_words(free)} left; "
             "free space or choose another folder (hydra.run.dir=DIR), or train fewer seeds"
         )
-
-
-def in_words(size: int) -> str:
-    """Bytes as a reader takes them in: 45 MB, 1.2 GB."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min(len(units) - 1, max(0, (len(str(size)) - 1) // 3))
-    return f"{size / 1000**power:.3g} {units[power]}"
 
 
 def _bytes(tensors: Iterable[Tensor]) -> list[int]:

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import config as conf
-from pipeline.budget import budget_of, check_disk, fitted
-from pipeline.cells import Cell, TrialFolder, write_json
-from pipeline.controls import BY_PRECISION, DOSE, REPLAY, ranked_arms
-from pipeline.errors import UsageError, first_line, is_out_of_memory
-from pipeline.exit_codes import ExitCode
-from pipeline.looks import look_at
-from pipeline.looks import record as record_look
-from pipeline.objective_axis import ask_at_weights, ask_audit, read_audit
-from pipeline.objectives import Replica
-from pipeline.outcomes import Facts, Request, own_controls, wanted, wanted_controls
-from pipeline.progress import Progress
-from pipeline.recording import Recorder, tracker_of
-from pipeline.request import check_resolution, check_truth, facts_of, request_of, write_request
-from pipeline.resume import interrupted
-from pipeline.runs import cell_run, report_run
-from pipeline.setting import Setting, prepare
-from pipeline.tables import between_seeds, differences, distances, trial_history
-from pipeline.terminal import announce, announce_budget, announce_damaged, announce_lost, closing, console, show_verdict
-from pipeline.tracking import Run
-from pipeline.training import tiles, train_tile
-from pipeline.verdict import audit_in_force, decide
-
-Cells = dict[Replica, Cell]
+from likelihood_lab.errors import UsageError, first_line, is_out_of_memory
+from pipeline.config import schema as conf
+from pipeline.console import console
+from pipeline.entry import ExitCode
+from pipeline.replica import BY_PRECISION, DOSE, REPLAY, Replica, ranked_arms
+from pipeline.storage.cells import Cell, TrialFolder
+from pipeline.tracking.mlflow_store import Run
+from pipeline.tracking.recorder import Recorder, tracker_of
+from pipeline.tracking.runs import cell_run
+from pipeline.trial.audit_step import ask_at_weights, ask_audit, read_audit
+from pipeline.trial.budget import budget_of, check_disk, fitted
+from pipeline.trial.conclude import all_wanted, conclude, read_cells
+from pipeline.trial.console import announce, announce_budget
+from pipeline.trial.progress import Progress
+from pipeline.trial.setup import Setting, check_resolution, check_truth, facts_of, prepare
+from pipeline.trial.tiles import interrupted, tiles, train_tile
+from pipeline.verdict.plan import Request, request_of, write_request
 
 
 def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
@@ -150,7 +143,7 @@ def _halved(setting: Setting, folder: TrialFolder, error: BaseException) -> Sett
 def _train(setting: Setting, request: Request, folder: TrialFolder, recorder: Recorder) -> None:
     """Each tile's runs are recorded as soon as its cells are on disk."""
     share = setting.config["share"]
-    mine = [replica for replica in _all_wanted(request) if not share or replica.seed in share]
+    mine = [replica for replica in all_wanted(request) if not share or replica.seed in share]
     fingerprints = {replica: setting.fingerprint(replica) for replica in mine}
     missing, moved = folder.sort_out(fingerprints)
     to_train = [] if share == [] else missing
@@ -160,7 +153,7 @@ def _train(setting: Setting, request: Request, folder: TrialFolder, recorder: Re
         check_disk(budget, len(to_train), folder.path)
         announce_budget(budget, len(to_train), setting.tile)
     done = [replica for replica in fingerprints if replica not in missing]
-    recorder.offer(_runs(_read(folder, done).values(), folder, request))
+    recorder.offer(_runs(read_cells(folder, done).values(), folder, request))
     groups = [] if share == [] else interrupted(folder.path, setting, fingerprints, missing)
     fresh = [replica for replica in to_train if not any(replica in group for group in groups)]
     groups += tiles(fresh, [*request.losses, *request.controls], setting.tile)
@@ -174,80 +167,5 @@ def _train(setting: Setting, request: Request, folder: TrialFolder, recorder: Re
     recorder.offer(_runs(waiting, folder, request))
 
 
-def _all_wanted(request: Request) -> list[Replica]:
-    return [*wanted(request), *wanted_controls(request)]
-
-
 def _runs(cells: Iterable[Cell], folder: TrialFolder, request: Request) -> dict[str, Callable[[], Run]]:
     return {cell.record.fingerprint: partial(cell_run, cell, folder, request.reference) for cell in cells}
-
-
-def _read(folder: TrialFolder, replicas: Sequence[Replica]) -> Cells:
-    found = ((replica, folder.read(replica)) for replica in replicas)
-    return {replica: cell for replica, cell in found if cell is not None}
-
-
-def conclude(
-    folder: TrialFolder, request: Request, facts: Facts, recorder: Recorder | None = None
-) -> tuple[ExitCode, dict[str, Any]]:
-    """Verdict, report and checkpoints from the cells alone; prints the table, returns exit code and verdict.
-
-    Whatever holds of the others, a run that is missing makes it `BUG`.
-    """
-    from pipeline.figures import write_report
-    from pipeline.page import Findings
-
-    cells, controls = _read(folder, wanted(request)), _read(folder, wanted_controls(request))
-    announce_damaged(folder.damaged)
-    if not cells:
-        raise UsageError(f"{folder.path} holds no finished run; train first")
-    look = look_at(folder.path, request.seeds, request.question, request.alpha, request.looks)
-    if (look.alpha, look.declared) != (request.alpha, request.looks):
-        console.print(
-            f"alpha={look.alpha:g} and looks={look.declared} hold, which the first verdict in {folder.path} declared; "
-            "to declare others, choose a new folder (hydra.run.dir=DIR)"
-        )
-    known = cells | own_controls(controls, cells, request)
-    audit = read_audit(folder.path)
-    verdict = decide(known, request, facts, _header(folder, cells), audit, look, folder.damaged)
-    words = {entry["loss"]: entry["outcome"] for entry in verdict["comparisons"]}
-    record_look(folder.path, look, request.seeds, request.question, words)
-    found = Findings(
-        verdict=verdict,
-        history=trial_history(cells, request),
-        differences=differences(known, request, facts),
-        distances=distances(known, request),
-        between_seeds=between_seeds(known, request),
-        audit=audit_in_force(audit, known, request),
-        command=facts.command,
-    )
-    write_json(folder.path / "verdict.json", verdict)
-    folder.write_history(found.history)
-    folder.export_checkpoints(list(cells.values()))
-    write_report(folder.path, found)
-    show_verdict(verdict)
-    recorded = None
-    if recorder is not None:
-        recorder.conclude(report_run(folder, verdict, cells.values()))
-        recorded = recorder.shortfall or recorder.page
-    code = closing(verdict, folder.path, recorded)
-    if lost := [replica for replica in _all_wanted(request) if replica not in cells | controls]:
-        announce_lost(lost)
-        code = ExitCode.BUG
-    return code, verdict
-
-
-def _header(folder: TrialFolder, cells: Cells) -> dict[str, Any]:
-    """What the verdict is about, from the cells."""
-    record = next(iter(cells.values())).record
-    made = record.made_from
-    engine = {"engine": record.engine, "tile": made["engine"]["tile"], "threads": made["threads"]}
-    return {
-        "sweep": folder.path.name,
-        "dataset": conf.short_name(made["dataset"]["_target_"]),
-        "model": conf.short_name(made["model"]["_target_"]),
-        "optimizer": made["optimizer"],
-        "precision": made["precision"],
-        "vary": made.get("vary", "all"),
-        "environment": {**record.environment, **engine},
-    }

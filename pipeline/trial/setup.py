@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
-import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from hydra.errors import HydraException
-from hydra.utils import instantiate
 from torch import nn
 
-from pipeline import config as conf
-from pipeline.controls import CANDIDATE, RANKED, control, declared, ranked
-from pipeline.datasets import Dataset
-from pipeline.errors import UsageError, first_line
-from pipeline.formulations import Formulation, code_digest, probe
-from pipeline.models import ModelBuilder
-from pipeline.module import Recipe
-from pipeline.objectives import Replica
-from pipeline.stack import (
-    Stack,
+from likelihood_lab.errors import UsageError, first_line
+from likelihood_lab.stats.pairs import YARDSTICKS
+from pipeline.build import bind_target, formulation_of, load_dataset
+from pipeline.config import schema as conf
+from pipeline.config.targets import locate
+from pipeline.data.dataset import Dataset
+from pipeline.engine.choose import (
     build_stack,
     choose_engine,
     convolves,
@@ -35,8 +27,15 @@ from pipeline.stack import (
     pads,
     tile_size,
 )
-from pipeline.targets import locate
-from pipeline.variation import Variation
+from pipeline.engine.seeding import SCOPE, Variation
+from pipeline.engine.stack import Stack
+from pipeline.models import ModelBuilder
+from pipeline.replica import CANDIDATE, RANKED, Replica
+from pipeline.runtime import choose_device, environment_record, keep_freed_memory, set_numerics
+from pipeline.training.controls import control, declared, ranked
+from pipeline.training.module import Recipe
+from pipeline.training.objectives import Formulation, code_digest, probe
+from pipeline.verdict.plan import Facts, Request
 
 ENGINE_VERSION = 1  # raised whenever the bits of a cell change
 
@@ -44,6 +43,57 @@ ENGINE_VERSION = 1  # raised whenever the bits of a cell change
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16_mixed": torch.float32}
+
+
+def facts_of(setting: Setting, request: Request, command: str) -> Facts:
+    """What the yardsticks of a setting mean."""
+    train = setting.data.splits["train"]
+    if setting.data.soft_targets is None:
+        frequencies = torch.bincount(setting.data.labels[train]).double() / len(train)
+    else:
+        frequencies = setting.data.soft_targets[train].mean(0)
+    steps = setting.recipe.epochs * setting.recipe.steps_per_epoch(len(train))
+    return Facts(
+        num_classes=setting.data.num_classes,
+        label_entropy=-torch.xlogy(frequencies, frequencies).sum().item(),
+        scope=(
+            f"{_spans(request.seeds)}{SCOPE[setting.recipe.variation.vary]}, {steps} steps of "
+            f"{conf.short_name(setting.config['optimizer']['_target_'])} in {setting.config['precision']}, "
+            f"{setting.data.name}, {setting.builder.name}, on {setting.environment['device']}"
+        ),
+        command=command,
+    )
+
+
+def check_resolution(request: Request, setting: Setting) -> None:
+    """An accuracy margin below two test examples could not be told from rounding."""
+    examples = len(setting.data.splits["test"])
+    margin = request.margins.get("accuracy")
+    if margin is not None and margin < 2 / examples:
+        raise UsageError(
+            f"dataset.margins.accuracy={margin} is below the resolution of the test set; "
+            f"give at least 2/{examples} = {2 / examples:.4f}"
+        )
+
+
+def check_truth(request: Request, setting: Setting) -> None:
+    """A yardstick that needs the truth decides nothing where it is not known."""
+    asked = [name for name in (*request.primary, *request.margins) if YARDSTICKS[name].needs_truth]
+    if asked and setting.data.truth is None:
+        raise UsageError(
+            f"dataset.primary or dataset.margins names '{asked[0]}', but {setting.data.name} does not know P(y | x); "
+            "leave it out"
+        )
+
+
+def _spans(seeds: Sequence[int]) -> str:
+    """ "seed 7", "seeds 0-9" for a run of them, else a list."""
+    ordered = sorted(seeds)
+    if len(ordered) == 1:
+        return f"seed {ordered[0]}"
+    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"seeds {ordered[0]}-{ordered[-1]}"
+    return f"seeds {', '.join(map(str, ordered))}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,14 +178,14 @@ def prepare(config: Mapping[str, Any]) -> Setting:
     Raises:
         UsageError: any part of the configuration cannot be trained.
     """
-    device = _device(config["trainer"]["accelerator"])
+    device = choose_device(config["trainer"]["accelerator"])
     dtype = DTYPES[config["precision"]]
     keep_freed_memory()
-    _set_numerics(config["trainer"]["threads"])
+    set_numerics(config["trainer"]["threads"])
     recipe = _recipe(config)
     data = load_dataset(config["dataset"]).to(device, dtype)
     builder = ModelBuilder(
-        _callable(config["model"]),
+        bind_target(config["model"]),
         conf.short_name(config["model"]["_target_"]),
         data.input_shape,
         data.num_classes,
@@ -149,77 +199,8 @@ def prepare(config: Mapping[str, Any]) -> Setting:
     head = _head(formulations, builder)
     return Setting(
         config, device, dtype, data, builder, formulations, recipe, engine, reason, tile, fast, head,
-        _environment(device),
+        environment_record(device),
     )  # fmt: skip
-
-
-def _device(accelerator: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if accelerator == "gpu" and not available:
-        raise UsageError("trainer=gpu, but torch sees no CUDA GPU here; use trainer=auto or trainer=cpu")
-    return torch.device("cuda:0" if available and accelerator != "cpu" else "cpu")
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc not to give freed blocks back: a step allocates the same megabytes again, a page fault at a time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**25)
-
-
-def _set_numerics(threads: int) -> None:
-    """The settings that decide bits: threads, no TF32, deterministic kernels."""
-    torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _callable(declared: Mapping[str, Any]) -> Callable[..., Any]:
-    """The declared target with its keywords bound, not called."""
-    try:
-        made: Callable[..., Any] = instantiate({**declared, "_partial_": True}, _convert_="all")
-    except HydraException as error:  # a `_target_` among the keywords
-        raise UsageError(f"{declared['_target_']}: {_cause(error)}") from error
-    return made
-
-
-def _cause(error: BaseException) -> str:
-    """What went wrong inside `instantiate`, in the words of whoever raised it."""
-    return first_line(error.__cause__ or error)
-
-
-def load_dataset(declared: Mapping[str, Any]) -> Dataset:
-    """The dataset as the configuration declares it; what keeps it from loading is one line."""
-    target = declared["_target_"]
-    load = _callable({k: v for k, v in declared.items() if k not in conf.DATASET_PROTOCOL})
-    try:
-        data = load()
-    except MemoryError as error:
-        raise UsageError(f"dataset {target} does not fit into memory ({first_line(error)}); make it smaller") from error
-    except Exception as error:
-        if isinstance(error, UsageError) or target.startswith("pipeline."):
-            raise
-        raise UsageError(f"dataset {target} failed: {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(data, Dataset):
-        raise UsageError(f"dataset {target} returned {type(data).__name__}; return make_dataset(...)")
-    return data
-
-
-def formulation_of(name: str, loss: Mapping[str, Any]) -> Formulation:
-    """A loss as the configuration declares it."""
-
-    def make() -> Any:
-        try:
-            return instantiate(loss["fn"], _convert_="all")
-        except Exception as error:
-            raise UsageError(f"loss.{name}.fn cannot be made: {_cause(error)}") from error
-
-    return Formulation(name, tuple(loss["args"]), make, float(loss.get("lr_scale", 1)))
 
 
 def _check_batches(batch_size: int, builder: ModelBuilder, num_examples: int) -> None:
@@ -299,7 +280,7 @@ def _recipe(config: Mapping[str, Any]) -> Recipe:
         raise UsageError(
             f"optimizer {target} may mix the replicas of a stack; use one of torch.optim.{{{', '.join(ELEMENTWISE)}}}"
         )
-    make = _callable(config["optimizer"])
+    make = bind_target(config["optimizer"])
     weight = nn.Parameter(torch.zeros(1))
     weight.grad = torch.zeros(1)
     try:
@@ -318,16 +299,3 @@ def _recipe(config: Mapping[str, Any]) -> Recipe:
         inner_steps=config["trainer"]["inner_steps"],
         variation=Variation(config["vary"]),
     )
-
-
-@functools.cache
-def _environment(device: torch.device) -> dict[str, Any]:
-    cuda, cpu = device.type == "cuda", torch.backends.cpu.get_cpu_capability()
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({cpu})",
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda if cuda else None,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }

@@ -1,91 +1,27 @@
-"""From cells to the outcome axis: what is asked of them, how each run ended, and the finding for every arm."""
+"""From cells to the outcome axis: how each run ended, the finding for every arm, and what the controls showed."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
-from pipeline.cells import Cell
-from pipeline.controls import CANDIDATE, REPLAY
-from pipeline.looks import Look, level_of
-from pipeline.objectives import Replica
-from pipeline.pairs import Status, measured_in
-from pipeline.statistics import OutcomeFinding, compare, correct_for_arms
+import numpy as np
 
+from likelihood_lab.stats.outcome import OutcomeFinding, compare, correct_for_arms
+from likelihood_lab.stats.pairs import Status, measured_in
+from likelihood_lab.stats.trajectory import RANK_STEPS as RANKED_STEPS
+from likelihood_lab.stats.trajectory import SMALLEST_CAUGHT, Distances, Envelope, RankFinding, envelope, rank_test
+from pipeline.replica import BY_PRECISION, CANDIDATE, COPY, DOSE, REPLAY, Replica
+from pipeline.storage.cells import Cell
+from pipeline.verdict.plan import Facts, Look, Request, level_of
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a trial's cells: fixed before the data and hashed into the verdict."""
-
-    losses: tuple[str, ...]
-    seeds: tuple[int, ...]
-    reference: str
-    about: str
-    expect: Mapping[str, str]
-    margins: Mapping[str, float]
-    primary: tuple[str, ...]
-    alpha: float
-    max_seeds: int
-    looks: int = 1
-    controls: tuple[str, ...] = ()
-
-    @property
-    def candidates(self) -> list[str]:
-        """The losses that are compared with the reference."""
-        return [loss for loss in self.losses if loss != self.reference]
-
-    @property
-    def question(self) -> str:
-        """What a look at the same seeds may ask otherwise: the reference, the margins and what decides."""
-        asked = {"reference": self.reference, "margins": dict(self.margins), "primary": list(self.primary)}
-        return json.dumps(asked, sort_keys=True)
-
-    @property
-    def protocol_hash(self) -> str:
-        """SHA-256 over all that must not be chosen after the data were seen."""
-        fixed = {
-            "expect": dict(self.expect), "margins": dict(self.margins), "primary": self.primary, "about": self.about,
-            "looks": self.looks, "alpha": self.alpha, "max_seeds": self.max_seeds,
-        }  # fmt: skip
-        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the yardsticks mean for this dataset.
-
-    Attributes:
-        num_classes: C.
-        label_entropy: entropy of the classes' frequencies in training in nats; a model that does no better learned
-            nothing.
-        scope: what a verdict is limited to, in words.
-        command: how to get the trial again.
-    """
-
-    num_classes: int
-    label_entropy: float
-    scope: str
-    command: str
+PLACEBOS = tuple(name for names in BY_PRECISION.values() for name in names)
 
 
 Cells = Mapping[Replica, Cell]
-
-
-def wanted(request: Request) -> list[Replica]:
-    """Every (arm, seed) that the request is about."""
-    return [Replica(loss, seed) for loss in request.losses for seed in request.seeds]
-
-
-def wanted_controls(request: Request) -> list[Replica]:
-    """The controls beside them: a replay under the first seed, the others under every seed."""
-    return [
-        Replica(name, seed)
-        for name in request.controls
-        for seed in (request.seeds[:1] if name == REPLAY else request.seeds)
-    ]
 
 
 def own_controls(controls: Cells, cells: Cells, request: Request) -> dict[Replica, Cell]:
@@ -194,3 +130,108 @@ def _finals(cells: Sequence[Cell | None], metrics: Sequence[str]) -> dict[str, l
         metric: [math.nan if cell is None else cell.yardsticks[f"test/{metric}"] for cell in cells]
         for metric in metrics
     }
+
+
+def control_findings(cells: Cells, request: Request, facts: Facts, look: Look) -> dict[str, Any]:
+    """Replay, each placebo's outcome, the dose's, the findings behind them, and whether both are as they should be.
+
+    A placebo has to come out equivalent (or identical) and a dosed control different: then the study can tell.
+    """
+    findings = {
+        name: outcome_of(name, cells, request, facts, look)
+        for name in request.controls
+        if name in (*PLACEBOS, DOSE) and any(Replica(name, seed) in cells for seed in request.seeds)
+    }
+    words = {name: finding.word for name, finding in findings.items()}
+    placebos = [word for name, word in words.items() if name != DOSE]
+    sensitivity = None
+    if placebos or DOSE in words:
+        same = bool(placebos) and all(word in ("equivalent", "identical") for word in placebos)
+        noticed = None if DOSE not in words else words[DOSE] == "different"
+        sensitivity = {"placebo_equivalent": same, "dose_different": noticed, "holds": same and noticed is True}
+    replay = _replay(cells, request)
+    return {"replay": replay, "outcomes": words, "findings": findings, "assay_sensitivity": sensitivity}
+
+
+def controls_in_words(controls: Mapping[str, Any], outcome: str) -> str:
+    """What of the controls limits a finding; empty where nothing does."""
+    replay, dose = controls["replay"], controls["outcomes"].get(DOSE)
+    said = []
+    if replay is not None and not replay["bitwise"]:
+        said.append(
+            f"This platform is not deterministic: the reference replayed under seed {replay['seed']} got other bits."
+        )
+    if outcome == "equivalent" and dose not in (None, "different"):
+        said.append(f"That this study notices a difference is not shown: the planted one was called {dose}.")
+    return " ".join(said)
+
+
+def _replay(cells: Cells, request: Request) -> dict[str, Any] | None:
+    for seed in request.seeds:
+        again, first = cells.get(Replica(REPLAY, seed)), cells.get(Replica(request.reference, seed))
+        if again is not None and first is not None:
+            return {"seed": seed, "bitwise": again.record.weights_sha256 == first.record.weights_sha256}
+    return None
+
+
+# --- the early trajectory
+
+
+def envelope_of(candidate: str, cells: Cells, request: Request) -> Envelope:
+    """The candidate's distances from the reference in the early steps, judged by the placebos'."""
+    seeds = _paired(candidate, cells, request)
+    if not seeds:
+        return Envelope("not_applicable", reason="no pair is complete")
+    references = [cells[Replica(request.reference, seed)] for seed in seeds]
+    precision = references[0].record.made_from.get("precision", "float32")
+    if not BY_PRECISION[precision]:
+        return Envelope("not_applicable", reason=f"in {precision} the audit decides")
+    placebos = [name for name in BY_PRECISION[precision] if set(seeds) <= set(_paired(name, cells, request))]
+    mine = _distances([cells[Replica(candidate, seed)] for seed in seeds], references)
+    theirs = [_distances([cells[Replica(name, seed)] for seed in seeds], references) for name in placebos]
+    found = envelope(mine, theirs, _between(references))
+    recorded = found.word == "inside" and len(seeds) >= 5
+    return replace(found, smallest=SMALLEST_CAUGHT[precision]) if recorded else found
+
+
+def _paired(arm: str, cells: Cells, request: Request) -> list[int]:
+    """The seeds under which both this arm and the reference have a cell."""
+    return [seed for seed in request.seeds if Replica(arm, seed) in cells and Replica(request.reference, seed) in cells]
+
+
+def _distances(arm: Sequence[Cell], references: Sequence[Cell]) -> Distances:
+    """Step -> relative distance of each pair, [S]."""
+    return _by_step(zip(arm, references, strict=True))
+
+
+def _between(references: Sequence[Cell]) -> Distances:
+    """Step -> relative distance of the reference under one seed from that under the next."""
+    return _by_step(pairwise(references))
+
+
+def _by_step(pairs: Iterable[tuple[Cell, Cell]]) -> Distances:
+    found: dict[int, list[float]] = {}
+    for mine, reference in pairs:
+        for step, distance in mine.distances_from(reference):
+            found.setdefault(step, []).append(distance)
+    return {step: np.array(values) for step, values in found.items()}
+
+
+# --- ranks among dithered copies
+
+
+def rank_test_of(candidate: str, cells: Cells, request: Request) -> RankFinding | None:
+    """The candidate's ranks among the dithered copies of the reference; None where they were not trained."""
+    arms = [f"{CANDIDATE}{candidate}", *(name for name in request.controls if name.startswith(COPY))]
+    seeds = [seed for seed in request.seeds if all(Replica(arm, seed) in cells for arm in arms)]
+    if not seeds or len(arms) < 3:
+        return None
+    found = [[cells[Replica(arm, seed)].sketches for arm in arms] for seed in seeds]
+    steps = [step for step in RANKED_STEPS if step in found[0][0][0]]
+    values = {
+        step: np.stack([[sketches[taken.index(step)].numpy() for taken, sketches in row] for row in found])
+        for step in steps
+    }
+    if not all(np.isfinite(entries).all() for entries in values.values()):
+        return None
+    return rank_test(values, np.random.default_rng(0))

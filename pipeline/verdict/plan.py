@@ -1,24 +1,98 @@
-"""What is asked of a trial's cells, and what its answer is limited to; fixed before the data.
+"""What is asked of a trial's cells, what its answer is limited to, and the looks at growing data.
 
-Both are kept in the trial's folder as `request.yaml`, so that a verdict can be had again without configuration or data.
+The request is fixed before the data. Request and facts are kept in the trial's folder as `request.yaml`, so that a
+verdict can be had again without configuration or data.
+
+Every verdict over another set of seeds, or by other margins or another reference, is a look (an interim analysis), and
+every look is another chance of a false claim. Looks that were declared share alpha equally (Bonferroni). One more than
+declared gets half of the last level, the next a quarter: however many follow, false claims stay below twice alpha. The
+record is a file in the trial's folder that only grows.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from likelihood_lab.errors import UsageError
+from pipeline.config import schema as conf
+from pipeline.replica import REPLAY, Replica
+from pipeline.storage.files import read_yaml, write_whole, yaml_bytes
 
-from pipeline import config as conf
-from pipeline.cells import read_yaml, write_whole, yaml_bytes
-from pipeline.errors import UsageError
-from pipeline.outcomes import Facts, Request
-from pipeline.pairs import YARDSTICKS
-from pipeline.setting import Setting
-from pipeline.variation import SCOPE
+FILE = "looks.jsonl"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a trial's cells: fixed before the data and hashed into the verdict."""
+
+    losses: tuple[str, ...]
+    seeds: tuple[int, ...]
+    reference: str
+    about: str
+    expect: Mapping[str, str]
+    margins: Mapping[str, float]
+    primary: tuple[str, ...]
+    alpha: float
+    max_seeds: int
+    looks: int = 1
+    controls: tuple[str, ...] = ()
+
+    @property
+    def candidates(self) -> list[str]:
+        """The losses that are compared with the reference."""
+        return [loss for loss in self.losses if loss != self.reference]
+
+    @property
+    def question(self) -> str:
+        """What a look at the same seeds may ask otherwise: the reference, the margins and what decides."""
+        asked = {"reference": self.reference, "margins": dict(self.margins), "primary": list(self.primary)}
+        return json.dumps(asked, sort_keys=True)
+
+    @property
+    def protocol_hash(self) -> str:
+        """SHA-256 over all that must not be chosen after the data were seen."""
+        fixed = {
+            "expect": dict(self.expect), "margins": dict(self.margins), "primary": self.primary, "about": self.about,
+            "looks": self.looks, "alpha": self.alpha, "max_seeds": self.max_seeds,
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the yardsticks mean for this dataset.
+
+    Attributes:
+        num_classes: C.
+        label_entropy: entropy of the classes' frequencies in training in nats; a model that does no better learned
+            nothing.
+        scope: what a verdict is limited to, in words.
+        command: how to get the trial again.
+    """
+
+    num_classes: int
+    label_entropy: float
+    scope: str
+    command: str
+
+
+def wanted(request: Request) -> list[Replica]:
+    """Every (arm, seed) that the request is about."""
+    return [Replica(loss, seed) for loss in request.losses for seed in request.seeds]
+
+
+def wanted_controls(request: Request) -> list[Replica]:
+    """The controls beside them: a replay under the first seed, the others under every seed."""
+    return [
+        Replica(name, seed)
+        for name in request.controls
+        for seed in (request.seeds[:1] if name == REPLAY else request.seeds)
+    ]
 
 
 def request_of(config: Mapping[str, Any]) -> Request:
@@ -37,47 +111,6 @@ def request_of(config: Mapping[str, Any]) -> Request:
         max_seeds=config["max_seeds"],
         looks=config["looks"],
     )
-
-
-def facts_of(setting: Setting, request: Request, command: str) -> Facts:
-    """What the yardsticks of a setting mean."""
-    train = setting.data.splits["train"]
-    if setting.data.soft_targets is None:
-        frequencies = torch.bincount(setting.data.labels[train]).double() / len(train)
-    else:
-        frequencies = setting.data.soft_targets[train].mean(0)
-    steps = setting.recipe.epochs * setting.recipe.steps_per_epoch(len(train))
-    return Facts(
-        num_classes=setting.data.num_classes,
-        label_entropy=-torch.xlogy(frequencies, frequencies).sum().item(),
-        scope=(
-            f"{_spans(request.seeds)}{SCOPE[setting.recipe.variation.vary]}, {steps} steps of "
-            f"{conf.short_name(setting.config['optimizer']['_target_'])} in {setting.config['precision']}, "
-            f"{setting.data.name}, {setting.builder.name}, on {setting.environment['device']}"
-        ),
-        command=command,
-    )
-
-
-def check_resolution(request: Request, setting: Setting) -> None:
-    """An accuracy margin below two test examples could not be told from rounding."""
-    examples = len(setting.data.splits["test"])
-    margin = request.margins.get("accuracy")
-    if margin is not None and margin < 2 / examples:
-        raise UsageError(
-            f"dataset.margins.accuracy={margin} is below the resolution of the test set; "
-            f"give at least 2/{examples} = {2 / examples:.4f}"
-        )
-
-
-def check_truth(request: Request, setting: Setting) -> None:
-    """A yardstick that needs the truth decides nothing where it is not known."""
-    asked = [name for name in (*request.primary, *request.margins) if YARDSTICKS[name].needs_truth]
-    if asked and setting.data.truth is None:
-        raise UsageError(
-            f"dataset.primary or dataset.margins names '{asked[0]}', but {setting.data.name} does not know P(y | x); "
-            "leave it out"
-        )
 
 
 def write_request(path: Path, request: Request, facts: Facts, tracking: Mapping[str, Any]) -> None:
@@ -112,11 +145,65 @@ def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
-def _spans(seeds: Sequence[int]) -> str:
-    """ "seed 7", "seeds 0-9" for a run of them, else a list."""
-    ordered = sorted(seeds)
-    if len(ordered) == 1:
-        return f"seed {ordered[0]}"
-    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
-        return f"seeds {ordered[0]}-{ordered[-1]}"
-    return f"seeds {', '.join(map(str, ordered))}"
+@dataclass(frozen=True)
+class Look:
+    """The number of a look, from 1, the alpha that it is judged at, and what both follow from."""
+
+    number: int
+    level: float
+    alpha: float = 0.05
+    declared: int = 1
+
+
+def level_of(alpha: float, declared: int, number: int) -> float:
+    """alpha / declared, and half as much with every look beyond the declared ones.
+
+    Raises:
+        ValueError: declared or number is below 1.
+    """
+    if declared < 1 or number < 1:
+        raise ValueError(f"looks are counted from 1, got declared={declared}, number={number}")
+    return float(alpha / declared / 2.0 ** max(0, number - declared))
+
+
+def look_at(folder: Path, seeds: Sequence[int], question: str, alpha: float, declared: int) -> Look:
+    """The look that a verdict over these seeds is: one that was taken before, or the next.
+
+    Args:
+        question: what else makes it another chance of a false claim: reference, margins, primary metrics.
+
+    Alpha and the number of declared looks are those of the first look on record.
+    """
+    taken = _taken(folder)
+    if taken:
+        alpha, declared = taken[0]["alpha"], taken[0]["declared"]
+    asked = {"seeds": sorted(seeds), "question": question}
+    number = next((i for i, entry in enumerate(taken, 1) if asked.items() <= entry.items()), len(taken) + 1)
+    return Look(number, level_of(alpha, declared, number), alpha, declared)
+
+
+def record(folder: Path, look: Look, seeds: Sequence[int], question: str, words: Mapping[str, str]) -> None:
+    """Append a look that is not on record yet; one at which nothing was tested (all identical) is none."""
+    tested = any(word not in ("identical", "not_run") for word in words.values())
+    taken = _taken(folder)
+    if not tested or look.number <= len(taken):
+        return
+    entry = asdict(look) | {"question": question, "seeds": sorted(seeds), "words": dict(words)}
+    earlier = (folder / FILE).read_bytes() if taken else b""
+    write_whole(folder / FILE, earlier + json.dumps(entry).encode() + b"\n")
+
+
+def _taken(folder: Path) -> list[dict[str, Any]]:
+    """The looks on record, in order."""
+    try:
+        lines = (folder / FILE).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    try:
+        entries = [json.loads(line) for line in lines]
+        return [
+            entry for entry in entries if entry["seeds"] and entry["question"] and entry["alpha"] and entry["declared"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        line = f"{folder / FILE} is damaged; it counts the looks at the data: restore it, or start a new folder"
+        raise UsageError(line) from error

@@ -3,50 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from pipeline.assay import control_findings, controls_in_words, envelope_of, rank_test_of
-from pipeline.auditing.finding import strict
-from pipeline.envelope import Envelope
-from pipeline.looks import Look, level_of
-from pipeline.objectives import Replica
-from pipeline.outcomes import Cells, Facts, Request, outcomes, status_of
-from pipeline.rank_test import RankFinding
-from pipeline.statistics import OutcomeFinding
+from likelihood_lab.audit.finding import strict
+from likelihood_lab.stats.outcome import OutcomeFinding
+from likelihood_lab.stats.trajectory import Envelope
+from pipeline.console import console
+from pipeline.entry import ExitCode
+from pipeline.replica import Replica
+from pipeline.verdict.describe import Entry, reconciled, sentence, would_have_caught
+from pipeline.verdict.outcomes import (
+    Cells,
+    control_findings,
+    controls_in_words,
+    envelope_of,
+    outcomes,
+    rank_test_of,
+    status_of,
+)
+from pipeline.verdict.plan import Facts, Look, Request, level_of
 
 SCHEMA = 1
 SAME = frozenset({"identical", "rounding", "offset", "equivalent"})
 
 
-Entry = Mapping[str, Any]
 Damaged = Mapping[Replica, str]
 
 PARTED = {"outside": "different"}
 ANOTHER_RATE = Envelope("not_applicable", reason="it was trained at another learning rate")
-AS_FUNCTIONS = {
-    "identical": "The same function, bit for bit",
-    "rounding": "The same function up to rounding",
-    "offset": "The same function but for a constant",
-    "scaled": "A multiple of the same function",
-    "reweighted": "Another weighting of the data",
-    "domain": "The same function in part of its domain",
-    "different": "Another function",
-    "not_run": "Not audited",
-    "error": "The audit failed",
-}
-TRAJECTORIES = {
-    "inside": "In training it parts from the reference as rounding does",
-    "outside": "In training it parts from the reference faster than rounding does",
-}
-MINIMISER = "The minimiser is the same, the training only under an optimizer that a constant factor does not move."
+
+
 UNAUDITED: Entry = {
     "objective": "not_run", "sentence": "", "scale": None, "offset": None, "domain": None, "side_effects": [],
     "covered": [], "not_covered": ["the losses themselves"], "would_have_caught": {},
 }  # fmt: skip
+
+
+def exit_code_of(entries: Sequence[tuple[str, str, Mapping[str, Any]]]) -> ExitCode:
+    """Each expectation that does not hold, and the exit code; entries are (loss, word, entry)."""
+    judged = [found for found in entries if found[2]["confirmed"] is not None]
+    failed = [found for found in judged if not found[2]["confirmed"]]
+    for loss, word, entry in failed:
+        console.print(f"expected {loss}: {entry['expected']}, found {word}")
+    if not judged:
+        console.print("nothing was asserted (give expect=same, or 'expect={nll: same}', for an exit code)")
+        return ExitCode.HOLDS
+    console.print(f"{len(judged) - len(failed)} of {len(judged)} expectations hold")
+    return ExitCode.REFUTED if failed else ExitCode.HOLDS
 
 
 def word(
@@ -105,7 +112,7 @@ def comparison(
     said = [
         sentence(finding, entry, trajectory, ranks, request, facts),
         "" if rate == 1 else f"It was trained at {rate:g} times the reference's learning rate.",
-        _reconciled(verdict, finding, entry),
+        reconciled(verdict, finding, entry),
         controls_in_words(controls, finding.word),
     ]
     return {
@@ -137,115 +144,10 @@ def comparison(
     }
 
 
-def sentence(
-    finding: OutcomeFinding,
-    entry: Entry,
-    trajectory: Envelope,
-    ranks: RankFinding | None,
-    request: Request,
-    facts: Facts,
-) -> str:
-    """Both axes in prose, the one that the request is about first."""
-    objective = _objective(entry)
-    outcome = _outcome_in_words(finding, request, facts)
-    if objective is None:
-        outcome, objective = f"{outcome} The losses themselves were not audited.", ""
-    if trajectory.word in TRAJECTORIES:
-        objective = f"{objective} {TRAJECTORIES[trajectory.word]}: {trajectory.reason}.".strip()
-    if ranks is not None:
-        objective = f"{objective} {_ranks(ranks, finding.level)}".strip()
-    both = (objective, outcome) if request.about == "objective" else (outcome, objective)
-    return " ".join(filter(None, both))
-
-
-def _reconciled(verdict: str, finding: OutcomeFinding, entry: Entry) -> str:
-    """What a conflict comes from where the audit has named it: runs that left the domain of the loss."""
-    limit = entry["domain"]
-    if verdict != "conflict" or limit is None or not finding.failures.candidate_only:
-        return ""
-    end = f"{limit['axis']} {limit['limit']:.4g}: the {limit['behaviour']}"
-    return f"Both may be true: this training may have gone where the function ends ({end})."
-
-
-def _ranks(ranks: RankFinding, level: float) -> str:
-    apart = "is told apart from" if ranks.rejects(level) else "ranks like"
-    return f"With gradients rounded at random it {apart} the reference's own copies (p = {ranks.p:.2g})."
-
-
-def _objective(entry: Entry) -> str | None:
-    if not entry["sentence"]:
-        return None
-    said = f"{AS_FUNCTIONS[entry['objective']]}: {entry['sentence']}."
-    return f"{said} {MINIMISER}" if entry["objective"] == "scaled" else said
-
-
-def _outcome_in_words(finding: OutcomeFinding, request: Request, facts: Facts) -> str:
-    pairs = f"{finding.num_valid} of {len(request.seeds)} pairs"
-    if finding.word == "identical":
-        every = f"all {len(request.seeds)} pairs" if len(request.seeds) > 1 else "the one pair"
-        both = f" Under {finding.failures.both} seeds both arms diverged." if finding.failures.both else ""
-        return f"Weights and yardsticks are equal bit for bit in {every} ({facts.scope}).{both}"
-    effects = "; ".join(_effect(name, finding, request) for name in request.primary if name in finding.metrics)
-    known = {
-        "equivalent": f"Equivalent within the margins over {pairs}: {effects}.",
-        "different": f"Another model: {'; '.join(finding.reasons)}.",
-        "not_run": f"Not decided: {'; '.join(finding.reasons)}.",
-    }
-    provisional = "provisionally equivalent, but " if finding.provisional else ""
-    inconclusive = f"Inconclusive over {pairs}: {provisional}{'; '.join(finding.reasons)}.{_advice(finding)}"
-    return known.get(finding.word, inconclusive)
-
-
-def _effect(name: str, finding: OutcomeFinding, request: Request) -> str:
-    metric, margin = finding.metrics[name], request.margins.get(name)
-    reliably = "reliably " if metric.excludes_zero else ""
-    ratio = " (log ratio)" if metric.scale == "log_ratio" else ""
-    return f"{name} {reliably}{metric.mean_difference:+.2g}{ratio}, margin {margin:g}" if margin else name
-
-
-def _advice(finding: OutcomeFinding) -> str:
-    needed = finding.seeds_needed
-    if needed is None or (isinstance(needed, int) and needed <= finding.num_valid):
-        return ""
-    return (
-        " No affordable number of seeds would decide it."
-        if needed == "unreachable"
-        else f" About {needed} seeds would decide it."
-    )
-
-
 def rate_of(arm: str, cells: Cells) -> float:
     """What an arm's loss declares its learning rate to be multiplied by."""
     made = next((cell.record.made_from for replica, cell in cells.items() if replica.arm == arm), {})
     return float(made.get("loss", {}).get("lr_scale", 1))
-
-
-def would_have_caught(finding: OutcomeFinding, entry: Entry, trajectory: Envelope, request: Request) -> str | None:
-    """The smallest difference that this check would have noticed, in words, on both axes."""
-    noticed = []
-    if finding.word == "identical":
-        noticed.append("one bit in any weight or yardstick of any pair")
-    if finding.word == "equivalent":
-        limits = ", ".join(f"{name} {request.margins[name]:g}" for name in request.primary)
-        noticed.append(f"a true mean difference at the margins ({limits}), in {1 - finding.level:.3g} of such studies")
-    if power := entry["would_have_caught"]:
-        noticed.append(f"in the losses themselves {_smallest(power)}")
-    if trajectory.smallest is not None:
-        noticed.append(
-            f"in the first steps label smoothing {trajectory.smallest:.0e} (as recorded on digits with an MLP)"
-        )
-    return "; ".join(noticed) or None
-
-
-def _smallest(power: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Two kinds of the ladder stand for the rest, which audit.json has."""
-    shown = [
-        f"{kind} {size:.0e} in {precision}"
-        for kind in ("label smoothing", "temperature 1 + d")
-        for precision in ("float32", "float64")
-        if (size := power.get(kind, {}).get(precision)) is not None
-    ]
-    return ", ".join(shown)
 
 
 def _failures(candidate: str, cells: Cells, damaged: Damaged, request: Request, facts: Facts) -> list[dict[str, Any]]:

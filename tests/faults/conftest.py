@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from faults.watched import Drill
-from pipeline.exit_codes import ExitCode
-from pipeline.tracking import Tracker
+from pipeline.entry import ExitCode
+from pipeline.tracking.tracker import Tracker
+from tests.faults.watched import Drill
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,11 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from pipeline import config as conf
 from pipeline import train
-from pipeline.checks import LIMITS
-from pipeline.exit_codes import ExitCode, run_entry_point
+from pipeline.config import schema as conf
+from pipeline.config.hydra_glue import run_entry_point
+from pipeline.config.validate import LIMITS
+from pipeline.entry import ExitCode
 
 Overrides = list[str]
 GROUPS = ("loss", "model", "dataset", "optimizer", "trainer", "tracking", "experiment")
@@ -38,7 +39,7 @@ ANYTHING = {
     "seed": ("-1", "1.5", "[]", "[0,0]", "x", "{a: 1}", str(2**32), "null", "[true]", "[[0]]"),
     "share": ("x", "0", "1.5", "true", "{a: 1}", "[x]", "[-1]", "[99]", "[true]", "[[0]]"),
     "expect": ("x", "3", "{ce: same}", "{nobody: same}", "{nll: x}", "[same]", "true"),
-}  # what the schema leaves to `pipeline.config`
+}  # what the schema leaves to `pipeline.config.schema`
 IMPOSSIBLE: list[Overrides] = [
     ["reference=brier"], ["loss=[ce]", "expect=same"], ["loss=[ce,nll,ce]"], ["until=decided"], ["rank_test=1"],
     ["alpha=0"], ["alpha=0.5"], ["alpha=nan"], ["clip_norm=0"], ["clip_norm=inf"], ["batch_size=1138"],

@@ -22,17 +22,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from pipeline import config as conf
-from pipeline import loaders, soft_labels
-from pipeline.cells import SEAL, TrialFolder
-from pipeline.checks import check
-from pipeline.datasets import Dataset, make_dataset
-from pipeline.errors import UsageError
-from pipeline.exit_codes import ExitCode, guarded
-from pipeline.objectives import Replica
+from likelihood_lab.errors import UsageError
+from pipeline.build import load_dataset
+from pipeline.config import schema as conf
+from pipeline.config.validate import check
+from pipeline.data import loaders, soft_labels
+from pipeline.data.dataset import Dataset, make_dataset
+from pipeline.entry import ExitCode, guarded
+from pipeline.replica import Replica
 from pipeline.report import report
-from pipeline.setting import load_dataset
-from pipeline.trial import run
+from pipeline.storage.cells import SEAL, TrialFolder
+from pipeline.trial.run import run
 
 Damage = Callable[[Path], object]
 ran: list[str] = []  # what code of a stranger has left
@@ -135,7 +135,7 @@ IDX: dict[str, tuple[Damage, str]] = {
 @pytest.mark.parametrize("damage", IDX)
 def test_a_damaged_idx_file_is_one_line(damage: str, tmp_path: Path) -> None:
     root = idx_folder(tmp_path / "idx")
-    declared = {"_target_": "pipeline.loaders.mnist", "root": str(root), "val": 20}
+    declared = {"_target_": "pipeline.data.loaders.mnist", "root": str(root), "val": 20}
     assert load_dataset(declared).num_classes == 10
     spoil, said = IDX[damage]
     spoil(root)
@@ -202,7 +202,7 @@ PICTURES: dict[str, tuple[Damage, str]] = {
 def test_a_damaged_folder_of_pictures_is_one_line(damage: str, tmp_path: Path) -> None:
     root = picture_folder(tmp_path / "pictures")
     declared = {
-        "_target_": "pipeline.pictures.image_folder",
+        "_target_": "pipeline.data.image_folder.image_folder",
         "root": str(root),
         "size": 8,
         "cache": str(tmp_path / "c"),
@@ -218,7 +218,7 @@ def test_a_picture_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
     root = picture_folder(tmp_path / "pictures")
     (root / FIRST).chmod(0)
     declared = {
-        "_target_": "pipeline.pictures.image_folder",
+        "_target_": "pipeline.data.image_folder.image_folder",
         "root": str(root),
         "size": 8,
         "cache": str(tmp_path / "c"),
@@ -265,7 +265,7 @@ def test_damaged_annotations_are_one_line(damage: str, tmp_path: Path) -> None:
     root = annotated(tmp_path / "cifar10h")
     spoil, said = ANNOTATED[damage]
     spoil(root)
-    declared = {"_target_": "pipeline.soft_labels.cifar10h", "root": str(root), "val": 10, "test": 10}
+    declared = {"_target_": "pipeline.data.soft_labels.cifar10h", "root": str(root), "val": 10, "test": 10}
     assert said in refusal(lambda: load_dataset(declared))[:600]
 
 

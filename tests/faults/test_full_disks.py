@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from faults.watched import Drill, Moment
-from pipeline.exit_codes import ExitCode
+from pipeline.entry import ExitCode
+from tests.faults.watched import Drill, Moment
 
 SIZE = "24m"  # the trial takes less than half of it
 

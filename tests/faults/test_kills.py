@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from faults.watched import KILLED, Drill
-from pipeline.exit_codes import ExitCode
+from pipeline.entry import ExitCode
+from tests.faults.watched import KILLED, Drill
 
 
 def test_killed_three_times_on_its_way_a_trial_ends_as_if_it_had_not_been(

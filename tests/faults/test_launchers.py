@@ -14,8 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-from test_shared_trials import ROOT, arms
-from test_trial import same_bits, verdict, weights
+
+from tests.pipeline.trial.test_shared_trials import ROOT, arms
+from tests.trials import same_bits, verdict, weights
 
 pytestmark = pytest.mark.faults
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from faults.serving import environment, plain_server, running
-from faults.trials import begin, ended
+from tests.faults.serving import environment, plain_server, running
+from tests.faults.trials import begin, ended
 
 BEARABLE = 10.0  # seconds
 API = "/ajax-api/2.0/mlflow"

@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from laboratory import builder, recipe, same_bits, shipped, toy_data, trained, weights_of
 from torch import Tensor, nn
 
-from pipeline.formulations import Formulation
 from pipeline.models import mlp
-from pipeline.module import Divergence, SideBySide
+from pipeline.training.module import Divergence, SideBySide
+from pipeline.training.objectives import Formulation
+from tests.laboratory import builder, recipe, same_bits, shipped, toy_data, trained, weights_of
 
 FROM = 7  # of 12 steps, 4 an epoch
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from faults.serving import Server, environment, guarded_server, postgres, running
-from faults.trials import begin, check_whole, ended, synced
-from pipeline.recording import Recorder
-from pipeline.tracking import Run, StoreError, Tracker
+from pipeline.tracking.mlflow_store import Run
+from pipeline.tracking.recorder import Recorder
+from pipeline.tracking.tracker import StoreError, Tracker
+from tests.faults.serving import Server, environment, guarded_server, postgres, running
+from tests.faults.trials import begin, check_whole, ended, synced
 
 pytest.importorskip("flask_wtf", reason="the server's packages are not installed (make .venv/.server)")
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from faults.serving import environment, free_port, plain_server, running
-from faults.trials import begin, cells, check_whole, ended, synced
-from pipeline import recording
-from pipeline.recording import Recorder
-from pipeline.tracking import Tracker
+from pipeline.tracking import recorder as recording
+from pipeline.tracking.recorder import Recorder
+from pipeline.tracking.tracker import Tracker
+from tests.faults.serving import environment, free_port, plain_server, running
+from tests.faults.trials import begin, cells, check_whole, ended, synced
 
 # MLflow's own queries use a loader that SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.cells import Cell, TrialFolder
-from pipeline.tracking import Tracker
+from pipeline.storage.cells import Cell, TrialFolder
+from pipeline.tracking.tracker import Tracker
 
 QUICK = ("trainer=cpu", "model.hidden=[16]", "audit=false", "controls=none", "loss=[ce,nll,brier]")
 

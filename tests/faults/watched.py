@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import sqlalchemy
-import test_trial
 
-from pipeline import config as conf
-from pipeline import training
-from pipeline.cells import TrialFolder
-from pipeline.exit_codes import ExitCode, guarded
-from pipeline.trial import run
+from pipeline.config import schema as conf
+from pipeline.entry import ExitCode, guarded
+from pipeline.storage.cells import TrialFolder
+from pipeline.trial import tiles as training
+from pipeline.trial.run import run
+from tests import trials
 
 LOSSES, SEEDS = ("ce", "nll", "brier"), range(8)
 REQUEST = (
@@ -135,7 +135,7 @@ class Drill:
 
     def _work(self, watch: Watch) -> int:
         conf.ROOT = self.root
-        config = test_trial.compose(*REQUEST, f"tracking.uri={self.uri}")
+        config = trials.compose(*REQUEST, f"tracking.uri={self.uri}")
         watch.begin()
         code = guarded(lambda: run(config, self.trial, "the command"))
         if watch.where is None and code == ExitCode.HOLDS:

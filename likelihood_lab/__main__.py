@@ -1,0 +1,158 @@
+"""The command for people who write losses: python -m likelihood_lab check MODULE:FUNCTION.
+
+Exit codes: 0 the same loss, 1 another one, 2 the request is wrong, 3 a fault of this program, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from likelihood_lab.errors import UsageError, did_you_mean, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+SAME, NOT_SAME, USAGE, FAULT, INTERRUPTED = 0, 1, 2, 3, 130
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all refusals are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see python -m {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = _Parser(prog="likelihood_lab", description="Is it the same loss?")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    about = "compare a loss with a reference, by gradients and values; exit code 0 same, 1 not, 2 wrong request"
+    check = commands.add_parser("check", help=about, description=about)
+    check.add_argument("loss", metavar="MODULE:FUNCTION", help="the loss; the current folder is importable")
+    check.add_argument("--reference", default=CROSS_ENTROPY, metavar="MODULE:FUNCTION", help="default: %(default)s")
+    inputs = "of logits, log_probs, probs, hidden, weight, bias, labels, target_probs; default: logits,labels"
+    check.add_argument("--args", type=_names, metavar="A,B", help=f"what the loss takes, in its own order: {inputs}")
+    check.add_argument("--reference-args", type=_names, metavar="A,B", help="the same for the reference")
+    check.add_argument("--dtype", metavar="DTYPE", help=f"judge in this precision alone: {', '.join(DTYPES)}")
+    check.add_argument("--device", default="cpu", help="default: %(default)s")
+    check.add_argument("--ignore-index", type=int, metavar="N", help="rows with this label count for nothing")
+    check.add_argument("--soft-targets", action="store_true", help="target_probs are distributions, not one-hot")
+    check.add_argument("--tokens", action="store_true", help="logits are [B, T, C], labels [B, T]")
+    check.add_argument("--num-classes", type=_numbers, metavar="C,C", help="the numbers of classes to try")
+    check.add_argument("--json", action="store_true", help="print strict JSON and nothing else")
+    return made
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 2,10") from None
+
+
+def load(path: str) -> Any:
+    """The object behind MODULE:NAME; the current folder is searched first.
+
+    Raises:
+        UsageError: there is no such module or no such name in it, or importing it fails.
+    """
+    module, _, name = path.partition(":")
+    if not module or not name or module.endswith(".py") or "/" in module:
+        dotted = module.removesuffix(".py").strip("./").replace("/", ".") or "my_losses"
+        raise UsageError(f"{path!r} names no function; give MODULE:FUNCTION, such as {dotted}:{name or 'my_loss'}")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        owner = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            raise UsageError(f"no module {module!r} here or on PYTHONPATH; check the spelling") from error
+        raise UsageError(f"{module} cannot be imported: {first_line(error)}; install what it needs") from error
+    except (Exception, SystemExit) as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{module} cannot be imported: {said}; correct it first") from error
+    try:
+        return attrgetter(name)(owner)
+    except AttributeError:
+        hint = did_you_mean(name, (known for known in dir(owner) if callable(getattr(owner, known))))
+        raise UsageError(f"{module} has no {name!r}{hint}") from None
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    if name is not None and name not in DTYPES:
+        raise UsageError(f"--dtype {name}{did_you_mean(name, DTYPES)}: choose from {', '.join(DTYPES)}")
+    return None if name is None else getattr(torch, name)
+
+
+def check(given: argparse.Namespace, output: TextIO) -> int:
+    """Check the loss, print what was found, and return the exit code."""
+    fn, reference = load(given.loss), load(given.reference)
+    import torch
+
+    from likelihood_lab.audit.api import LOGITS_AND_LABELS, check, reproduction
+
+    torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
+    settings = {
+        "args": given.args or LOGITS_AND_LABELS, "reference_args": given.reference_args or LOGITS_AND_LABELS,
+        "dtype": _dtype(given.dtype), "device": given.device, "ignore_index": given.ignore_index,
+        "soft_targets": given.soft_targets, "tokens": given.tokens, "num_classes": given.num_classes,
+    }  # fmt: skip
+    finding = check(fn, reference, **settings)
+    same = finding.same and finding.value_holds
+    if given.json:
+        entry = {"loss": given.loss, "reference": given.reference, "same": same, **finding.as_json()}
+        print(json.dumps(entry, indent=2, allow_nan=False), file=output)
+    else:
+        shown = "" if same else reproduction(fn, reference, finding, settings)
+        print("\n\n".join(filter(None, [finding.show(), shown])), file=output)
+    output.flush()
+    return SAME if same else NOT_SAME
+
+
+@contextlib.contextmanager
+def _reserved_output(reserve: bool) -> Iterator[TextIO]:
+    """The standard output; where it is reserved, all that others print goes to the standard error instead."""
+    if not reserve:
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as output:
+        os.dup2(2, 1)
+        yield output
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    try:
+        given = parser().parse_args(arguments)
+        with _reserved_output(given.json) as output:
+            return check(given, output)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return FAULT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

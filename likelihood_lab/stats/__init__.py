@@ -1,0 +1,1 @@
+"""Did two losses train the same model? Paired equivalence tests over seeds; numpy and scipy only."""

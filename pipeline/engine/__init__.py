@@ -1,0 +1,1 @@
+"""R plain modules trained as one."""

@@ -1,0 +1,178 @@
+"""The fold engine, and its fast path for dense networks without autograd between the layers.
+
+The fast path begins behind dL/dlogits and calls the products and sums that autograd would call, on operands of the same
+layout, so that weights keep their bits. It saves autograd's bookkeeping and, with buffers of its own for activations
+and gradients, trips to main memory. `equals_autograd` checks it on the model at hand before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.engine.layers import Dropout, DropoutStreams, Linear, fold_modules
+from pipeline.engine.stack import Outputs, Stack
+
+
+class Fold(Stack):
+    """The fold engine. `streams` are the dropout masks' generators, one for each distinct seed.
+
+    With `fast` a chain of dense layers is trained without autograd inside, see `Chain`.
+    """
+
+    engine, replica_axis = "fold", 1
+
+    def __init__(
+        self, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None, fast: bool = False
+    ) -> None:
+        super().__init__(len(modules), head)
+        self.folded = fold_modules(modules)
+        self.chain = chain_of(self.folded) if fast and head is None else None
+        self.streams = DropoutStreams(seeds)
+        for layer in self.folded.modules():
+            if isinstance(layer, Dropout):
+                layer.streams = self.streams
+        self._hidden: Tensor | None = None
+        if head is not None:
+            self.folded.get_submodule(head).register_forward_pre_hook(self._capture)
+
+    def _capture(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._hidden = arguments[0]
+
+    def forward(self, inputs: Tensor, fused: bool = False) -> Outputs:
+        if self.chain is not None and self._chained(inputs):
+            return Outputs(self.chain(inputs))
+        logits = self._by_replica(self.folded(inputs.flatten(1, 2)))
+        hidden, self._hidden = self._hidden, None
+        if not fused:
+            return Outputs(logits)
+        layer = self.folded.get_submodule(self.head or "")
+        if hidden is None or not isinstance(layer, nn.Linear):
+            raise ValueError("a fused loss needs a stack that was built with its head's name")
+        bias = None if layer.bias is None else layer.bias.unbind()
+        return Outputs(logits, self._by_replica(hidden), layer.weight.unbind(), bias)
+
+    def _chained(self, inputs: Tensor) -> bool:
+        """Whether the chain gives autograd's bits: with a batch of one, strides mean nothing and products differ."""
+        return self.training and len(inputs) > 1 and not torch.is_autocast_enabled(inputs.device.type)
+
+    def _by_replica(self, folded: Tensor) -> Tensor:
+        """[B, R*F] as a contiguous [R, B, F]."""
+        by_replica: Tensor = folded.unflatten(1, (self.num_replicas, -1)).transpose(0, 1)
+        return by_replica.contiguous()
+
+    def weights(self, replica: int) -> dict[str, Tensor]:
+        return {name: tensor[replica].clone() for name, tensor in self.folded.state_dict().items()}
+
+    def parameters_of(self, replica: int) -> dict[str, Tensor]:
+        return {name: parameter[replica] for name, parameter in self.folded.named_parameters()}
+
+    @property
+    def positions(self) -> list[Any]:
+        return self.streams.positions
+
+    @positions.setter
+    def positions(self, positions: list[Any]) -> None:
+        self.streams.positions = positions
+
+    def _gradients(self) -> Iterator[Tensor]:
+        return (p.grad.flatten(1) for p in self.folded.parameters() if p.grad is not None)
+
+    def gradient_norms(self) -> Tensor:
+        norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in self._gradients()])
+        whole: Tensor = torch.linalg.vector_norm(norms, dim=0)
+        return whole
+
+    def scale_gradients(self, factors: Tensor) -> None:
+        for gradient in self._gradients():
+            gradient.mul_(factors[:, None])
+
+    def _by_factor(self, before: Sequence[Tensor], factors: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for now, old in zip(self.parameters(), before, strict=True):
+            yield now, old, factors.to(now).view(-1, *[1] * (now.ndim - 1))
+
+
+class Chain:
+    """Linear layers with ReLU between them, R of each: weight [R, O, I] and bias [R, O].
+
+    One training step is a call and the backward pass through what it returned. Gradients are written, not added.
+    """
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self.layers = list(layers)
+        self._columns: list[Tensor] = []  # each layer's input in the step at hand, [R, I, B]
+        self._memory: dict[tuple[str, int, int], Tensor] = {}  # by purpose, layer and batch size
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Logits [R, B, C] from inputs [B, R, ...]."""
+        logits: Tensor = _Behind.apply(self.layers[0].weight, self, inputs)
+        return logits
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        columns = inputs.flatten(2).permute(1, 2, 0)
+        self._columns = [columns]
+        for i, layer in enumerate(self.layers):
+            out = self._buffer("output", i, layer.weight.shape[:2], columns)
+            columns = torch.bmm(layer.weight, columns, out=out)
+            if layer.bias is not None:
+                columns += layer.bias.unsqueeze(-1)
+            if layer is not self.layers[-1]:
+                self._columns.append(columns.relu_())
+        return columns.transpose(1, 2).contiguous()
+
+    def backward(self, upstream: Tensor) -> None:
+        """Every layer's gradients from dL/dlogits [R, B, C]."""
+        gradient = upstream.transpose(1, 2).contiguous()
+        for i, (layer, columns) in reversed(list(enumerate(zip(self.layers, self._columns, strict=True)))):
+            weight = self._buffer("weight", i, layer.weight.shape)
+            layer.weight.grad = torch.bmm(gradient, columns.transpose(1, 2), out=weight)
+            if layer.bias is not None:
+                layer.bias.grad = torch.sum(gradient, 2, out=self._buffer("bias", i, layer.bias.shape))
+            if i:
+                out = self._buffer("input", i, layer.weight.shape[::2], columns)
+                gradient = torch.bmm(layer.weight.transpose(1, 2), gradient, out=out)
+                torch.ops.aten.threshold_backward.grad_input(gradient, columns, 0, grad_input=gradient)
+
+    def _buffer(self, purpose: str, layer: int, shape: Sequence[int], columns: Tensor | None = None) -> Tensor:
+        """The same memory at every step; given columns, with their batch as the last axis."""
+        batch = 0 if columns is None else columns.shape[2]
+        key = (purpose, layer, batch)
+        if key not in self._memory:
+            full = shape if columns is None else (*shape, batch)
+            self._memory[key] = self.layers[0].weight.new_empty(full, requires_grad=False)
+        return self._memory[key]
+
+
+class _Behind(torch.autograd.Function):
+    """Where autograd hands over; the weight is there so that it does."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, chain: Chain, inputs: Tensor) -> Tensor:
+        ctx.chain = chain
+        return chain.forward(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, None, None]:
+        ctx.chain.backward(upstream)
+        return None, None, None
+
+
+def chain_of(folded: nn.Module) -> Chain | None:
+    """The chain that a folded model is: Flatten, Linear, ReLU, Linear, ... in an `nn.Sequential`; None for others."""
+    if type(folded) is not nn.Sequential or any(_is_hooked(layer) for layer in folded.modules()):
+        return None
+    flatten, layers = folded[:1], list(folded[1:])
+    if not any(type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1) for layer in flatten):
+        return None
+    if [type(layer) for layer in layers] != [Linear, *[nn.ReLU, Linear] * (len(layers) // 2)]:
+        return None
+    if len({*layers}) < len(layers) or not all(parameter.requires_grad for parameter in folded.parameters()):
+        return None
+    return Chain([layer for layer in layers if isinstance(layer, Linear)])
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)

@@ -1,0 +1,1 @@
+"""The audit of declared losses, each in a subprocess."""

@@ -1,0 +1,1 @@
+"""MLflow runs: their content, and a recorder that survives a failing store."""

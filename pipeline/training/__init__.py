@@ -1,0 +1,1 @@
+"""The LightningModule, the losses of its replicas, and the controls."""

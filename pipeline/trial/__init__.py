@@ -1,0 +1,1 @@
+"""One trial: set-up, audit, training, conclusion."""

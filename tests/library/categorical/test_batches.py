@@ -1,0 +1,232 @@
+"""The audit's batches: every pair that is promised, numbers that float32 holds, targets that are what they say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from likelihood_lab.categorical.batches import (
+    CLASSES,
+    CORE_GAP,
+    FAMILIES,
+    LARGEST,
+    MANY,
+    ROWS,
+    TOKENS,
+    UPSTREAM,
+    WIDE_FAMILIES,
+    Batch,
+    Shape,
+    grid,
+    make_batch,
+    targets_of,
+)
+
+NARROW = (2, 10, 1000)
+SHAPES = {
+    "default": Shape(CLASSES),
+    "narrow": Shape(NARROW),
+    "two classes": Shape((2,)),
+    "soft": Shape(NARROW, soft=True),
+    "ignoring": Shape(NARROW, ignore_index=-100),
+    "tokens": Shape(NARROW, tokens=True, ignore_index=-100),
+    "fused": Shape(NARROW, fused=True, bias=True),
+    "fused tokens": Shape((2, 10), tokens=True, fused=True, soft=True, ignore_index=-1),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def surprise(batch: Batch) -> Tensor:
+    """-log p_y = softplus(logsumexp of the others - z_y) of the valid rows, to its last digit where it is small."""
+    logits, labels = batch.logits[batch.valid], batch.labels[batch.valid][:, None]
+    others = logits.scatter(1, labels, -math.inf).logsumexp(1)
+    return F.softplus(others - logits.gather(1, labels)[:, 0], threshold=1e3)
+
+
+def real_labels(batch: Batch) -> list[int]:
+    return batch.labels[batch.valid].tolist()
+
+
+@every_shape
+def test_every_pair_of_family_size_and_classes_occurs(shape: Shape) -> None:
+    batches = grid(shape)
+    sizes = TOKENS if shape.tokens else ROWS
+    fitting = {
+        (size, c): size if math.prod(size) * c <= LARGEST else (*((1,) * (len(size) - 1)), LARGEST // c)
+        for size, c in itertools.product(sizes, shape.num_classes)
+    }
+    shapes = {(batch.family, tuple(batch.labels.shape), batch.num_classes) for batch in batches}
+    for family, size in itertools.product(FAMILIES, sizes):
+        assert any((family, fitting[size, c], c) in shapes for c in shape.num_classes), (family, size)
+    for family, c in itertools.product(FAMILIES, shape.num_classes):
+        if c < MANY or family in WIDE_FAMILIES:
+            assert any(found[0] == family and found[2] == c for found in shapes), (family, c)
+    for size, c in itertools.product(sizes, shape.num_classes):
+        assert any(found[1:] == (fitting[size, c], c) for found in shapes), (size, c)
+
+
+@every_shape
+def test_every_family_comes_in_every_layout_and_with_both_upstreams(shape: Shape) -> None:
+    batches = grid(shape)
+    for family in FAMILIES:
+        mine = [batch for batch in batches if batch.family == family]
+        assert {batch.layout for batch in mine} == {"contiguous", "transposed", "strided"}
+        assert {batch.upstream for batch in mine} == {1.0, UPSTREAM}
+
+
+@pytest.mark.parametrize("name", ["default", "soft", "ignoring", "tokens", "fused", "fused tokens"])
+def test_inputs_are_numbers_that_float32_holds_within_the_size_that_is_promised(name: str) -> None:
+    for batch in grid(SHAPES[name]):
+        assert batch.logits.numel() <= LARGEST
+        for tensor in [batch.logits] if batch.hidden is None else [batch.hidden, batch.weight, batch.bias]:
+            if tensor is not None:
+                assert torch.equal(tensor, tensor.float().double()), batch.where
+        assert torch.equal(batch.target_probs, batch.target_probs.bfloat16().double())
+
+
+def test_one_batch_has_more_than_256_rows_and_the_smallest_comes_first() -> None:
+    batches = grid(Shape(CLASSES))
+    assert max(batch.num_rows for batch in batches) == 300
+    assert {1, 2, 7, 64} <= {batch.num_rows for batch in batches}
+    sizes = [batch.logits.numel() for batch in batches]
+    assert sizes == sorted(sizes)
+
+
+@every_shape
+def test_the_last_class_is_a_label_in_every_batch_of_more_than_one_row(shape: Shape) -> None:
+    singles = set()
+    for batch in grid(replace(shape, ignore_index=None)):
+        if batch.num_rows > 1:
+            assert batch.num_classes - 1 in real_labels(batch), batch.where
+        else:
+            singles.add(real_labels(batch)[0] == batch.num_classes - 1)
+    assert singles == {True, False}
+
+
+def test_the_labels_of_a_large_batch_are_unevenly_spread_over_all_classes() -> None:
+    counts = torch.bincount(make_batch("random", (300,), 10, Shape((10,)), torch.Generator().manual_seed(0)).labels)
+    assert (counts > 0).all()
+    assert counts.max() > 3 * counts.min()
+
+
+@pytest.mark.parametrize("name", ["default", "tokens", "fused"])
+def test_ordinary_rows_have_a_surprise_between_a_tenth_and_1(name: str) -> None:
+    kinds = [batch for batch in grid(SHAPES[name]) if batch.family == "ordinary"]
+    assert len(kinds) == 5
+    for batch in kinds:
+        assert (surprise(batch) >= 0.1).all(), batch.where
+        assert (surprise(batch) <= 1.0).all(), batch.where
+
+
+def test_the_grid_goes_to_both_ends_of_the_core_and_not_beyond() -> None:
+    batches = grid(Shape(CLASSES))
+    found = torch.cat([surprise(batch) for batch in batches])
+    assert 75 < found.max() <= CORE_GAP
+    assert 0 < found.min() < 1e-30
+    shifted = [batch.logits.mean(1) for batch in batches if batch.family == "offset"]
+    assert max(mean.max() for mean in shifted) > 90
+    assert min(mean.min() for mean in shifted) < -45
+    for logits in [batch.logits for batch in batches if batch.family == "ties"]:
+        assert ((logits == logits.amax(1, keepdim=True)).sum(1) > 1).any()
+
+
+def test_a_mixed_batch_has_rows_of_every_kind() -> None:
+    batch = make_batch("mixed", (64,), 10, Shape((10,)), torch.Generator().manual_seed(0))
+    found = surprise(batch)
+    assert (found < 1e-15).any()
+    assert (found > 20).any()
+    assert ((found > 0.1) & (found < 1)).any()
+
+
+@pytest.mark.parametrize("name", ["soft", "fused tokens"])
+def test_soft_targets_are_distributions_with_most_mass_on_the_label(name: str) -> None:
+    spread = False
+    for batch in grid(SHAPES[name]):
+        targets = batch.target_probs[batch.valid]
+        assert torch.equal(targets.sum(-1), torch.ones(len(targets), dtype=torch.float64))
+        assert torch.equal(targets * 64, (targets * 64).round())
+        of_label = targets.gather(1, batch.labels[batch.valid][:, None])
+        assert (of_label >= 0.5).all()
+        spread |= bool((targets.count_nonzero(1) > 2).any())
+    assert spread
+
+
+def test_hard_targets_are_the_labels() -> None:
+    for batch in grid(Shape(NARROW)):
+        assert torch.equal(batch.target_probs, F.one_hot(batch.labels, batch.num_classes).double())
+        assert batch.valid.all()
+    labels = torch.tensor([1, 0])
+    assert targets_of(labels, 3, False, torch.Generator()).tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("name", ["ignoring", "tokens", "fused tokens"])
+def test_ignored_rows_bear_the_index_and_have_no_target_and_never_fill_a_batch(name: str) -> None:
+    shape = SHAPES[name]
+    batches = grid(shape)
+    for batch in batches:
+        assert torch.equal(batch.labels == shape.ignore_index, ~batch.valid)
+        assert not batch.target_probs[~batch.valid].any()
+        assert batch.valid.any()
+        if not shape.soft:
+            assert torch.equal(batch.target_probs[batch.valid].argmax(-1), batch.labels[batch.valid])
+    for family in FAMILIES:
+        ignoring = {bool((~batch.valid).any()) for batch in batches if batch.family == family}
+        assert ignoring == {True, False}, family
+
+
+@pytest.mark.parametrize("name", ["fused", "fused tokens"])
+def test_the_logits_of_a_fused_batch_are_the_linear_layers(name: str) -> None:
+    for batch in grid(SHAPES[name]):
+        assert batch.hidden is not None
+        assert batch.weight is not None
+        assert (batch.bias is not None) == SHAPES[name].bias
+        assert torch.equal(batch.logits, F.linear(batch.hidden, batch.weight, batch.bias))
+        assert batch.hidden.shape[:-1] == batch.labels.shape == batch.logits.shape[:-1]
+        assert batch.weight.shape == (batch.num_classes, batch.hidden.shape[-1])
+
+
+def test_token_batches_have_two_leading_dimensions() -> None:
+    for batch in grid(Shape(NARROW, tokens=True)):
+        assert batch.labels.ndim == 2
+        assert batch.logits.shape == (*batch.labels.shape, batch.num_classes) == batch.target_probs.shape
+        assert batch.num_rows == batch.labels.shape[0] * batch.labels.shape[1]
+    assert {tuple(batch.labels.shape) for batch in grid(Shape((2,), tokens=True))} == set(TOKENS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_batch_in_a_low_precision_holds_what_that_precision_holds(dtype: torch.dtype) -> None:
+    for shape in (Shape((2, 10)), Shape((2, 10), fused=True, bias=True)):
+        for batch in grid(shape):
+            low = batch.at(dtype)
+            for name in ["logits"] if low.hidden is None else ["hidden", "weight", "bias"]:
+                tensor = getattr(low, name)
+                assert torch.equal(tensor, tensor.to(dtype).double())
+            if low.hidden is not None and low.weight is not None:
+                assert torch.equal(low.logits, F.linear(low.hidden, low.weight, low.bias))
+            assert batch.at(torch.float32) is batch
+
+
+def test_rows_of_a_batch_are_kept_together() -> None:
+    batch = make_batch("random", (7,), 3, Shape((3,), ignore_index=-1), torch.Generator().manual_seed(1))
+    kept = batch.rows(torch.tensor([5, 0]))
+    for name in ("logits", "labels", "target_probs", "valid"):
+        assert torch.equal(getattr(kept, name), getattr(batch, name)[[5, 0]])
+
+
+@pytest.mark.usefixtures("untouched_randomness")
+def test_the_grid_is_the_same_each_time_and_draws_nothing_of_the_global_generator() -> None:
+    first, second = grid(Shape((2, 10), soft=True)), grid(Shape((2, 10), soft=True))
+    assert all(torch.equal(a.logits, b.logits) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a.target_probs, b.target_probs) for a, b in zip(first, second, strict=True))
+
+
+def test_a_batch_says_where_it_is() -> None:
+    batch = make_batch("wrong", (2, 6), 10, Shape((10,), tokens=True, ignore_index=-1), torch.Generator())
+    where = replace(batch, layout="strided", upstream=3.7).where
+    assert where == "wrong rows, 2x6 x C=10, 4 ignored, strided, upstream 3.7"

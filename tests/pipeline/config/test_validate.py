@@ -1,0 +1,375 @@
+"""The schema and the checks of a composed configuration: what is refused, and in which words."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from likelihood_lab.errors import UsageError
+from pipeline.config import schema as conf
+from pipeline.config.targets import check_call, locate
+from pipeline.config.validate import check, chosen_files
+
+ROOT = Path(__file__).parents[3]
+Refusal = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def composed() -> DictConfig:
+    with initialize_config_dir(str(conf.CONF), version_base="1.3"):
+        return compose("train")
+
+
+@pytest.fixture
+def refusal(composed: DictConfig) -> Refusal:
+    """Why a configuration with these values, by dotted key, is refused."""
+
+    def of(values: dict[str, Any]) -> str:
+        cfg = copy.deepcopy(composed)
+        with open_dict(cfg):
+            for key, value in values.items():
+                OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+        with pytest.raises(UsageError) as refused:
+            check(cfg)
+        line = str(refused.value)
+        assert "\n" not in line
+        return line
+
+    return of
+
+
+def test_the_configuration_that_ships_passes(composed: DictConfig) -> None:
+    check(composed)
+
+
+@pytest.mark.parametrize("experiment", [file.stem for file in (conf.CONF / "experiment").glob("*.yaml")])
+def test_every_experiment_that_ships_passes(experiment: str) -> None:
+    with initialize_config_dir(str(conf.CONF), version_base="1.3"):
+        cfg = compose("train", overrides=[f"experiment={experiment}"])
+    check(cfg)
+    assert cfg.tracking.experiment == experiment  # one name everywhere
+    assert (conf.CONF.parent / "experiments" / experiment / "README.md").exists()
+
+
+@pytest.mark.parametrize("loss", [file.stem for file in (conf.CONF / "loss").glob("*.yaml")])
+def test_a_loss_file_declares_one_loss_under_its_own_name(loss: str) -> None:
+    assert list(OmegaConf.load(conf.CONF / "loss" / f"{loss}.yaml")) == [loss]
+
+
+def test_the_keys_are_those_that_users_write() -> None:
+    assert list(conf.TrainConf.__dataclass_fields__) == [
+        "loss", "model", "dataset", "optimizer", "trainer", "tracking", "seed", "share", "vary", "reference", "epochs",
+        "batch_size", "precision", "schedule", "warmup_steps", "clip_norm", "about", "expect", "alpha",
+        "looks", "until", "max_seeds", "audit", "controls", "rank_test",
+    ]  # fmt: skip
+
+
+# --- seeds, reference, expectations
+
+
+@pytest.mark.parametrize(
+    ("seed", "reason"),
+    [
+        ([0, 1, 0, 2, 1], "seed repeats 0, 1"),
+        (-1, "seed=-1 is not an integer from 0 to 4294967295"),
+        ([0, -3], "seed=-3 is not an integer"),
+        (1.0, "seed=1.0 is not an integer"),
+        (True, "seed=True is not an integer"),
+        ([0, None], "seed=None is not an integer"),
+        (None, "seed=None is not an integer"),
+        (2**32, "seed=4294967296 is not an integer"),
+        (2**40, "seed=1099511627776 is not an integer"),
+        ("abc", "seed='abc' is not an integer"),
+        ([[0, 1]], "seed=[0, 1] is not an integer"),
+        ({"a": 1}, "is not an integer"),
+        ([], "seed is empty; give an integer or a list"),
+    ],
+)
+def test_a_seed_that_could_not_seed_is_refused(seed: object, reason: str, refusal: Refusal) -> None:
+    assert reason in refusal({"seed": seed})
+
+
+def test_an_omitted_seed_is_zero_and_the_largest_is_taken(composed: DictConfig) -> None:
+    assert conf.seeds_of(conf.plain(composed)) == [0]
+    assert conf.seeds_of({"seed": [0, conf.MAX_SEED]}) == [0, 2**32 - 1]
+
+
+@pytest.mark.parametrize(("losses", "reference"), [("nll ce kl", "ce"), ("kl nll", "kl")])
+def test_the_reference_is_ce_or_else_the_first(losses: str, reference: str) -> None:
+    assert conf.reference_of({"loss": dict.fromkeys(losses.split()), "reference": None}) == reference
+
+
+def test_a_reference_that_is_not_chosen_is_refused(refusal: Refusal) -> None:
+    assert "reference=brier is not among the chosen losses, nll, ce, kl" in refusal({"reference": "brier"})
+
+
+@pytest.mark.parametrize(
+    ("expect", "reason"),
+    [
+        ({"nlll": "same"}, "expect names 'nlll'; the chosen candidates are nll, kl"),
+        ({"ce": "same"}, "expect names 'ce'"),
+        ("smae", "'smae' is no verdict; the words are same, identical"),
+        ({"nll": "sames"}, "expect: nll 'sames' is no verdict"),
+        ({"nll": None}, "expect: nll None is no verdict"),
+        (["same"], "expect=['same']; give a word such as same"),
+        (True, "expect=True; give a word such as same"),
+    ],
+)
+def test_an_expectation_of_nobody_or_nothing_is_refused(expect: object, reason: str, refusal: Refusal) -> None:
+    assert reason in refusal({"expect": expect})
+
+
+def test_an_expectation_without_a_candidate_is_refused() -> None:
+    with pytest.raises(UsageError, match="expect='same', but ce is the only loss"):
+        conf.expectations_of({"loss": {"ce": {}}, "reference": None, "expect": "same"})
+
+
+def test_one_word_is_expected_of_every_candidate() -> None:
+    losses = dict.fromkeys(["nll", "ce", "kl"])
+    asked = {"loss": losses, "reference": None, "expect": "same"}
+    assert conf.expectations_of(asked) == {"nll": "same", "kl": "same"}
+    assert conf.expectations_of({**asked, "expect": None}) == {}
+
+
+# --- keys, numbers, margins
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("nonsense", 1, "unknown key 'nonsense'; the keys are: loss, model"),
+        ("epoch", 1, "unknown key 'epoch' (did you mean 'epochs'?)"),
+        ("trainer.thread", 1, "unknown key 'trainer.thread' (did you mean 'threads'?); trainer takes: acc"),
+        ("tracking.url", "x", "unknown key 'tracking.url' (did you mean 'uri'?); tracking takes: enabled"),
+        ("tracking.uri", "http://me:secret@x", "tracking.uri=http://x came with a password; give it by MLFLOW_TRACK"),
+        ("model.hiden", 3, "unknown key 'model.hiden' (did you mean 'hidden'?); pipeline.models.mlp takes"),
+        ("dataset.seed", 3, "unknown key 'dataset.seed' (did you mean 'data_seed'?)"),
+        ("optimizer.momentun", 3, "unknown key 'optimizer.momentun' (did you mean 'momentum'?)"),
+        ("loss.nll.arg", ["logits"], "unknown key 'loss.nll.arg' (did you mean 'args'?)"),
+        ("model.dropout", "much", "model.dropout='much': input should be a valid number"),
+        ("model.hidden", [1.5], "model.hidden=[1.5]: input should be a valid integer"),
+        ("model.hidden", "3", "model.hidden='3': input should be"),
+        ("optimizer.lr", "fast", "optimizer.lr='fast': input should be a valid number"),
+        ("dataset._target_", "digits", "dataset._target_='digits'; give a dotted path such as"),
+        ("epochs", 0, "epochs=0; it must be at least 1"),
+        ("batch_size", -4, "batch_size=-4; it must be at least 1"),
+        ("warmup_steps", -1, "warmup_steps=-1; it must be at least 0"),
+        ("max_seeds", 1, "max_seeds=1; it must be at least 2"),
+        ("looks", 0, "looks=0; it must be at least 1"),
+        ("until", "decided", "until=decided looks at the data more than once"),
+        ("trainer.threads", 0, "trainer.threads=0; it must be at least 1"),
+        ("trainer.tile", 0, "trainer.tile=0; it must be at least 1"),
+        ("alpha", 0.0, "alpha=0.0; it must lie between 0 and 0.5"),
+        ("alpha", 0.5, "alpha=0.5; it must lie between 0 and 0.5"),
+        ("alpha", float("nan"), "alpha=nan; it must lie"),
+        ("clip_norm", 0.0, "clip_norm=0.0; give a positive number, or null"),
+        ("clip_norm", float("inf"), "clip_norm=inf; give a positive number"),
+        ("dataset.margins", {"nll": -0.1}, "dataset.margins.nll=-0.1; a margin is a positive number"),
+        ("dataset.margins", {"nll": True}, "dataset.margins.nll=True; a margin is a positive number"),
+        ("dataset.margins", {"auc": 0.1}, "dataset.margins names 'auc'; the yardsticks are nll, brier, acc"),
+        ("dataset.margins", 0.1, "dataset.margins=0.1; give a mapping such as '{nll: 0.05}'"),
+        ("dataset.primary", ["ece"], "dataset.primary names 'ece', which has no margin"),
+        ("dataset.primary", ["f1"], "dataset.primary names 'f1'; the yardsticks are"),
+        ("dataset.primary", "nll", "dataset.primary='nll'; give a list"),
+        ("loss", {}, "no loss is chosen; give for example 'loss=[nll,ce,kl]'"),
+        ("model", {}, "model declares no _target_"),
+    ],
+)
+def test_a_key_or_value_that_nothing_can_use_is_refused(key: str, value: object, reason: str, refusal: Refusal) -> None:
+    assert reason in refusal({key: value})
+
+
+def test_a_key_that_was_taken_away_is_missed(composed: DictConfig) -> None:
+    cfg = copy.deepcopy(composed)
+    with open_dict(cfg):
+        del cfg["epochs"]
+    with pytest.raises(UsageError, match="epochs is missing"):
+        check(OmegaConf.create(OmegaConf.to_container(cfg)))
+
+
+def pictures(root: str, size: int = 8) -> None: ...
+
+
+def test_a_value_that_is_left_to_the_user_is_asked_for(refusal: Refusal) -> None:
+    target = f"{__name__}.pictures"
+    left_open = {"dataset": {"_target_": target, "root": "???"}}
+    assert "dataset.root is not set; give it on the command line: dataset.root=" in refusal(left_open)
+    assert f"dataset.root is missing: {target} needs it" in refusal({"dataset": {"_target_": target}})
+
+
+# --- losses
+
+
+class NeedsWeight(torch.nn.Module):
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        ({"args": ["logits", "labels"]}, "loss.mine.fn is missing"),
+        ({"fn": {"_target_": "torch.nn.CrossEntropyLoss"}}, "loss.mine.args is missing"),
+        ({"fn": {"_target_": "torch.nn.CrossEntropyLoss"}, "args": []}, "loss.mine.args is missing"),
+        ({"fn": {"_target_": "torch.nn.CrossEntropyLoss"}, "args": "logits"}, "give a list: [logits]"),
+        (
+            {"fn": {"_target_": "torch.nn.CrossEntropyLoss"}, "args": ["logit", "labels"]},
+            "loss.mine.args names 'logit' (did you mean 'logits'?); it is a list of logits, log_probs",
+        ),
+        ({"fn": {"reduction": "sum"}, "args": ["logits"]}, "loss.mine.fn declares no _target_"),
+        ({"fn": "torch.nn.CrossEntropyLoss", "args": ["logits"]}, "loss.mine.fn declares no _target_"),
+        ("torch.nn.CrossEntropyLoss", "loss.mine is not a mapping"),
+        (
+            {"fn": {"_target_": "torch.nn.CrossEntropyLos"}, "args": ["logits"]},
+            "torch.nn has no callable 'CrossEntropyLos' (did you mean 'CrossEntropyLoss'?)",
+        ),
+        (
+            {"fn": {"_target_": "no_such_module.loss"}, "args": ["logits"]},
+            "loss.mine.fn._target_: cannot import no_such_module (No module named 'no_such_module'); check",
+        ),
+        (
+            {"fn": {"_target_": "torch.nn.KLDivLoss", "reducton": "sum"}, "args": ["log_probs"]},
+            "unknown key 'loss.mine.fn.reducton' (did you mean 'reduction'?)",
+        ),
+        (
+            {"fn": {"_target_": f"{__name__}.NeedsWeight"}, "args": ["logits"]},
+            "loss.mine.fn.weight is missing",
+        ),
+        (
+            {"fn": {"_target_": "likelihood_lab.categorical.losses.brier_score"}, "args": ["probs", "target_probs"]},
+            "likelihood_lab.categorical.losses.brier_score is a function; add `_partial_: true`",
+        ),
+        (
+            {"fn": {"_target_": "torch.nn.CrossEntropyLoss", "_partial_": True}, "args": ["logits"]},
+            "torch.nn.CrossEntropyLoss is a class, which makes the loss; remove `_partial_`",
+        ),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_not_declared_whole_is_refused(loss: object, reason: str, refusal: Refusal) -> None:
+    assert reason in refusal({"loss.mine": loss})
+
+
+def test_a_module_that_fails_while_it_is_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "torn_module.py").write_text("def loss(:\n")
+    with pytest.raises(UsageError, match=r"importing torn_module failed: SyntaxError"):
+        locate("loss.mine.fn", "torn_module.loss")
+    (tmp_path / "needy_module.py").write_text("import no_such_library\n")
+    with pytest.raises(UsageError, match=r"cannot import needy_module \(No module named 'no_such_library'\)"):
+        locate("loss.mine.fn", "needy_module.loss")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("pipeline.losses.brier_score", "likelihood_lab.categorical.losses.brier_score"),
+        ("pipeline.datasets.make_dataset", "pipeline.data.make_dataset"),
+        ("pipeline.loaders.digits", "pipeline.data.loaders.digits"),
+        ("pipeline.pictures.image_folder", "pipeline.data.image_folder.image_folder"),
+        ("pipeline.soft_labels.teacher", "pipeline.data.soft_labels.teacher"),
+    ],
+)
+def test_a_target_of_an_earlier_version_is_told_its_new_name(old: str, new: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"loss.mine.fn._target_={old}: that is now {new}; change")):
+        locate("loss.mine.fn", old)
+    assert callable(locate("loss.mine.fn", new))
+
+
+def test_a_module_that_imports_a_moved_one_is_told_its_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "dated_module.py").write_text("from pipeline.datasets import make_dataset\n")
+    said = r"dated_module imports pipeline\.datasets, which is now pipeline\.data; change the import"
+    with pytest.raises(UsageError, match=said):
+        locate("dataset", "dated_module.blobs")
+
+
+def test_a_method_of_a_class_can_be_named() -> None:
+    assert locate("model", "torch.nn.Linear.extra_repr") is torch.nn.Linear.extra_repr
+
+
+def test_a_list_stands_for_a_tuple_and_an_integer_for_a_float() -> None:
+    check_call("optimizer", {"_target_": "torch.optim.Adam", "betas": [0, 0.999], "lr": 1}, ["params"])
+
+
+def write_losses(folder: Path, **files: str) -> list[str]:
+    (folder / "loss").mkdir()
+    for stem, text in files.items():
+        (folder / "loss" / f"{stem}.yaml").write_text(text)
+    return [f"hydra.searchpath=[file://{folder}]"]
+
+
+CE = "{fn: {_target_: torch.nn.CrossEntropyLoss}, args: [logits, labels]}"
+
+
+@contextmanager
+def job(*overrides: str) -> Iterator[DictConfig]:
+    """The configuration of a job while Hydra runs it."""
+    with initialize_config_dir(str(conf.CONF), version_base="1.3"):
+        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        try:
+            yield cfg
+        finally:
+            HydraConfig.instance().cfg = None
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [(f"nll: {CE}", "nll"), (f"mine: {CE}\nnll: {CE}", "mine, nll"), (CE, "fn, args")],
+    ids=["the key of another loss", "two keys", "no name"],
+)
+def test_a_loss_file_that_would_replace_another_is_refused(text: str, keys: str, tmp_path: Path) -> None:
+    overrides = write_losses(tmp_path, mine=text)
+    with job("loss=[ce,nll,mine]", *overrides) as cfg, pytest.raises(UsageError) as refused:
+        check(cfg)
+    assert f"mine.yaml declares {keys}; give it the single key mine" in str(refused.value)
+
+
+def test_a_loss_file_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
+    overrides = write_losses(tmp_path, nll=f"nll: {CE}")
+    with job("loss=[ce,nll]", *overrides) as cfg, pytest.raises(UsageError, match=r"nll\.yaml is hidden by "):
+        check(cfg)
+
+
+def test_a_loss_that_is_named_twice_is_refused() -> None:
+    with job("loss=[ce,nll,ce]") as cfg, pytest.raises(UsageError, match="loss=ce is chosen more than once"):
+        check(cfg)
+
+
+def test_the_chosen_files_are_those_of_the_experiment() -> None:
+    assert chosen_files("loss") == {}
+    with job("experiment=textbook_spellings") as cfg:
+        assert list(chosen_files("loss")) == list(cfg.loss)
+        check(cfg)
+
+
+# --- names
+
+
+def test_a_trial_is_named_by_its_configuration_alone(composed: DictConfig) -> None:
+    config = conf.plain(composed)
+    name = conf.trial_name(config)
+    assert name.startswith("digits-mlp-")
+    assert conf.trial_name({**config, "seed": [5], "loss": {}, "expect": "same"}) == name
+    assert conf.trial_name({**config, "dataset": {**config["dataset"], "margins": {"nll": 9.0}}}) == name
+    assert conf.trial_name({**config, "epochs": 31}) != name
+
+
+def test_what_varies_by_default_is_in_no_name_and_all_else_is(composed: DictConfig) -> None:
+    config = conf.plain(composed)
+    assert config["vary"] == "all"
+    assert "vary" not in conf.identity(config)
+    names = [conf.trial_name({**config, "vary": vary.value}) for vary in conf.Vary]
+    assert len(set(names)) == len(names)
