@@ -26,7 +26,7 @@ help: ## list the targets
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	@case "$(TORCH)" in \
 	  "") ;; \
-	  cpu) $(PIP) --retries 1 --index-url $(CPU_INDEX) torch torchvision || { \
+	  cpu) $(PIP) -qq --retries 1 --index-url $(CPU_INDEX) torch torchvision || { \
 	    echo "error: torch's index of CPU builds, $(CPU_INDEX), cannot be used here; leave TORCH=cpu out" >&2; exit 1; };; \
 	  *) echo "error: TORCH=$(TORCH); give TORCH=cpu, or leave it out" >&2; exit 1;; \
 	esac
@@ -42,6 +42,9 @@ help: ## list the targets
 	@touch $@
 
 install: .venv/.lab ## make ./.venv with all that the pipeline needs; TORCH=cpu: torch without CUDA, 5 GB less
+ifeq ($(TORCH),cpu)
+	@$(PY) -c 'import sys, torch; sys.exit(torch.version.cuda and "error: ./.venv holds a torch with CUDA; remove ./.venv first")'
+endif
 
 # --- the work
 
