@@ -91,9 +91,9 @@ def product(scratch: Path, num_seeds: int, epochs: int) -> float:
     from hydra import compose, initialize_config_dir
 
     from pipeline.config import schema as conf
-    from pipeline.entry import lasting
+    from pipeline.entry import gc_paused_import
 
-    with lasting("torch"):
+    with gc_paused_import("torch"):
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - imports to be counted as such
         import sklearn.datasets  # noqa: F401
 

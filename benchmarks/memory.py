@@ -34,10 +34,10 @@ def measure(overrides: list[str]) -> dict[str, float]:
     from pipeline.replica import Replica
     from pipeline.training.objectives import Objectives
     from pipeline.trial.budget import budget_of
-    from pipeline.trial.setup import prepare
+    from pipeline.trial.setup import build_setup
 
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
-        setting = prepare(conf.plain(compose("train", [*overrides, "trainer=cpu"])))
+        setting = build_setup(conf.plain(compose("train", [*overrides, "trainer=cpu"])))
     budget = budget_of(setting)
     arms = [formulation.name for formulation in setting.formulations]
     replicas = [Replica(arm, seed) for arm in arms for seed in range(setting.tile // len(arms) + 1)][: setting.tile]

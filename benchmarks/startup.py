@@ -23,15 +23,15 @@ def to_the_first_step(arguments: list[str]) -> None:
     """`python -m pipeline.train`, which ends where it would take its first step."""
     from pipeline import train
 
-    check = train.check
+    validate = train.validate
 
-    def check_and_prepare_to_stop(*given: object) -> None:
-        check(*given)  # type: ignore[arg-type]
-        from pipeline.training.module import SideBySide
+    def validate_and_prepare_to_stop(*given: object) -> None:
+        validate(*given)  # type: ignore[arg-type]
+        from pipeline.training.module import StackTrainingModule
 
-        SideBySide.training_step = lambda *_: os._exit(0)  # type: ignore[method-assign]
+        StackTrainingModule.training_step = lambda *_: os._exit(0)  # type: ignore[method-assign]
 
-    train.check = check_and_prepare_to_stop
+    train.validate = validate_and_prepare_to_stop
     sys.argv = ["pipeline.train", *arguments]
     train.main()
 

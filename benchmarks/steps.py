@@ -24,7 +24,7 @@ from pipeline.engine.choose import build_stack
 from pipeline.engine.stack import Outputs
 from pipeline.models import ModelBuilder, cnn, mlp
 from pipeline.replica import Replica
-from pipeline.training.module import Recipe, SideBySide
+from pipeline.training.module import Recipe, StackTrainingModule
 from pipeline.training.objectives import Formulation, Objectives
 
 BATCH = 64
@@ -160,7 +160,7 @@ def stacked(
     count: int,
     with_losses: bool,
     fast: bool = True,
-) -> SideBySide:
+) -> StackTrainingModule:
     """The product's module, ready to step."""
     replicas = _replicas(count)
     seeds = [replica.seed for replica in replicas]
@@ -181,7 +181,7 @@ def recipe() -> Recipe:
     return Recipe(epochs=30, batch_size=BATCH, make_optimizer=make)
 
 
-class WithoutTrainer(SideBySide):
+class WithoutTrainer(StackTrainingModule):
     """The module as Lightning leaves it when training starts."""
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
@@ -213,7 +213,7 @@ def _replicas(count: int) -> list[Replica]:
     return [Replica(FORMULATIONS[arm].name, seed) for arm, seed in places]
 
 
-def _stepping(module: SideBySide, steps: int) -> Callable[[], None]:
+def _stepping(module: StackTrainingModule, steps: int) -> Callable[[], None]:
     """So many steps through `training_step`, over whole batches of the epoch's order."""
     whole = module.num_examples // BATCH
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from experiments.results import recorded
 from likelihood_lab.errors import UsageError, did_you_mean
-from pipeline.entry import guarded
+from pipeline.entry import run_and_report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -117,4 +117,4 @@ def write(names: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: write(sys.argv[1:])))
+    sys.exit(run_and_report(lambda: write(sys.argv[1:])))

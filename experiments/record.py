@@ -28,7 +28,7 @@ import pandas as pd
 from experiments.commands import Command, Readme, read, with_block
 from experiments.results import compare, markdown, recorded, rows_of, write
 from likelihood_lab.errors import UsageError, did_you_mean
-from pipeline.entry import GRAVITY, ExitCode, attempt
+from pipeline.entry import GRAVITY, ExitCode, run_action
 
 BEFORE = "trained before"  # in place of a cost
 EXPERIMENTS = Path(__file__).resolve().parent
@@ -207,7 +207,7 @@ def run(slugs: Sequence[str], again: bool, experiments: Path = EXPERIMENTS) -> E
     """Record or check; one experiment that fails does not stop the others. The gravest exit code of all."""
     readmes = chosen(slugs, experiments)
     actions = [_of(check if again else record, readme) for readme in readmes if readme.commands]
-    outcomes = [attempt(action) for action in actions]
+    outcomes = [run_action(action) for action in actions]
     for outcome in outcomes:
         if outcome.error is not None:
             print(f"error: {outcome.error}", file=sys.stderr)
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare with what is recorded, and write nothing")
     given = parser.parse_args()
     try:
-        ended = attempt(lambda: run(given.slug, given.check))
+        ended = run_action(lambda: run(given.slug, given.check))
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
     if ended.error is not None:

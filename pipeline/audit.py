@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 
 from pipeline.config import schema as conf
 from pipeline.config.hydra_glue import folder_of, run_entry_point
-from pipeline.config.validate import check_audit
-from pipeline.entry import ExitCode, guarded, lasting, note
+from pipeline.config.validate import validate_audit
+from pipeline.entry import ExitCode, gc_paused_import, record_exit_code, run_and_report
 
 
 @hydra.main(version_base="1.3", config_path=str(conf.CONF), config_name="audit")
@@ -20,13 +20,13 @@ def task(cfg: DictConfig) -> None:
     """One audit; its own errors become an exit code."""
 
     def audit() -> ExitCode:
-        with lasting("torch"):
-            check_audit(cfg)
+        with gc_paused_import("torch"):
+            validate_audit(cfg)
             from pipeline.loss_audit.command import run
 
         return run(conf.plain(cfg), folder_of(HydraConfig.get()))
 
-    note(guarded(audit))
+    record_exit_code(run_and_report(audit))
 
 
 def main() -> None:

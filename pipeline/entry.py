@@ -35,12 +35,12 @@ DISK_ERRORS = (
 )  # fmt: skip
 
 
-def note(code: int) -> None:
+def record_exit_code(code: int) -> None:
     """Remember the exit code of one job of this process; `run` returns the gravest."""
     noted.append(ExitCode(code))
 
 
-def gravest() -> ExitCode:
+def worst_exit_code() -> ExitCode:
     """The gravest code noted so far, `HOLDS` where none was."""
     return max(noted, key=GRAVITY.index, default=ExitCode.HOLDS)
 
@@ -53,7 +53,7 @@ class Outcome:
     error: str | None = None
 
 
-def attempt(action: Callable[[], int]) -> Outcome:
+def run_action(action: Callable[[], int]) -> Outcome:
     """Run an action; what it raises becomes an exit code, with a traceback unless the request is wrong."""
     try:
         return Outcome(ExitCode(action()))
@@ -68,16 +68,16 @@ def attempt(action: Callable[[], int]) -> Outcome:
         return Outcome(ExitCode.BUG, f"{type(error).__name__}: {first_line(error)}")
 
 
-def guarded(action: Callable[[], int]) -> ExitCode:
-    """`attempt`, with a wrong request told in one line on stderr."""
-    outcome = attempt(action)
+def run_and_report(action: Callable[[], int]) -> ExitCode:
+    """`run_action`, with a wrong request told in one line on stderr."""
+    outcome = run_action(action)
     if outcome.code is ExitCode.USAGE and outcome.error is not None:
         print(f"error: {outcome.error}", file=sys.stderr)
     return outcome.code
 
 
 @contextmanager
-def lasting(module: str) -> Iterator[None]:
+def gc_paused_import(module: str) -> Iterator[None]:
     """While `module` is imported, and ever after, the garbage collector leaves alone what imports make.
 
     Torch, Lightning and MLflow make more than a million objects that live as long as the process. The collector would

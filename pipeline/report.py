@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from likelihood_lab.errors import UsageError
-from pipeline.entry import guarded, lasting
+from pipeline.entry import gc_paused_import, run_and_report
 
 USAGE = (
     "usage: python -m pipeline.report DIR|sweep=ID "
@@ -24,11 +24,11 @@ USAGE = (
 
 def report(arguments: list[str]) -> int:
     """Conclude again; what is not given is as the trial was asked."""
-    with lasting("torch"):
+    with gc_paused_import("torch"):
         from pipeline.config import schema as conf
         from pipeline.storage.cells import TrialFolder
         from pipeline.trial.conclude import conclude
-        from pipeline.verdict.plan import read_request
+        from pipeline.verdict.plan import read_plan
 
     known = {"expect", "about", "reference", "sweep"}
     changes = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in known and "=" in a)
@@ -38,18 +38,18 @@ def report(arguments: list[str]) -> int:
     if len(folders) != 1:
         raise UsageError(USAGE)
     folder = TrialFolder(Path(folders[0]))
-    request, facts = read_request(folder.path)
+    plan, context = read_plan(folder.path)
     asked = {
-        "loss": dict.fromkeys(request.losses),
-        "reference": changes.get("reference", request.reference),
-        "expect": _mapping(changes["expect"]) if "expect" in changes else dict(request.expect),
+        "loss": dict.fromkeys(plan.losses),
+        "reference": changes.get("reference", plan.reference),
+        "expect": _mapping(changes["expect"]) if "expect" in changes else dict(plan.expect),
     }
-    about = changes.get("about", request.about)
+    about = changes.get("about", plan.about)
     if about not in conf.About.__members__:
         raise UsageError(f"about={about}; choose objective or outcome")
-    request = replace(request, about=about, reference=conf.reference_of(asked), expect=conf.expectations_of(asked))
-    with folder.locked(), folder.training(request.seeds):
-        return conclude(folder, request, facts)[0]
+    plan = replace(plan, about=about, reference=conf.reference_of(asked), expect=conf.expectations_of(asked))
+    with folder.locked(), folder.training(plan.seeds):
+        return conclude(folder, plan, context)[0]
 
 
 def _mapping(text: str) -> Any:
@@ -64,7 +64,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(USAGE)
         sys.exit(0)
-    sys.exit(guarded(lambda: report(sys.argv[1:])))
+    sys.exit(run_and_report(lambda: report(sys.argv[1:])))
 
 
 if __name__ == "__main__":

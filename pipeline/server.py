@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from likelihood_lab.errors import UsageError
-from pipeline.entry import ExitCode, guarded
+from pipeline.entry import ExitCode, run_and_report
 
 SHORTEST = 12  # MLflow's rule
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("mlflow-server"), help="where its files are kept")
     parser.add_argument("--port", type=int, default=5000)
     asked = parser.parse_args()
-    sys.exit(guarded(lambda: serve(asked.folder, asked.port)))
+    sys.exit(run_and_report(lambda: serve(asked.folder, asked.port)))
 
 
 if __name__ == "__main__":

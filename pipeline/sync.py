@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from likelihood_lab.errors import UsageError
-from pipeline.entry import ExitCode, guarded
+from pipeline.entry import ExitCode, run_and_report
 
 if TYPE_CHECKING:
     from pipeline.storage.cells import TrialFolder
@@ -47,9 +47,9 @@ def sync(arguments: list[str]) -> ExitCode:
 def _send(folder: TrialFolder, tracker: Tracker) -> str:
     """What was sent, in one line."""
     from pipeline.tracking.runs import cell_run, report_run
-    from pipeline.verdict.plan import read_request
+    from pipeline.verdict.plan import read_plan
 
-    reference = read_request(folder.path)[0].reference
+    reference = read_plan(folder.path)[0].reference
     tracker.open()
     held = tracker.present(folder.path.name)
     cells = [*folder.cells(), *folder.cells("controls")]
@@ -74,7 +74,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(USAGE)
         sys.exit(0)
-    sys.exit(guarded(lambda: sync(sys.argv[1:])))
+    sys.exit(run_and_report(lambda: sync(sys.argv[1:])))
 
 
 if __name__ == "__main__":

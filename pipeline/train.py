@@ -16,9 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from pipeline.config import schema as conf
-from pipeline.config.hydra_glue import folder_of, run_entry_point, swept
-from pipeline.config.validate import check
-from pipeline.entry import ExitCode, attempt, guarded, lasting, note
+from pipeline.config.hydra_glue import folder_of, is_multirun, run_entry_point
+from pipeline.config.validate import validate
+from pipeline.entry import ExitCode, gc_paused_import, record_exit_code, run_action, run_and_report
 
 
 @hydra.main(version_base="1.3", config_path=str(conf.CONF), config_name="train")
@@ -27,16 +27,16 @@ def task(cfg: DictConfig) -> dict[str, Any]:
     settings = HydraConfig.get()
 
     def trial() -> ExitCode:
-        with lasting("torch"):
-            check(cfg)
+        with gc_paused_import("torch"):
+            validate(cfg)
             from pipeline.trial.run import run
 
         return run(conf.plain(cfg), folder_of(settings), _command(settings))
 
-    if not swept(settings):
-        note(guarded(trial))
+    if not is_multirun(settings):
+        record_exit_code(run_and_report(trial))
         return {}
-    outcome = attempt(trial)
+    outcome = run_action(trial)
     if outcome.code is ExitCode.USAGE:
         with suppress(OSError):  # where it holds something, it was there before
             Path(settings.runtime.output_dir).rmdir()

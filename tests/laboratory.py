@@ -22,7 +22,7 @@ from pipeline.engine.seeding import derive_seed
 from pipeline.engine.stack import Stack
 from pipeline.models import ModelBuilder
 from pipeline.replica import Replica
-from pipeline.training.module import Recipe, SideBySide, fit
+from pipeline.training.module import Recipe, StackTrainingModule, fit
 from pipeline.training.objectives import Formulation, Objectives
 
 LOSSES = Path(__file__).parents[1] / "conf" / "loss"
@@ -97,17 +97,17 @@ def untrained(
     engine: str = "fold",
     head: str | None = None,
     fast: bool = True,
-) -> SideBySide:
+) -> StackTrainingModule:
     """A stack of every (arm, seed) and everything that it takes to train it."""
     replicas = [Replica(arm.name, seed) for arm in arms for seed in seeds]
     stack = stack_of(build, [replica.seed for replica in replicas], engine, data.dtype, head, fast)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="reduction: 'mean' divides the total loss")  # kl_mean's very point
         objectives = Objectives(arms, replicas, data.num_classes, CPU, data.dtype)
-    return SideBySide(stack, objectives, replicas, data, build.input_shape, how)
+    return StackTrainingModule(stack, objectives, replicas, data, build.input_shape, how)
 
 
-def trained(*arguments: Any, **options: Any) -> SideBySide:
+def trained(*arguments: Any, **options: Any) -> StackTrainingModule:
     """`untrained`, then trained."""
     module = untrained(*arguments, **options)
     with warnings.catch_warnings():
@@ -118,7 +118,7 @@ def trained(*arguments: Any, **options: Any) -> SideBySide:
     return module
 
 
-def weights_of(module: SideBySide, arm: str, seed: int) -> Weights:
+def weights_of(module: StackTrainingModule, arm: str, seed: int) -> Weights:
     return module.stack.weights(module.replicas.index(Replica(arm, seed)))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.config import schema as conf
-from pipeline.config.validate import check
+from pipeline.config.validate import validate
 from pipeline.entry import ExitCode
 from pipeline.replica import Replica
 from pipeline.storage.cells import TrialFolder
@@ -24,7 +24,7 @@ def compose(*overrides: str) -> dict[str, Any]:
 
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
         cfg = hydra_compose("train", overrides=[*FAST, *overrides])
-    check(cfg)
+    validate(cfg)
     return conf.plain(cfg)
 
 

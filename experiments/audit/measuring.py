@@ -15,13 +15,13 @@ from torch import Tensor
 from experiments.audit.case import LOGITS_AND_LABELS
 from experiments.audit.honest import FORMS, HonestForm
 from experiments.audit.pairs import ON_TARGETS
-from likelihood_lab.audit.context import Audit, audit_of
+from likelihood_lab.audit.context import AuditContext, audit_of
 from likelihood_lab.audit.evaluate import Loss, evaluate
 from likelihood_lab.audit.precision import systematic_part
 from likelihood_lab.audit.rounding import in_units, row_errors
 from likelihood_lab.audit.sensitivity import LARGEST
-from likelihood_lab.categorical.batches import Batch
-from likelihood_lab.categorical.mutants import LADDER, MUTANTS, Mutant, mean_cross_entropy
+from likelihood_lab.categorical.batches import AuditBatch
+from likelihood_lab.categorical.mutants import FAULT_SIZES, MUTANTS, Mutant, mean_cross_entropy
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NO_FORM = {
@@ -56,7 +56,7 @@ class Ruler:
         self.audit = audit_of(Loss(F.cross_entropy, LOGITS_AND_LABELS), LOGITS_AND_LABELS, dtype=dtype)
         self.cells = [self._cell(batch) for batch, _ in self.audit.cells]
 
-    def _cell(self, batch: Batch) -> tuple[Batch, Tensor, Tensor, Tensor]:
+    def _cell(self, batch: AuditBatch) -> tuple[AuditBatch, Tensor, Tensor, Tensor]:
         """(batch, exact gradient [N, C], units [N], units without sqrt(C) [N])."""
         standard = self.audit.standard
         exact = standard.exact(batch).exact("logits")
@@ -104,7 +104,7 @@ def mutant_units(ruler: Ruler) -> Mapping[str, Mapping[float, float]]:
 
 def _followed(measure: Callable[[float], float], least: float) -> dict[float, float]:
     found: dict[float, float] = {}
-    for d in LADDER:
+    for d in FAULT_SIZES:
         found[d] = measure(d)
         if found[d] < least:
             break
@@ -124,14 +124,14 @@ def smallest_caught(units: Mapping[float, float], constant: float) -> float | No
 # --- the systematic part of losses that compute in float32 though they are handed float64
 
 
-def honest_parts(audit: Audit) -> Mapping[str, float]:
+def honest_parts(audit: AuditContext) -> Mapping[str, float]:
     """The systematic part of every honest form with float32 inside."""
     return {name: _part(audit, Loss(_inside(form), LOGITS_AND_LABELS)) for name, form in FORMS.items()}
 
 
-def mutant_parts(audit: Audit) -> Mapping[str, Mapping[float, float]]:
+def mutant_parts(audit: AuditContext) -> Mapping[str, Mapping[float, float]]:
     """{mutant: {d: systematic part}}, d from 1e-5 down by half decades; a scale is left out, as the part leaves it."""
-    sizes = [d for d in LADDER if 1e-10 < d < 2e-5]
+    sizes = [d for d in FAULT_SIZES if 1e-10 < d < 2e-5]
     unharmed = _part(audit, Loss(_mutant_inside(lambda z, y, _: mean_cross_entropy(z, y), 0.0), ON_TARGETS))
     return {
         name: {d: _part(audit, Loss(_mutant_inside(mutant, d), ON_TARGETS)) for d in sizes} | {0.0: unharmed}
@@ -140,7 +140,7 @@ def mutant_parts(audit: Audit) -> Mapping[str, Mapping[float, float]]:
     }
 
 
-def _part(audit: Audit, loss: Loss) -> float:
+def _part(audit: AuditContext, loss: Loss) -> float:
     return systematic_part(loss, audit.standard, audit.shape, torch.float64)
 
 

@@ -19,7 +19,7 @@ from experiments.audit.third_party import cases
 from likelihood_lab.audit.context import audit_of
 from likelihood_lab.audit.evaluate import Loss
 from likelihood_lab.audit.rounding import unit_roundoff
-from likelihood_lab.categorical.mutants import LADDER, MUTANTS
+from likelihood_lab.categorical.mutants import FAULT_SIZES, MUTANTS
 
 SAME = ("identical", "rounding", "offset")
 ON_TARGETS = ("logits", "target_probs")
@@ -66,9 +66,9 @@ def _of(origin: str, case: Case) -> Pair:
 def mutants() -> Iterator[Pair]:
     """Every mutant at `SIZES` down to the smallest that float64 catches, and, apart, below it."""
     for name, mutant in MUTANTS.items():
-        limit = limits()[name]["float64"] or LADDER[0]
+        limit = limits()[name]["float64"] or FAULT_SIZES[0]
         sizes = [*(d for d in SIZES if d > limit), limit]
-        below = [d for d in LADDER if d < limit][:BELOW]
+        below = [d for d in FAULT_SIZES if d < limit][:BELOW]
         for d in (*sizes, *below):
             case = Case("", f"{name}, d = {d:.0e}", partial(mutant, d=d), ON_TARGETS, objective=_word(name, d))
             yield Pair("mutant" if d >= limit else "below the limit", case, partial(partial, mutant, d=d), d)

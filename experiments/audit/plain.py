@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from experiments.audit.case import Case
 from likelihood_lab.audit.evaluate import Evaluation, Loss, evaluate
-from likelihood_lab.categorical.batches import WIDTH, Batch
+from likelihood_lab.categorical.batches import WIDTH, AuditBatch
 
 ROWS, CLASSES = 64, 10
 BOTH = (torch.float32, torch.float64)
@@ -52,7 +52,7 @@ def _close(mine: Any, other: Any) -> bool:
     return True
 
 
-def _batch(case: Case) -> Batch:
+def _batch(case: Case) -> AuditBatch:
     """Standard normal logits; some rows ignored and soft targets where the case has them."""
     draw = torch.Generator().manual_seed(0)
     options = case.options
@@ -75,4 +75,4 @@ def _batch(case: Case) -> Batch:
     flat: dict[str, Any] = {"logits": logits, "labels": labels, "target_probs": targets, "valid": valid}
     if options.get("tokens"):
         flat = {name: tensor.unflatten(0, (4, -1)) for name, tensor in flat.items()}
-    return Batch("plain", **flat, **fused)
+    return AuditBatch("plain", **flat, **fused)

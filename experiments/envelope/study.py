@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from likelihood_lab.categorical.losses import nll_by_logsumexp, nll_of_log_of_softmax
 from likelihood_lab.stats.trajectory import STEPS, Distances, envelope
 from pipeline.config import schema as conf
-from pipeline.engine.sketch import relative_distance
+from pipeline.engine.sketch import sketch_distance
 from pipeline.replica import BY_PRECISION, Replica
 from pipeline.training.controls import control
-from pipeline.training.module import SideBySide, fit
+from pipeline.training.module import StackTrainingModule, fit
 from pipeline.training.objectives import Formulation, Objectives
-from pipeline.trial.setup import Setting, prepare
+from pipeline.trial.setup import TrialSetup, build_setup
 
 HERE = Path(__file__).parent
 SEEDS = 300
@@ -106,17 +106,17 @@ def trained_sketches(
     """Sketches [steps, width] of every (arm, seed) at STEPS."""
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
         fixed = ["loss=[ce]", "dataset=digits", "model=mlp", "epochs=1", "trainer=cpu", "tracking=none"]
-        setting = prepare(conf.plain(compose("train", overrides=[*fixed, *overrides])))
+        setting = build_setup(conf.plain(compose("train", overrides=[*fixed, *overrides])))
     found: dict[Replica, Tensor] = {}
     for first in range(0, len(seeds), 2):
         found |= _trained(setting, seeds[first : first + 2], formulations)
     return found
 
 
-def _trained(setting: Setting, seeds: Sequence[int], formulations: Sequence[Formulation]) -> dict[Replica, Tensor]:
+def _trained(setting: TrialSetup, seeds: Sequence[int], formulations: Sequence[Formulation]) -> dict[Replica, Tensor]:
     replicas = [Replica(formulation.name, seed) for formulation in formulations for seed in seeds]
     objectives = Objectives(formulations, replicas, setting.data.num_classes, setting.device, setting.dtype)
-    module = SideBySide(
+    module = StackTrainingModule(
         setting.stack(replicas), objectives, replicas, setting.data, setting.builder.input_shape, setting.recipe
     )
     fit(module, (), "cpu")
@@ -170,7 +170,7 @@ def rates(regime: str, found: Mapping[Replica, Tensor], seeds: Sequence[int], st
 
 def _from(arm: Tensor, reference: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Relative distances [S, steps]."""
-    return relative_distance(arm, reference).numpy()
+    return sketch_distance(arm, reference).numpy()
 
 
 def _of(distance: np.ndarray[Any, Any], subset: np.ndarray[Any, Any]) -> Distances:
@@ -179,7 +179,7 @@ def _of(distance: np.ndarray[Any, Any], subset: np.ndarray[Any, Any]) -> Distanc
 
 def _between(reference: Tensor, subset: np.ndarray[Any, Any]) -> Distances:
     chosen = reference[torch.from_numpy(subset)]
-    pairs = np.array([relative_distance(a, b).numpy() for a, b in pairwise(chosen)])
+    pairs = np.array([sketch_distance(a, b).numpy() for a, b in pairwise(chosen)])
     return {step: pairs[:, i] for i, step in enumerate(STEPS)}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from likelihood_lab.errors import UsageError
-from pipeline.entry import ExitCode, guarded
+from pipeline.entry import ExitCode, run_and_report
 
 TRIAL = Path(__file__).resolve().parents[2] / "outputs" / "negative_controls" / "outcome"
 LOW = 0.9
@@ -38,4 +38,4 @@ def main() -> ExitCode:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(run_and_report(main))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from likelihood_lab.categorical.losses import nll_by_logsumexp
 from likelihood_lab.errors import UsageError
-from pipeline.entry import guarded
+from pipeline.entry import run_and_report
 from pipeline.replica import Replica
 from pipeline.storage.cells import TrialFolder
 
@@ -75,4 +75,4 @@ def table() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(table))
+    sys.exit(run_and_report(table))

@@ -35,7 +35,7 @@ from likelihood_lab.errors import UsageError
 from pipeline.build import load_dataset
 from pipeline.config import schema as conf
 from pipeline.data.dataset import Dataset
-from pipeline.entry import ExitCode, guarded
+from pipeline.entry import ExitCode, run_and_report
 from pipeline.storage.cells import Cell, TrialFolder
 
 HERE = Path(__file__).parent
@@ -158,7 +158,7 @@ def outputs(cells: Sequence[Cell], data: Dataset) -> tuple[Floats, NDArray[np.in
 
 def check_against(cells: Sequence[Cell], metric: str, results: Floats) -> None:
     """The plain model must give what was measured while training: one example apart at most, or 1e-5 of the NLL."""
-    recorded = np.array([cell.yardsticks[f"test/{metric}"] for cell in cells])
+    recorded = np.array([cell.metrics[f"test/{metric}"] for cell in cells])
     apart = np.abs(results.mean(1) - recorded)
     allowed = 1.01 / results.shape[1] if metric == "accuracy" else 1e-5 * recorded
     if not (apart <= allowed).all():
@@ -317,4 +317,4 @@ def run(arguments: Sequence[str]) -> ExitCode:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: run(sys.argv[1:])))
+    sys.exit(run_and_report(lambda: run(sys.argv[1:])))

@@ -16,10 +16,10 @@ import torch
 from likelihood_lab.errors import UsageError
 from pipeline.build import load_dataset
 from pipeline.data.dataset import Dataset
-from pipeline.entry import ExitCode, guarded
+from pipeline.entry import ExitCode, run_and_report
 from pipeline.replica import Replica
 from pipeline.storage.cells import Cell, TrialFolder
-from pipeline.verdict.plan import read_request
+from pipeline.verdict.plan import read_plan
 
 OUTPUTS = Path(__file__).resolve().parents[2] / "outputs" / "soft_labels"
 TRIALS = ("teacher", "sampled", "cifar10h")
@@ -29,7 +29,7 @@ Cells = Mapping[Replica, Cell]
 
 def cells_of(path: Path) -> Cells:
     """The finished cells of a trial's losses."""
-    request, _ = read_request(path)
+    request, _ = read_plan(path)
     wanted = [Replica(loss, seed) for loss in request.losses for seed in request.seeds]
     found = {replica: TrialFolder(path).read(replica) for replica in wanted}
     return {replica: cell for replica, cell in found.items() if cell is not None}
@@ -75,7 +75,7 @@ def apart(trial: str, cells: Cells, data: Dataset) -> str:
 
 def distances(trial: str, cells: Cells) -> Iterator[str]:
     """A row for each loss: mean and standard deviation over seeds of KL(P || q) on the test set, in nats."""
-    rows = [(replica.arm, replica.seed, cell.yardsticks["test/kl_truth"]) for replica, cell in cells.items()]
+    rows = [(replica.arm, replica.seed, cell.metrics["test/kl_truth"]) for replica, cell in cells.items()]
     table = pd.DataFrame(rows, columns=["loss", "seed", "kl"]).pivot(index="seed", columns="loss", values="kl")
     beside = table.sub(table["ce_soft"], axis=0)
     for loss in dict.fromkeys(replica.arm for replica in cells):
@@ -110,4 +110,4 @@ def main() -> ExitCode:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(run_and_report(main))

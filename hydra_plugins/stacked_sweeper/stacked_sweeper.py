@@ -33,7 +33,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from likelihood_lab.errors import UsageError
 from pipeline import entry as exit_codes
-from pipeline.config.hydra_glue import as_refusals, in_one_line
+from pipeline.config.hydra_glue import hydra_errors_as_usage_errors, in_one_line
 from pipeline.entry import ExitCode
 
 Job = tuple[str, ...]  # the overrides that make one job
@@ -48,7 +48,7 @@ class StackedSweeperConf:
     stack: list[str] = field(default_factory=lambda: ["loss", "seed"])  # the axes whose values share a job
     replicas_per_job: int | None = None  # share the last axis's values where a job would hold more combinations
     max_batch_size: int | None = None  # jobs handed to the launcher at once
-    check: str = "pipeline.config.validate.check"  # sees each job's configuration before any job is launched
+    check: str = "pipeline.config.validate.validate"  # sees each job's configuration before any job is launched
     params: dict[str, str] = field(default_factory=dict)  # a sweep kept in a file; the command line wins
 
 
@@ -83,7 +83,7 @@ class StackedSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[Record]:
         """Check every job, then launch them all, whatever becomes of each; exit codes are noted."""
-        with as_refusals():
+        with hydra_errors_as_usage_errors():
             parts = {job: self.checked(job) for job in self.jobs(arguments)}
         made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         records = self.launched([part for job in parts for part in parts[job]], [])
@@ -93,7 +93,7 @@ class StackedSweeper(Sweeper):
         concluding = [(*job, CONCLUDING) for job in shared if not refused.issuperset(parts[job])]
         records = self.launched(concluding, records)
         for record in records:
-            exit_codes.note(ExitCode.BUG if record.exit_code is None else record.exit_code)
+            exit_codes.record_exit_code(ExitCode.BUG if record.exit_code is None else record.exit_code)
             said = f"{record.status}: {' '.join(record.overrides)}"
             if record.status != "done":
                 print(f"{said}: {record.error}", file=sys.stderr)

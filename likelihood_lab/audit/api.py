@@ -19,18 +19,18 @@ import torch
 import torch.nn.functional as F
 
 from likelihood_lab.audit.capture import capture
-from likelihood_lab.audit.context import Audit, audit_of, device_of, with_ignored
+from likelihood_lab.audit.context import AuditContext, audit_of, device_of, with_ignored
 from likelihood_lab.audit.evaluate import Loss
 from likelihood_lab.audit.examine import examine
 from likelihood_lab.audit.finding import Finding
-from likelihood_lab.categorical.batches import Batch
+from likelihood_lab.categorical.batches import AuditBatch
 from likelihood_lab.categorical.inputs import INPUTS, LossFn
 from likelihood_lab.errors import UsageError, did_you_mean, first_line
 
 __all__ = ["Finding", "assert_same_loss", "capture", "check"]
 
 LOGITS_AND_LABELS = ("logits", "labels")
-_audits: dict[tuple[Any, ...], Audit] = {}
+_audits: dict[tuple[Any, ...], AuditContext] = {}
 
 
 LITERAL = 40  # logits that are written out
@@ -48,7 +48,7 @@ def check(
     soft_targets: bool = False,
     tokens: bool = False,
     num_classes: Sequence[int] | None = None,
-    batches: Sequence[Batch] = (),
+    batches: Sequence[AuditBatch] = (),
 ) -> Finding:
     r"""Whether `fn` is the same function as `reference`, judged by gradients and values, without training anything.
 
@@ -95,7 +95,7 @@ def check(
     return examined(audit, Loss(fn, tuple(args)))
 
 
-def examined(audit: Audit, loss: Loss) -> Finding:
+def examined(audit: AuditContext, loss: Loss) -> Finding:
     """`examine`, with what the loss prints among the side effects."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -143,7 +143,9 @@ def _ignoring(reference: LossFn, ignore_index: int | None) -> LossFn:
     return _with_ignore.setdefault((reference, ignore_index), with_ignored(reference, ignore_index))
 
 
-def _audit(reference: Loss, args: tuple[str, ...], settings: dict[str, Any], batches: Sequence[Batch]) -> Audit:
+def _audit(
+    reference: Loss, args: tuple[str, ...], settings: dict[str, Any], batches: Sequence[AuditBatch]
+) -> AuditContext:
     """An audit that is kept for the next candidate of the same shape."""
     if batches or not inspect.isroutine(getattr(reference.fn, "func", reference.fn)):  # a module may change
         return audit_of(reference, args, **settings, batches=list(batches))

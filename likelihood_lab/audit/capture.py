@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from likelihood_lab.categorical.batches import Batch
+from likelihood_lab.categorical.batches import AuditBatch
 from likelihood_lab.errors import UsageError
 
 MOST = 4  # batches that are kept
@@ -19,7 +19,7 @@ _WITH_LOGITS = (F.cross_entropy,)
 _WITH_LOG_PROBS = (F.nll_loss, F.kl_div)
 
 
-class Captured(list[Batch]):
+class Captured(list[AuditBatch]):
     """The batches kept so far; a list that `check(..., batches=...)` takes as it is."""
 
     def __init__(self, most: int) -> None:
@@ -51,7 +51,7 @@ class Captured(list[Batch]):
             labels = target.long()
         else:
             probs, labels = target.double(), target.argmax(-1)
-        self.append(Batch("captured", logits, labels, probs, valid, *self._fused(logits)))
+        self.append(AuditBatch("captured", logits, labels, probs, valid, *self._fused(logits)))
 
     def _fused(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.head is None:

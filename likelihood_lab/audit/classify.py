@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from likelihood_lab.audit.compare import Judgement, Standard
+from likelihood_lab.audit.compare import BatchComparison, ReferenceEvaluations
 from likelihood_lab.audit.evaluate import Loss, evaluate
 from likelihood_lab.audit.rounding import CONSTANT, ScaleInterval, narrowest, overlap
-from likelihood_lab.categorical.batches import Shape, make_batch
+from likelihood_lab.categorical.batches import BatchShape, make_batch
 
 SAMENESS = ("identical", "rounding", "offset")
 DIGITS = 12
@@ -41,39 +41,39 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Decision:
+class Classification:
     """A word, why, and the smallest batch that speaks against sameness."""
 
     word: str
     reason: str
     scale: Scale | None = None
-    worst: Judgement | None = None
+    worst: BatchComparison | None = None
 
 
-def decide(cells: Sequence[Judgement]) -> Decision:
+def classify(cells: Sequence[BatchComparison]) -> Classification:
     """The word for a candidate whose gradients were judged in these cells, in the order of protocol section 2."""
     failing = [cell for cell in cells if not cell.same]
     if not failing:
         if all(cell.bitwise for cell in cells):
-            return Decision("identical", f"gradients equal bit for bit in {len(cells)} of {len(cells)} batches")
+            return Classification("identical", f"gradients equal bit for bit in {len(cells)} of {len(cells)} batches")
         largest = max(cell.units for cell in cells)
-        return Decision("rounding", f"gradients equal up to rounding: errors of {largest:.2g} units at most")
+        return Classification("rounding", f"gradients equal up to rounding: errors of {largest:.2g} units at most")
     worst = _simplest(failing)
     if not any(cell.finite for cell in cells):
-        return Decision("different", "gradients are not finite in any batch", worst=worst)
+        return Classification("different", "gradients are not finite in any batch", worst=worst)
     if _ordinary_rows_hold(cells):
-        return Decision("domain", "", worst=worst)
+        return Classification("domain", "", worst=worst)
     return _scaled(cells, failing)
 
 
-def _simplest(failing: Sequence[Judgement]) -> Judgement:
+def _simplest(failing: Sequence[BatchComparison]) -> BatchComparison:
     """The batch that is most easily written out: contiguous, small, with nothing from outside."""
     return min(
         failing, key=lambda cell: (not cell.batch.contiguous, cell.batch.logits.numel(), cell.batch.upstream != 1)
     )
 
 
-def _ordinary_rows_hold(cells: Sequence[Judgement]) -> bool:
+def _ordinary_rows_hold(cells: Sequence[BatchComparison]) -> bool:
     """Rows with .1 <= -log p_y <= 1 are right wherever they occur, whatever shares the batch with them."""
     for dtype in {cell.dtype for cell in cells}:
         asked = [cell for cell in cells if cell.dtype == dtype]
@@ -84,22 +84,22 @@ def _ordinary_rows_hold(cells: Sequence[Judgement]) -> bool:
     return all(cell.same for cell in cells if cell.batch.family == "ordinary")
 
 
-def _scaled(cells: Sequence[Judgement], failing: Sequence[Judgement]) -> Decision:
+def _scaled(cells: Sequence[BatchComparison], failing: Sequence[BatchComparison]) -> Classification:
     """Parallel to the reference in every batch where that can be told, or not at all."""
     worst = _simplest(failing)
     finite = [cell for cell in cells if cell.finite]
     known = [cell for cell in finite if cell.interval.determined]
-    crooked = [cell for cell in known if not cell.parallel]
-    if not known or crooked:
-        reason = _apart(cells, failing, known, crooked)
-        return Decision("different", reason, worst=_simplest(crooked) if crooked else worst)
+    not_parallel = [cell for cell in known if not cell.parallel]
+    if not known or not_parallel:
+        reason = _apart(cells, failing, known, not_parallel)
+        return Classification("different", reason, worst=_simplest(not_parallel) if not_parallel else worst)
     factors = [cell.interval.factor for cell in known]
     if min(factors) < 0:
         turned = "points the other way" if max(factors) < 0 else "points the other way in some batches"
         reason = f"the gradient {turned}: k from {min(factors):.4g} to {max(factors):.4g}"
-        return Decision("different", reason, worst=worst)
+        return Classification("different", reason, worst=worst)
     if any(cell.growth > CONSTANT * max(factors) for cell in finite if not cell.interval.determined):
-        return Decision("different", "parallel in most batches, finite and wrong in others", worst=worst)
+        return Classification("different", "parallel in most batches, finite and wrong in others", worst=worst)
     by_classes: dict[int, list[ScaleInterval]] = {}
     for cell in known:
         by_classes.setdefault(cell.batch.num_classes, []).append(cell.interval)
@@ -107,17 +107,17 @@ def _scaled(cells: Sequence[Judgement], failing: Sequence[Judgement]) -> Decisio
         scale = _constant({c: narrowest(intervals) for c, intervals in sorted(by_classes.items())})
         if not all(cell.finite for cell in cells) and scale.formula.split()[0] == "1":
             reason = f"right in most batches, no finite gradient in others ({worst.where})"
-            return Decision("different", reason, worst=worst)
-        return Decision("scaled", f"k = {scale.formula} in every batch", scale, worst)
+            return Classification("different", reason, worst=worst)
+        return Classification("scaled", f"k = {scale.formula} in every batch", scale, worst)
     if (where := separating(cells, failing, _of_the_call(cells))) is not None:
         reason = f"wrong {where}: k from {min(factors):.4g} to {max(factors):.4g}"
-        return Decision("different", reason, worst=worst)
+        return Classification("different", reason, worst=worst)
     spans = {c: _span(intervals) for c, intervals in sorted(by_classes.items())}
     low, high = f"{min(factors):.4g}", f"{max(factors):.4g}"
     if low == high:  # they differ by less
         low, high = f"{min(factors):.{DIGITS}g}", f"{max(factors):.{DIGITS}g}"
     reason = f"parallel in every batch, k from {low} to {high}"
-    return Decision("reweighted", reason, Scale("by batch", spans), worst)
+    return Classification("reweighted", reason, Scale("by batch", spans), worst)
 
 
 def _span(intervals: Sequence[ScaleInterval]) -> tuple[float, float]:
@@ -146,14 +146,14 @@ def _constant(intervals: Mapping[int, ScaleInterval]) -> Scale:
 
 # --- what tells the batches where a candidate is right from those where it is wrong
 
-Trait = tuple[str, Callable[[Judgement], bool]]
+Trait = tuple[str, Callable[[BatchComparison], bool]]
 
 
 def _apart(
-    cells: Sequence[Judgement],
-    failing: Sequence[Judgement],
-    known: Sequence[Judgement],
-    crooked: Sequence[Judgement],
+    cells: Sequence[BatchComparison],
+    failing: Sequence[BatchComparison],
+    known: Sequence[BatchComparison],
+    not_parallel: Sequence[BatchComparison],
 ) -> str:
     where = separating(cells, failing, _traits(cells)) or _where_rows_fail(failing)
     if where is not None:
@@ -162,14 +162,16 @@ def _apart(
         return f"wrong {where}{off}"
     if not known:
         return "gradients bear no relation to the reference's"
-    largest = max(crooked, key=lambda cell: cell.residual if math.isfinite(cell.residual) else 0.0)
+    largest = max(not_parallel, key=lambda cell: cell.residual if math.isfinite(cell.residual) else 0.0)
     size = f"{largest.residual:.2g} units of rounding, where {CONSTANT:g} are allowed ({largest.where})"
     if largest.distance == 0:  # the first input's gradient is right, another's is not
-        return f"wrong in the gradient of {largest.guilty}: {size}"
+        return f"wrong in the gradient of {largest.worst_input}: {size}"
     return f"not parallel to the reference: off by {largest.distance:.2g} relative to it, {size}"
 
 
-def separating(cells: Sequence[Judgement], failing: Sequence[Judgement], traits: Sequence[Trait]) -> str | None:
+def separating(
+    cells: Sequence[BatchComparison], failing: Sequence[BatchComparison], traits: Sequence[Trait]
+) -> str | None:
     """The one trait that all failing batches share and no other has, in words.
 
     A batch that passes because its gradient is too small to tell counts for neither.
@@ -184,7 +186,7 @@ def separating(cells: Sequence[Judgement], failing: Sequence[Judgement], traits:
     return None
 
 
-def _where_rows_fail(failing: Sequence[Judgement]) -> str | None:
+def _where_rows_fail(failing: Sequence[BatchComparison]) -> str | None:
     """What the rows that fail have in common and others of the same batches have not."""
     others = 0
     for cell in failing:
@@ -198,7 +200,7 @@ def _where_rows_fail(failing: Sequence[Judgement]) -> str | None:
     return "in rows of the last class" if others else None
 
 
-def _of_the_call(cells: Sequence[Judgement]) -> list[Trait]:
+def _of_the_call(cells: Sequence[BatchComparison]) -> list[Trait]:
     """Traits of how a loss is called, rather than of what it is asked about."""
     return [
         ("on inputs that are not contiguous", lambda cell: not cell.batch.contiguous),
@@ -207,7 +209,7 @@ def _of_the_call(cells: Sequence[Judgement]) -> list[Trait]:
     ]
 
 
-def _traits(cells: Sequence[Judgement]) -> list[Trait]:
+def _traits(cells: Sequence[BatchComparison]) -> list[Trait]:
     traits: list[Trait] = [
         *_of_the_call(cells),
         ("where some targets are ignored", lambda cell: not bool(cell.batch.valid.all())),
@@ -220,11 +222,11 @@ def _traits(cells: Sequence[Judgement]) -> list[Trait]:
     return traits
 
 
-def _is(read: Callable[[Judgement], str], value: str) -> Callable[[Judgement], bool]:
+def _is(read: Callable[[BatchComparison], str], value: str) -> Callable[[BatchComparison], bool]:
     return lambda cell: read(cell) == value
 
 
-def _above(read: Callable[[Judgement], int], value: int) -> Callable[[Judgement], bool]:
+def _above(read: Callable[[BatchComparison], int], value: int) -> Callable[[BatchComparison], bool]:
     return lambda cell: read(cell) > value
 
 
@@ -241,7 +243,7 @@ class Offset:
     moves: bool
 
 
-def judged_values(cells: Sequence[Judgement]) -> str | None:
+def judged_values(cells: Sequence[BatchComparison]) -> str | None:
     """What is wrong with the values of the core, in words; None where rounding accounts for all of it."""
     wrong = [cell for cell in cells if cell.value_units > CONSTANT]
     if not wrong:
@@ -253,7 +255,9 @@ def judged_values(cells: Sequence[Judgement]) -> str | None:
     return f"value off by {worst.value_error:.3g} nats ({worst.where})"
 
 
-def offset(loss: Loss, standard: Standard, shape: Shape, dtype: torch.dtype, allowed_in: torch.dtype) -> Offset | None:
+def offset(
+    loss: Loss, standard: ReferenceEvaluations, shape: BatchShape, dtype: torch.dtype, allowed_in: torch.dtype
+) -> Offset | None:
     """The constant between two values, where the difference does not move with the logits.
 
     Several draws of logits are asked for each of several sets of targets, one of them of another size.
@@ -270,7 +274,7 @@ def offset(loss: Loss, standard: Standard, shape: Shape, dtype: torch.dtype, all
         for _ in range(LOGIT_DRAWS):
             other = make_batch("random", lead, classes, asked, draw).at(dtype)
             batch = replace(other, labels=first.labels, target_probs=first.target_probs)
-            fresh = Standard(standard.loss, standard.device)
+            fresh = ReferenceEvaluations(standard.loss, standard.device)
             found, exact = evaluate(loss, batch, dtype, standard.device), fresh.exact(batch)
             if found.value is None or exact.value is None:
                 return None

@@ -22,11 +22,11 @@ from likelihood_lab.audit.rounding import (
     unit_roundoff,
     units,
 )
-from likelihood_lab.categorical.batches import ORDINARY, ORDINARY_LOGITS, Batch
+from likelihood_lab.categorical.batches import ORDINARY, ORDINARY_LOGITS, AuditBatch
 
 
 @dataclass(frozen=True)
-class Judgement:
+class BatchComparison:
     """What a batch showed of a candidate.
 
     Attributes:
@@ -46,15 +46,15 @@ class Judgement:
         value_units: the same, in units of its own.
     """
 
-    batch: Batch
+    batch: AuditBatch
     dtype: torch.dtype
     error: str | None = None
     finite: bool = False
     bitwise: bool = False
     units: float = torch.inf
-    guilty: str = ""
+    worst_input: str = ""
     row_units: Tensor = field(default_factory=lambda: torch.empty(0))
-    surprise: Tensor = field(default_factory=lambda: torch.empty(0))
+    surprisal: Tensor = field(default_factory=lambda: torch.empty(0))
     magnitude: Tensor = field(default_factory=lambda: torch.empty(0))
     interval: ScaleInterval = UNKNOWN_SCALE
     residual: float = torch.inf
@@ -77,7 +77,7 @@ class Judgement:
     def ordinary(self) -> Tensor:
         """Which rows [N] any loss should get right: neither saturated nor far from 0."""
         low, high = ORDINARY
-        return (self.surprise >= low) & (self.surprise <= high) & (self.magnitude <= ORDINARY_LOGITS)
+        return (self.surprisal >= low) & (self.surprisal <= high) & (self.magnitude <= ORDINARY_LOGITS)
 
     @property
     def dtype_name(self) -> str:
@@ -93,16 +93,18 @@ class Judgement:
 LARGE = 2**20  # weights of a last layer, whose gradients are not kept for every batch
 
 
-class Standard:
+class ReferenceEvaluations:
     """The reference on the batches of an audit: computed once, whatever the number of candidates."""
 
     def __init__(self, loss: Loss, device: torch.device) -> None:
         self.loss, self.device = loss, device
-        self._kept: dict[tuple[int, torch.dtype], tuple[Batch, Evaluation]] = {}
-        self._latest: dict[tuple[int, torch.dtype], tuple[Batch, Evaluation]] = {}  # of the latest large batch alone
-        self._rows: dict[int, tuple[Batch, Rows]] = {}
+        self._kept: dict[tuple[int, torch.dtype], tuple[AuditBatch, Evaluation]] = {}
+        self._latest: dict[
+            tuple[int, torch.dtype], tuple[AuditBatch, Evaluation]
+        ] = {}  # of the latest large batch alone
+        self._rows: dict[int, tuple[AuditBatch, Rows]] = {}
 
-    def at(self, batch: Batch, dtype: torch.dtype) -> Evaluation:
+    def at(self, batch: AuditBatch, dtype: torch.dtype) -> Evaluation:
         """The reference in a precision, its inputs those of the batch."""
         kept = self._kept
         if batch.weight is not None and batch.weight.numel() > LARGE:
@@ -114,11 +116,11 @@ class Standard:
             kept[key] = batch, evaluate(self.loss, batch, dtype, self.device)
         return kept[key][1]
 
-    def exact(self, batch: Batch) -> Evaluation:
+    def exact(self, batch: AuditBatch) -> Evaluation:
         """The reference in float64."""
         return self.at(batch, torch.float64)
 
-    def rows(self, batch: Batch) -> Rows:
+    def rows(self, batch: AuditBatch) -> Rows:
         """What the batch's rows allow."""
         if id(batch) not in self._rows:
             flat = {name: getattr(batch, name).flatten(0, -2) for name in ("logits", "target_probs")}
@@ -130,13 +132,13 @@ class Standard:
             self._rows[id(batch)] = batch, rows
         return self._rows[id(batch)][1]
 
-    def rounding(self, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+    def rounding(self, batch: AuditBatch, dtype: torch.dtype) -> dict[str, Tensor]:
         """What rounding in `dtype` must cost every row of every gradient, whoever computes it."""
         flat = {"hidden": None if batch.hidden is None else batch.hidden.flatten(0, -2), "weight": batch.weight}
         rows, u = self.rows(batch), unit_roundoff(dtype)
         return {name: units(rows, u, name, **flat) for name in differentiable(batch)}
 
-    def allowed(self, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+    def allowed(self, batch: AuditBatch, dtype: torch.dtype) -> dict[str, Tensor]:
         """The unit of every row of every gradient: `rounding`, or the reference's own error where that is larger."""
         own, exact = self.at(batch, dtype), self.exact(batch)
         found = {}
@@ -147,7 +149,7 @@ class Standard:
             found[name] = unit
         return found
 
-    def value_unit(self, batch: Batch, dtype: torch.dtype) -> float:
+    def value_unit(self, batch: AuditBatch, dtype: torch.dtype) -> float:
         """What rounding may do to the value."""
         rows, own, exact = self.rows(batch), self.at(batch, dtype), self.exact(batch)
         valid = batch.valid.flatten()
@@ -158,8 +160,12 @@ class Standard:
 
 
 def judge(
-    candidate: Loss, standard: Standard, batch: Batch, dtype: torch.dtype, computes_in: torch.dtype | None = None
-) -> Judgement:
+    candidate: Loss,
+    standard: ReferenceEvaluations,
+    batch: AuditBatch,
+    dtype: torch.dtype,
+    computes_in: torch.dtype | None = None,
+) -> BatchComparison:
     """Compare a candidate, called in `dtype`, with the reference.
 
     Args:
@@ -167,13 +173,17 @@ def judge(
     """
     found = evaluate(candidate, batch, dtype, standard.device)
     if found.error is not None:
-        return Judgement(batch, dtype, found.error)
+        return BatchComparison(batch, dtype, found.error)
     return compare(found, standard, batch, dtype, computes_in)
 
 
 def compare(
-    found: Evaluation, standard: Standard, batch: Batch, dtype: torch.dtype, computes_in: torch.dtype | None = None
-) -> Judgement:
+    found: Evaluation,
+    standard: ReferenceEvaluations,
+    batch: AuditBatch,
+    dtype: torch.dtype,
+    computes_in: torch.dtype | None = None,
+) -> BatchComparison:
     """`judge`, for what a candidate has already been found to give."""
     allowed = standard.allowed(batch, computes_in or dtype)
     exact, own = standard.exact(batch), standard.at(batch, dtype)
@@ -192,15 +202,15 @@ def compare(
         in_units(row_errors(mine[name], interval.factor * truth[name]), abs(interval.factor) * allowed[name])
         for name in names
     ]
-    judgement = Judgement(
+    judgement = BatchComparison(
         batch,
         dtype,
         finite=all(bool(gradient.isfinite().all()) for gradient in mine.values()),
         bitwise=own.error is None and all(same_bits(found.gradients[name], own.gradients[name]) for name in names),
         units=_largest(errors.values()),
-        guilty=max(errors, key=lambda name: _largest([errors[name]])),
+        worst_input=max(errors, key=lambda name: _largest([errors[name]])),
         row_units=errors[first],
-        surprise=standard.rows(batch).surprise[known[first]],
+        surprisal=standard.rows(batch).surprisal[known[first]],
         magnitude=standard.rows(batch).magnitude[known[first]],
         interval=interval,
         residual=_largest(rests),

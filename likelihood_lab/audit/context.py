@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from likelihood_lab.audit.compare import Standard
+from likelihood_lab.audit.compare import ReferenceEvaluations
 from likelihood_lab.audit.evaluate import NO_GRADIENT, Loss, differentiable
 from likelihood_lab.audit.normaliser import Normaliser, normaliser
 from likelihood_lab.audit.rounding import in_units, row_errors
 from likelihood_lab.audit.sensitivity import smallest_differences
 from likelihood_lab.categorical import oracle
-from likelihood_lab.categorical.batches import CLASSES, VOCABULARIES, Batch, Shape, grid
+from likelihood_lab.categorical.batches import CLASSES, VOCABULARIES, AuditBatch, BatchShape, grid
 from likelihood_lab.categorical.inputs import LossFn
 from likelihood_lab.errors import UsageError, first_line
 
@@ -33,7 +33,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 @dataclass
-class Audit:
+class AuditContext:
     """One reference on one grid, ready for any number of candidates.
 
     Attributes:
@@ -43,15 +43,15 @@ class Audit:
     """
 
     reference: Loss
-    shape: Shape
+    shape: BatchShape
     dtypes: tuple[torch.dtype, ...] = BOTH
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    own_batches: Sequence[Batch] = ()
+    own_batches: Sequence[AuditBatch] = ()
     with_grid: bool = True
 
     def __post_init__(self) -> None:
         """Make the grid and ask the reference; both once for all candidates."""
-        self.standard = Standard(self.reference, self.device)
+        self.standard = ReferenceEvaluations(self.reference, self.device)
         asked = [*(grid(self.shape) if self.with_grid else ()), *self.own_batches]
         self.cells = [(batch.at(dtype), dtype) for batch in asked for dtype in self.dtypes]
         usable = [(batch, dtype) for batch, dtype in self.cells if self._usable(batch)]
@@ -68,7 +68,7 @@ class Audit:
         self.refused = len(self.cells) - len(usable)
         self.cells = usable
 
-    def _usable(self, batch: Batch) -> bool:
+    def _usable(self, batch: AuditBatch) -> bool:
         """Whether the reference gives a gradient that says something: finite in some row, and not all zero."""
         found = self.standard.exact(batch)
         if found.error is not None:
@@ -144,9 +144,9 @@ def audit_of(
     soft_targets: bool = False,
     tokens: bool = False,
     num_classes: Sequence[int] | None = None,
-    batches: Sequence[Batch] = (),
+    batches: Sequence[AuditBatch] = (),
     with_grid: bool = True,
-) -> Audit:
+) -> AuditContext:
     """An audit for candidates that take `candidate_args`; a fused one makes every batch a fused one.
 
     Raises:
@@ -168,15 +168,15 @@ def audit_of(
     if not classes or any(not isinstance(c, int) or c < 2 for c in classes):
         raise UsageError(f"num_classes={list(classes)}; give numbers of classes, each at least 2")
     for batch in batches:
-        if not isinstance(batch, Batch):
+        if not isinstance(batch, AuditBatch):
             raise UsageError(f"batches hold a {type(batch).__name__}; give what `capture` has kept")
     if fused and any(batch.hidden is None for batch in batches):
         raise UsageError(
             "batches hold logits alone, and a fused loss needs hidden and weight; "
             "`capture(model)` keeps them where the model's last linear layer gives the logits"
         )
-    shape = Shape(classes, tokens, fused, "bias" in args, soft_targets, ignore_index)
-    return Audit(reference, shape, BOTH if dtype is None else (dtype,), device_of(device), batches, with_grid)
+    shape = BatchShape(classes, tokens, fused, "bias" in args, soft_targets, ignore_index)
+    return AuditContext(reference, shape, BOTH if dtype is None else (dtype,), device_of(device), batches, with_grid)
 
 
 def device_of(device: torch.device | str) -> torch.device:

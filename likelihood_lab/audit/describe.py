@@ -9,28 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from likelihood_lab.audit.classify import Decision, Offset
-from likelihood_lab.audit.compare import Judgement
-from likelihood_lab.audit.context import Audit, name_of
+from likelihood_lab.audit.classify import Classification, Offset
+from likelihood_lab.audit.compare import BatchComparison
+from likelihood_lab.audit.context import AuditContext, name_of
 from likelihood_lab.audit.domain import Limit
 from likelihood_lab.audit.evaluate import Loss, evaluate
 from likelihood_lab.audit.finding import Finding, in_words
 from likelihood_lab.audit.normaliser import Normaliser
 from likelihood_lab.audit.rounding import CONSTANT, relative_distance
-from likelihood_lab.categorical.batches import UPSTREAM, Batch
+from likelihood_lab.categorical.batches import UPSTREAM, AuditBatch
 
 CLASSES = ("cat", "dog", "other")
 PROBS = (0.1, 0.2, 0.7)
 LABEL = 1
 
 
-Refusals = Sequence[tuple[Batch, torch.dtype, str]]
+Refusals = Sequence[tuple[AuditBatch, torch.dtype, str]]
 
 
 def evidence(
-    audit: Audit,
+    audit: AuditContext,
     loss: Loss,
-    cells: Sequence[Judgement],
+    cells: Sequence[BatchComparison],
     inside: torch.dtype | None,
     systematic: float | None,
     found: Sequence[Limit],
@@ -60,7 +60,7 @@ def evidence(
     return entry
 
 
-def _names(cells: Sequence[Judgement]) -> list[str]:
+def _names(cells: Sequence[BatchComparison]) -> list[str]:
     return list(dict.fromkeys(cell.dtype_name for cell in cells))
 
 
@@ -68,14 +68,14 @@ def _largest(values: Sequence[float]) -> float | None:
     return max(values, default=None)
 
 
-def _distance(cells: Sequence[Judgement], dtype: torch.dtype) -> float | None:
+def _distance(cells: Sequence[BatchComparison], dtype: torch.dtype) -> float | None:
     """The median over batches of ||g_B - g_A|| / ||g_A||; batches whose gradient nearly vanishes are left out."""
     kept = [c.distance for c in cells if c.dtype == dtype and c.batch.family in ("ordinary", "random", "mixed")]
     known = [distance for distance in kept if distance == distance]
     return statistics.median(known) if known else None
 
 
-def example(audit: Audit, loss: Loss) -> dict[str, Any] | None:
+def example(audit: AuditContext, loss: Loss) -> dict[str, Any] | None:
     """The gradients of both at one picture of a dog: p = (.1, .2, .7) for cat, dog and other.
 
     None for fused losses, whose gradient is not that of the logits.
@@ -88,7 +88,7 @@ def example(audit: Audit, loss: Loss) -> dict[str, Any] | None:
         return None
     labels = torch.full(lead, LABEL)
     targets = torch.nn.functional.one_hot(labels, 3).double()
-    batch = Batch("example", logits, labels, targets, torch.ones(lead, dtype=torch.bool))
+    batch = AuditBatch("example", logits, labels, targets, torch.ones(lead, dtype=torch.bool))
     entry: dict[str, Any] = {"classes": list(CLASSES), "probs": list(PROBS), "label": LABEL}
     for name, asked in (("gradient", loss), ("reference_gradient", audit.reference)):
         found = evaluate(asked, batch, audit.low or torch.float64, audit.device)
@@ -96,7 +96,7 @@ def example(audit: Audit, loss: Loss) -> dict[str, Any] | None:
     return entry
 
 
-def _beside_reference(audit: Audit, loss: Loss, cells: Sequence[Judgement]) -> dict[str, Any]:
+def _beside_reference(audit: AuditContext, loss: Loss, cells: Sequence[BatchComparison]) -> dict[str, Any]:
     """How far a low-precision loss and the reference in the same precision are from the truth."""
     mine: list[float] = []
     own: list[float] = []
@@ -133,7 +133,9 @@ def _compared(mine: float, own: float) -> str:
     return f"closer to the truth than the reference ({mine:.2g} against {own:.2g})"
 
 
-def sentence(audit: Audit, finding: Finding, decision: Decision, refused: Refusals, numbers: Mapping[str, Any]) -> str:
+def sentence(
+    audit: AuditContext, finding: Finding, decision: Classification, refused: Refusals, numbers: Mapping[str, Any]
+) -> str:
     """Why the word is what it is, and what goes with it; clauses in one line."""
     said = [_domain(finding, decision) if finding.objective == "domain" else decision.reason]
     if numbers["computes_in"] == "float32" and finding.objective != "different":
@@ -151,7 +153,7 @@ def sentence(audit: Audit, finding: Finding, decision: Decision, refused: Refusa
     return "; ".join(said)
 
 
-def _domain(finding: Finding, decision: Decision) -> str:
+def _domain(finding: Finding, decision: Classification) -> str:
     if finding.domain is not None and finding.domain.core:
         return f"the same for ordinary rows, but {in_words(finding.domain)}, within the core"
     if decision.worst is None:
@@ -175,7 +177,7 @@ def _divides(by: str) -> str:
     return "divides by nothing but a constant" if by == "a constant" else f"divides by {by}"
 
 
-def covered(audit: Audit, cells: Sequence[Judgement]) -> tuple[str, ...]:
+def covered(audit: AuditContext, cells: Sequence[BatchComparison]) -> tuple[str, ...]:
     """What was asked."""
     classes = ", ".join(str(c) for c in sorted({cell.batch.num_classes for cell in cells}))
     rows = [cell.batch.num_rows for cell in cells]
@@ -191,15 +193,15 @@ def covered(audit: Audit, cells: Sequence[Judgement]) -> tuple[str, ...]:
     return tuple(entries)
 
 
-def _classes(batch: Batch) -> int:
+def _classes(batch: AuditBatch) -> int:
     return batch.num_classes
 
 
-def _rows(batch: Batch) -> int:
+def _rows(batch: AuditBatch) -> int:
     return batch.num_rows
 
 
-def not_covered(audit: Audit, refused: Refusals) -> tuple[str, ...]:
+def not_covered(audit: AuditContext, refused: Refusals) -> tuple[str, ...]:
     """What was not asked, and what could not be."""
     classes, rows = (sorted({read(batch) for batch, _ in audit.cells}) for read in (_classes, _rows))
     entries = [

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from likelihood_lab.audit.compare import Judgement, Standard, compare
+from likelihood_lab.audit.compare import BatchComparison, ReferenceEvaluations, compare
 from likelihood_lab.audit.evaluate import Evaluation, Loss, differentiable, evaluate
 from likelihood_lab.audit.rounding import CONSTANT
-from likelihood_lab.categorical.batches import CORE_GAP, CORE_OFFSET, WIDTH, Batch, Shape, meant, targets_of
+from likelihood_lab.categorical.batches import CORE_GAP, CORE_OFFSET, WIDTH, AuditBatch, BatchShape, meant, targets_of
 
 POINTS = {
     "gap": (1, 5, 10, 15, 20, 30, 40, 60, 80, 86, 90, 100, 105, 150, 300, 700, 750, 1e3, 3e3, 1e4),
@@ -52,10 +52,10 @@ class Limit:
     then: str | None = None
 
 
-def limits(
+def find_domain_limits(
     candidate: Loss,
-    standard: Standard,
-    shape: Shape,
+    standard: ReferenceEvaluations,
+    shape: BatchShape,
     dtype: torch.dtype,
     scale: float | None = None,
     offset: bool = False,
@@ -72,11 +72,13 @@ def limits(
         axes = [axis for axis in axes if axis in ("gap", "confidence", "rows")]
     if classes < max(POINTS["masked"]) + 2:
         axes = [axis for axis in axes if axis != "masked"]
-    found = [_limit(axis, _Asker(candidate, standard, shape, axis, classes, dtype, scale, offset)) for axis in axes]
+    found = [
+        _limit(axis, _DomainProbe(candidate, standard, shape, axis, classes, dtype, scale, offset)) for axis in axes
+    ]
     return sorted((limit for limit in found if limit is not None), key=lambda limit: not limit.core)
 
 
-def _limit(axis: str, ask: _Asker) -> Limit | None:
+def _limit(axis: str, ask: _DomainProbe) -> Limit | None:
     """The nearer of where the gradient and where the value fails."""
     gradient = _search(axis, lambda place: ask(place).gradient)
     value = _search(axis, lambda place: ask(place).value)
@@ -117,12 +119,12 @@ class _Said:
 
 
 @dataclass
-class _Asker:
+class _DomainProbe:
     """Compares candidate and reference at a place on an axis, each place once."""
 
     candidate: Loss
-    standard: Standard
-    shape: Shape
+    standard: ReferenceEvaluations
+    shape: BatchShape
     axis: str
     classes: int
     dtype: torch.dtype
@@ -139,7 +141,7 @@ class _Asker:
         if self.axis == "rows" and place * self.classes > MOST:
             return _Said()
         batch = _batch(self.axis, place, self.classes, self.shape).at(self.dtype)
-        fresh = Standard(self.standard.loss, self.standard.device)  # these batches are asked once
+        fresh = ReferenceEvaluations(self.standard.loss, self.standard.device)  # these batches are asked once
         exact, own = fresh.exact(batch), fresh.at(batch, self.dtype)
         if exact.error or own.error or not (_finite(exact) and _finite(own)):
             return _Said()  # the reference itself gives nothing to hold the candidate to
@@ -150,14 +152,14 @@ class _Asker:
         gradient = None if self._holds(judgement) else _of_gradient(found)
         return _Said(gradient, None if found.value is None else self._of_value(found.value, judgement))
 
-    def _holds(self, judgement: Judgement) -> bool:
+    def _holds(self, judgement: BatchComparison) -> bool:
         if self.scale is None:
             return judgement.same
         if judgement.interval.determined:
             return judgement.parallel
         return judgement.growth <= CONSTANT * max(1.0, self.scale)
 
-    def _of_value(self, value: Tensor, judgement: Judgement) -> str | None:
+    def _of_value(self, value: Tensor, judgement: BatchComparison) -> str | None:
         if not value.isfinite():
             return f"value is {'NaN' if value.isnan() else 'infinite'}"
         return "value is wrong" if self.scale is None and not self.offset and judgement.value_units > CONSTANT else None
@@ -178,7 +180,7 @@ def _finite(found: Evaluation) -> bool:
     return all(part is not None and bool(part.isfinite().all()) for part in parts)
 
 
-def _batch(axis: str, value: float, classes: int, shape: Shape) -> Batch:
+def _batch(axis: str, value: float, classes: int, shape: BatchShape) -> AuditBatch:
     rows = int(value) if axis == "rows" else ROWS
     draw = torch.Generator().manual_seed(4)
     labels = meant((torch.arange(rows) * 7 + classes - 1) % classes, classes, shape.ignore_index)
@@ -202,7 +204,9 @@ def _batch(axis: str, value: float, classes: int, shape: Shape) -> Batch:
     return _shaped(logits, labels, classes, shape, {})
 
 
-def _fused(axis: str, value: float, labels: Tensor, classes: int, shape: Shape, draw: torch.Generator) -> Batch:
+def _fused(
+    axis: str, value: float, labels: Tensor, classes: int, shape: BatchShape, draw: torch.Generator
+) -> AuditBatch:
     """Rows along their label's weights, which are orthonormal: the label's logit is the length, the others are 0."""
     width = max(WIDTH, classes) if classes <= MANY else WIDTH
     weight = torch.eye(width, dtype=torch.float64)[:classes]
@@ -221,9 +225,11 @@ def _fused(axis: str, value: float, labels: Tensor, classes: int, shape: Shape, 
     return _shaped(F.linear(hidden, weight, bias), labels, classes, shape, fused)
 
 
-def _shaped(logits: Tensor, labels: Tensor, classes: int, shape: Shape, fused: dict[str, Tensor | None]) -> Batch:
+def _shaped(
+    logits: Tensor, labels: Tensor, classes: int, shape: BatchShape, fused: dict[str, Tensor | None]
+) -> AuditBatch:
     targets = targets_of(labels, classes, shape.soft, torch.Generator().manual_seed(9))
-    batch = Batch(
+    batch = AuditBatch(
         "domain", logits, labels, targets, torch.ones_like(labels, dtype=torch.bool),
         **fused,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -233,7 +239,7 @@ def _shaped(logits: Tensor, labels: Tensor, classes: int, shape: Shape, fused: d
     return replace(batch, **lead)
 
 
-def _leading(batch: Batch) -> Iterator[str]:
+def _leading(batch: AuditBatch) -> Iterator[str]:
     yield from ("logits", "labels", "target_probs", "valid")
     if differentiable(batch)[0] == "hidden":
         yield "hidden"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from likelihood_lab.categorical.batches import Batch
+from likelihood_lab.categorical.batches import AuditBatch
 from likelihood_lab.categorical.inputs import FUSED_INPUTS, LossFn, derive
 from likelihood_lab.errors import first_line
 
@@ -96,7 +96,7 @@ class Evaluation:
         return cast(Tensor, self.gradients[name]).double() / self.upstream
 
 
-def differentiable(batch: Batch) -> tuple[str, ...]:
+def differentiable(batch: AuditBatch) -> tuple[str, ...]:
     """The inputs whose gradients are judged."""
     if batch.hidden is None:
         return ("logits",)
@@ -104,7 +104,7 @@ def differentiable(batch: Batch) -> tuple[str, ...]:
 
 
 def inputs(
-    batch: Batch, args: tuple[str, ...], dtype: torch.dtype, device: torch.device
+    batch: AuditBatch, args: tuple[str, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
     """(leaves, given): tensors to differentiate by, and what the loss is handed: copies, never the leaves themselves.
 
@@ -161,7 +161,7 @@ def scalar(answer: Any) -> Tensor:
     return value
 
 
-def evaluate(loss: Loss, batch: Batch, dtype: torch.dtype, device: torch.device) -> Evaluation:
+def evaluate(loss: Loss, batch: AuditBatch, dtype: torch.dtype, device: torch.device) -> Evaluation:
     """Call a loss on a batch whose inputs are in `dtype`; what it raises is told, not raised."""
     leaves, given = inputs(batch, loss.args, dtype, device)
     handed = {name: given[name] for name in dict.fromkeys(loss.args)}
@@ -189,7 +189,7 @@ def evaluate(loss: Loss, batch: Batch, dtype: torch.dtype, device: torch.device)
     )
 
 
-def _original(name: str, handed: Tensor | None, leaves: dict[str, Tensor], batch: Batch) -> Tensor | None:
+def _original(name: str, handed: Tensor | None, leaves: dict[str, Tensor], batch: AuditBatch) -> Tensor | None:
     """What an input was before the call: the leaf that it is a copy of, or else a copy."""
     if handed is None or name not in leaves:
         return None if handed is None else handed.detach().clone()

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from likelihood_lab.audit.classify import SAMENESS, Decision, decide, judged_values, offset
-from likelihood_lab.audit.compare import Judgement, compare, judge
-from likelihood_lab.audit.context import LOW, Audit, name_of
+from likelihood_lab.audit.classify import SAMENESS, Classification, classify, judged_values, offset
+from likelihood_lab.audit.compare import BatchComparison, compare, judge
+from likelihood_lab.audit.context import LOW, AuditContext, name_of
 from likelihood_lab.audit.describe import covered, evidence, not_covered, sentence
-from likelihood_lab.audit.domain import Limit, limits
+from likelihood_lab.audit.domain import Limit, find_domain_limits
 from likelihood_lab.audit.evaluate import NO_GRADIENT, Evaluation, Loss, evaluate, same_bits
 from likelihood_lab.audit.finding import Finding
 from likelihood_lab.audit.normaliser import normaliser
@@ -28,7 +28,7 @@ from likelihood_lab.audit.side_effects import (
     random_state,
     state_of,
 )
-from likelihood_lab.categorical.batches import Batch, Shape
+from likelihood_lab.categorical.batches import AuditBatch, BatchShape
 
 ASKED_AGAIN = 2**14  # logits in a batch that is asked a second time
 FEW_ROWS = 2  # rows whose float32 gradients may be exact by luck
@@ -36,7 +36,7 @@ ASKED_LAST = 6  # batches, asked once more when all else has been
 NEEDS_CUDA = ("cuda", "triton", "nvidia", "active drivers", "gpu")  # what packages say where there is none
 
 
-def examine(audit: Audit, loss: Loss, tell: Callable[[Finding], None] = lambda _: None) -> Finding:
+def examine(audit: AuditContext, loss: Loss, tell: Callable[[Finding], None] = lambda _: None) -> Finding:
     """Ask a candidate everything; `tell` hears what is known so far before the questions that may end a process."""
     with (
         torch.inference_mode(False),
@@ -75,16 +75,16 @@ class _Answers:
         unequal: where an equal call gave other bits, if one did.
     """
 
-    audit: Audit
+    audit: AuditContext
     loss: Loss
-    judged: list[Judgement] = field(default_factory=list)
-    refused: list[tuple[Batch, torch.dtype, str]] = field(default_factory=list)
-    kept: list[tuple[Batch, torch.dtype, Evaluation]] = field(default_factory=list)
+    judged: list[BatchComparison] = field(default_factory=list)
+    refused: list[tuple[AuditBatch, torch.dtype, str]] = field(default_factory=list)
+    kept: list[tuple[AuditBatch, torch.dtype, Evaluation]] = field(default_factory=list)
     unequal: str | None = None
     effects: list[str] = field(default_factory=list)
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> BatchShape:
         """What the audit's batches have in common, with the C that the candidate takes."""
         return replace(self.audit.shape, num_classes=tuple(sorted({cell.batch.num_classes for cell in self.judged})))
 
@@ -104,19 +104,19 @@ class _Answers:
         if changed := changed_state(self.loss, state):
             self.effects.append(f"keeps state: {', '.join(changed)}")
 
-    def _ask_once(self, batch: Batch, dtype: torch.dtype) -> tuple[str, ...]:
+    def _ask_once(self, batch: AuditBatch, dtype: torch.dtype) -> tuple[str, ...]:
         found = evaluate(self.loss, batch, dtype, self.audit.device)
         if found.value is None:
             self.refused.append((batch, dtype, found.error or ""))
         elif found.error is not None:
-            self.judged.append(Judgement(batch, dtype, found.error))
+            self.judged.append(BatchComparison(batch, dtype, found.error))
         else:
             self.judged.append(compare(found, self.audit.standard, batch, dtype))
             if batch.logits.numel() <= ASKED_AGAIN:
                 self.kept.append((batch, dtype, found))
         return found.overwritten
 
-    def ask_again(self, kept: Sequence[tuple[Batch, torch.dtype, Evaluation]]) -> None:
+    def ask_again(self, kept: Sequence[tuple[AuditBatch, torch.dtype, Evaluation]]) -> None:
         """Equal calls must give equal bits."""
         for batch, dtype, first in kept:
             again = evaluate(self.loss, batch, dtype, self.audit.device)
@@ -141,7 +141,7 @@ def _unjudged(answers: _Answers) -> Finding:
 # --- the finding
 
 
-def _examined(audit: Audit, loss: Loss, answers: _Answers) -> Finding:
+def _examined(audit: AuditContext, loss: Loss, answers: _Answers) -> Finding:
     if all(cell.error is not None for cell in answers.judged):
         error = answers.judged[0].error or NO_GRADIENT
         return Finding("different", f"{error}: training would not move", side_effects=("no gradient", *answers.effects))
@@ -165,7 +165,7 @@ def _examined(audit: Audit, loss: Loss, answers: _Answers) -> Finding:
     if decision.word in SAMENESS and any(limit.core for limit in found):
         decision = replace(decision, word="domain")
     if decision.word in SAMENESS and forgets:
-        decision = Decision("different", forgets[0].removeprefix("keeps state: "), worst=decision.worst)
+        decision = Classification("different", forgets[0].removeprefix("keeps state: "), worst=decision.worst)
     numbers = evidence(audit, loss, cells, inside, systematic, found)
     finding = Finding(
         decision.word,
@@ -184,27 +184,31 @@ def _examined(audit: Audit, loss: Loss, answers: _Answers) -> Finding:
     return replace(finding, sentence=sentence(audit, finding, decision, answers.refused, numbers))
 
 
-def _without_excuses(answers: _Answers, decision: Decision) -> Decision:
+def _without_excuses(answers: _Answers, decision: Classification) -> Classification:
     """No word of sameness where equal calls differ, or where batches are refused whose like are not."""
     if decision.word not in SAMENESS:
         return decision
     if answers.unequal is not None:
-        return Decision("different", f"equal calls give different bits ({answers.unequal})", worst=decision.worst)
+        return Classification("different", f"equal calls give different bits ({answers.unequal})", worst=decision.worst)
     taken = {(cell.batch.num_classes, cell.dtype) for cell in answers.judged}
-    odd = [(batch, error) for batch, dtype, error in answers.refused if (batch.num_classes, dtype) in taken]
-    if not odd:
+    refused_only_sometimes = [
+        (batch, error) for batch, dtype, error in answers.refused if (batch.num_classes, dtype) in taken
+    ]
+    if not refused_only_sometimes:
         return decision
-    if all(not batch.contiguous for batch, _ in odd):
-        effect = f"refuses inputs that are not contiguous ({odd[0][1]})"
+    if all(not batch.contiguous for batch, _ in refused_only_sometimes):
+        effect = f"refuses inputs that are not contiguous ({refused_only_sometimes[0][1]})"
         answers.effects += [effect] if effect not in answers.effects else []
         return decision
-    reason = f"raises on {len(odd)} batches that the reference takes, such as {odd[0][0].where}: {odd[0][1]}"
-    return Decision("different", reason, worst=decision.worst)
+    batch, error = refused_only_sometimes[0]
+    number = len(refused_only_sometimes)
+    reason = f"raises on {number} batches that the reference takes, such as {batch.where}: {error}"
+    return Classification("different", reason, worst=decision.worst)
 
 
 def _at_its_precision(
-    audit: Audit, loss: Loss, shape: Shape, cells: Sequence[Judgement]
-) -> tuple[Sequence[Judgement], torch.dtype | None, float | None]:
+    audit: AuditContext, loss: Loss, shape: BatchShape, cells: Sequence[BatchComparison]
+) -> tuple[Sequence[BatchComparison], torch.dtype | None, float | None]:
     """(cells, the coarser precision that it computes in, the systematic part of its error there).
 
     A loss that rounds to float32 inside is judged by float32's units, whatever it is handed. It is known by its inputs'
@@ -231,7 +235,7 @@ def _at_its_precision(
     return again, torch.float32, systematic
 
 
-def _noisy(cells: Sequence[Judgement]) -> bool:
+def _noisy(cells: Sequence[BatchComparison]) -> bool:
     """Whether every batch in float64 whose rows are not saturated is off by more than float64 and a factor explain.
 
     What computes in float32 is off for every number of classes and rows; what is wrong for some of them alone is not.
@@ -244,23 +248,25 @@ def _noisy(cells: Sequence[Judgement]) -> bool:
     return bool(asked) and not any(cell.parallel for cell in asked)
 
 
-def _decided(cells: Sequence[Judgement], inside: torch.dtype | None, systematic: float | None) -> Decision:
-    decision = decide(cells)
+def _decided(cells: Sequence[BatchComparison], inside: torch.dtype | None, systematic: float | None) -> Classification:
+    decision = classify(cells)
     if inside in LOW and decision.word not in ("scaled", "reweighted"):
         name = name_of(inside)
         reason = f"rounds to {name} inside; dtype=torch.{name} judges it at that precision"
-        return Decision("different", reason, worst=decision.worst)
+        return Classification("different", reason, worst=decision.worst)
     if decision.word in SAMENESS and systematic is not None and systematic >= SYSTEMATIC:
         ratio = f"systematic part {systematic:.3g}, noise < {SYSTEMATIC:g}"
         reason = f"computes in float32, but its error there is no rounding: {ratio}"
-        return Decision("different", reason, worst=decision.worst)
+        return Classification("different", reason, worst=decision.worst)
     return decision
 
 
-def _limits(audit: Audit, loss: Loss, shape: Shape, decision: Decision, cells: Sequence[Judgement]) -> list[Limit]:
+def _limits(
+    audit: AuditContext, loss: Loss, shape: BatchShape, decision: Classification, cells: Sequence[BatchComparison]
+) -> list[Limit]:
     """In the coarsest precision that was asked; of a loss that differs everywhere there is none to find."""
     if decision.word == "different":
         return []
     dtype = min({cell.dtype for cell in cells}, key=lambda d: torch.finfo(d).bits)
     largest = None if decision.scale is None else decision.scale.largest
-    return limits(loss, audit.standard, shape, dtype, largest, decision.word == "offset")
+    return find_domain_limits(loss, audit.standard, shape, dtype, largest, decision.word == "offset")

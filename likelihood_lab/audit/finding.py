@@ -10,8 +10,8 @@ from typing import Any
 from likelihood_lab.audit.classify import SAMENESS, Offset, Scale
 from likelihood_lab.audit.domain import Limit
 from likelihood_lab.audit.normaliser import Normaliser
-from likelihood_lab.categorical.batches import Batch
-from likelihood_lab.categorical.mutants import LADDER
+from likelihood_lab.categorical.batches import AuditBatch
+from likelihood_lab.categorical.mutants import FAULT_SIZES
 
 GROSS = 1000.0
 """Units by which no order of summation makes a value wrong; the gradients, which decide the word, may be right."""
@@ -52,7 +52,7 @@ class Finding:
     covered: tuple[str, ...] = ()
     not_covered: tuple[str, ...] = ()
     evidence: Mapping[str, Any] = field(default_factory=dict)
-    worst: tuple[Batch, str] | None = field(default=None, repr=False)
+    worst: tuple[AuditBatch, str] | None = field(default=None, repr=False)
     power: Callable[[], Power] = field(default=_no_power, repr=False, compare=False)
 
     @property
@@ -148,4 +148,4 @@ def size_in_words(size: float | None) -> str:
     """An entry of `would_have_caught`: a bound where even the smallest that was tried is caught."""
     if size is None:
         return "not .1"
-    return f"< {size:.0e}" if size == LADDER[-1] else f"{size:.0e}"
+    return f"< {size:.0e}" if size == FAULT_SIZES[-1] else f"{size:.0e}"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from likelihood_lab.audit.evaluate import Loss, differentiable, evaluate
-from likelihood_lab.categorical.batches import Batch, Shape, make_batch
+from likelihood_lab.categorical.batches import AuditBatch, BatchShape, make_batch
 
 CLASSES = 5
 SHAPES = ((12,), (7,), (8,), (1,), (5,))
@@ -58,14 +58,14 @@ class Normaliser:
 class _Weights:
     """alpha_i = <g_i, a_i> / <a_i, a_i> of each valid row: g_i its gradient in the batch, a_i by itself."""
 
-    batch: Batch
+    batch: AuditBatch
     alpha: Tensor
     labels: list[int]
     rest: float  # the largest part of a g_i, relative to it, that does not lie along a_i
 
 
 def normaliser(
-    loss: Loss, shape: Shape, device: torch.device, dtype: torch.dtype, computes_in: torch.dtype | None
+    loss: Loss, shape: BatchShape, device: torch.device, dtype: torch.dtype, computes_in: torch.dtype | None
 ) -> Normaliser:
     """Name the divisor of a loss.
 
@@ -92,7 +92,7 @@ def normaliser(
     return Normaliser(_named(found, tolerance), *survival)
 
 
-def _batch(lead: Sequence[int], classes: int, shape: Shape, draw: torch.Generator, place: int) -> Batch:
+def _batch(lead: Sequence[int], classes: int, shape: BatchShape, draw: torch.Generator, place: int) -> AuditBatch:
     """Every class more than once where there is room; where rows may be ignored, unevenly spread ones are."""
     batch = make_batch("random", lead, classes, shape, draw, first=1)
     if shape.ignore_index is None or batch.num_rows == 1:
@@ -102,14 +102,14 @@ def _batch(lead: Sequence[int], classes: int, shape: Shape, draw: torch.Generato
     return ignoring(batch, ignored.view(batch.labels.shape), shape.ignore_index)
 
 
-def ignoring(batch: Batch, ignored: Tensor, ignore_index: int) -> Batch:
+def ignoring(batch: AuditBatch, ignored: Tensor, ignore_index: int) -> AuditBatch:
     """The batch with some of its rows to be ignored."""
     labels = batch.labels.masked_fill(ignored, ignore_index)
     targets = batch.target_probs.masked_fill(ignored[..., None], 0.0)
     return replace(batch, labels=labels, target_probs=targets, valid=batch.valid & ~ignored)
 
 
-def _weights(loss: Loss, batch: Batch, dtype: torch.dtype, device: torch.device) -> _Weights | str:
+def _weights(loss: Loss, batch: AuditBatch, dtype: torch.dtype, device: torch.device) -> _Weights | str:
     whole = evaluate(loss, batch, dtype, device)
     if whole.error is not None:
         return f"not measured: {whole.error}"
@@ -132,7 +132,7 @@ def _weights(loss: Loss, batch: Batch, dtype: torch.dtype, device: torch.device)
     )
 
 
-def single_row(batch: Batch, i: int) -> Batch:
+def single_row(batch: AuditBatch, i: int) -> AuditBatch:
     """Row i by itself, in as many dimensions."""
     lead = (1,) * batch.labels.ndim
     taken = {name: getattr(batch, name).flatten(0, -2)[i].view(*lead, -1) for name in ("logits", "target_probs")}
@@ -162,9 +162,9 @@ def _named(found: Sequence[_Weights], tolerance: float) -> str:
 Near = Callable[[float, float], bool]
 
 
-def _counted(divisors: Sequence[float], batches: Sequence[Batch], near: Near) -> str:
+def _counted(divisors: Sequence[float], batches: Sequence[AuditBatch], near: Near) -> str:
     """The count that all divisors are; of several that fit, the plainest."""
-    counts: dict[str, Callable[[Batch], int]] = {
+    counts: dict[str, Callable[[AuditBatch], int]] = {
         "a constant": lambda _: 1,
         "B*T" if batches[0].labels.ndim > 1 else "rows": lambda batch: batch.num_rows,
         "valid targets": lambda batch: int(batch.valid.sum()),
@@ -208,7 +208,7 @@ def _in_groups(found: Sequence[_Weights]) -> bool:
 
 
 def _survival(
-    loss: Loss, classes: int, shape: Shape, dtype: torch.dtype, device: torch.device
+    loss: Loss, classes: int, shape: BatchShape, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, float], float | None]:
     """How far sums and means over two micro-batches are from the gradient of the whole batch."""
     draw = torch.Generator().manual_seed(6)
@@ -223,7 +223,7 @@ def _survival(
         uneven = ignoring(batch, ignored.view(batch.labels.shape), shape.ignore_index)
     name = differentiable(batch)[0]
 
-    def gradient(part: Batch) -> Tensor | None:
+    def gradient(part: AuditBatch) -> Tensor | None:
         found = evaluate(loss, part.at(dtype), dtype, device)
         return None if found.error is not None else found.exact(name)
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from likelihood_lab.audit.compare import Standard
+from likelihood_lab.audit.compare import ReferenceEvaluations
 from likelihood_lab.audit.evaluate import Evaluation, Loss, differentiable, evaluate, same_bits
 from likelihood_lab.audit.rounding import systematic
-from likelihood_lab.categorical.batches import Batch, Shape, make_batch
+from likelihood_lab.categorical.batches import AuditBatch, BatchShape, make_batch
 
 COARSER = (torch.bfloat16, torch.float16, torch.float32)  # the coarsest first
 JITTERS = 32
@@ -23,7 +23,7 @@ ROWS = 64
 _INPUTS = ("logits", "hidden", "weight", "bias")
 
 
-def computes_in(loss: Loss, shape: Shape, device: torch.device) -> torch.dtype | None:
+def computes_in(loss: Loss, shape: BatchShape, device: torch.device) -> torch.dtype | None:
     """The coarsest precision that float64 inputs may be rounded to without a bit of value or gradient changing.
 
     None where even float32 is too coarse, where the loss does not take float64, and where it does not notice its
@@ -44,7 +44,7 @@ def computes_in(loss: Loss, shape: Shape, device: torch.device) -> torch.dtype |
     return None
 
 
-def systematic_part(loss: Loss, standard: Standard, shape: Shape, dtype: torch.dtype) -> float:
+def systematic_part(loss: Loss, standard: ReferenceEvaluations, shape: BatchShape, dtype: torch.dtype) -> float:
     """How far the error of a loss that computes in float32 is from noise: the largest ratio over batches and inputs.
 
     Each batch is asked `JITTERS` times with inputs a little apart, so that each rounds in its own way. The residual to
@@ -72,7 +72,7 @@ def systematic_part(loss: Loss, standard: Standard, shape: Shape, dtype: torch.d
 
 
 def _systematic(
-    loss: Loss, batches: Sequence[Batch], exact: Sequence[Evaluation], dtype: torch.dtype, device: torch.device
+    loss: Loss, batches: Sequence[AuditBatch], exact: Sequence[Evaluation], dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
     """`systematic` of the residuals of every input's gradient; the factor is that of the first input's."""
     names = differentiable(batches[0])
@@ -92,7 +92,7 @@ def _beside(mine: float, own: float) -> float:
     return mine / own if 1 < own < math.inf else mine
 
 
-def _mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+def _mapped(batch: AuditBatch, change: Callable[[Tensor], Tensor]) -> AuditBatch:
     """A batch whose inputs are changed; logits of a fused one are made anew."""
     changed: dict[str, Any] = {name: change(t) for name in _INPUTS if (t := getattr(batch, name)) is not None}
     if batch.hidden is not None:

@@ -45,7 +45,7 @@ class Rows:
     probs: Tensor
     targets: Tensor
     magnitude: Tensor
-    surprise: Tensor
+    surprisal: Tensor
     weight: Tensor
 
     @property
@@ -68,13 +68,13 @@ def rows_of(
     largest = torch.where(finite, logits.abs() if size is None else size, 0.0).amax(1)
     largest = torch.maximum(largest, torch.where(finite, log_probs.abs(), 0.0).amax(1))
     probs = log_probs.exp()
-    surprise = -torch.where(targets > 0, targets * log_probs, 0.0).sum(1)
+    surprisal = -torch.where(targets > 0, targets * log_probs, 0.0).sum(1)
     weight = torch.full_like(largest, 1 / max(1, int(valid.sum())))
     if gradient is not None:
         direction = probs - targets
         read = (gradient * direction).sum(1).abs() / direction.square().sum(1)
         weight = torch.maximum(weight, torch.where(read.isfinite(), read, 0.0))
-    return Rows(probs, targets, largest, surprise, weight)
+    return Rows(probs, targets, largest, surprisal, weight)
 
 
 def units(rows: Rows, u: float, name: str, hidden: Tensor | None = None, weight: Tensor | None = None) -> Tensor:

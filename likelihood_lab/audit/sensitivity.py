@@ -9,26 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from likelihood_lab.audit.compare import Standard, judge
+from likelihood_lab.audit.compare import ReferenceEvaluations, judge
 from likelihood_lab.audit.evaluate import Loss
 from likelihood_lab.audit.precision import systematic_part
 from likelihood_lab.audit.rounding import SYSTEMATIC
-from likelihood_lab.categorical.batches import Batch, Shape
-from likelihood_lab.categorical.mutants import LADDER, MUTANTS, Mutant, mean_cross_entropy
+from likelihood_lab.categorical.batches import AuditBatch, BatchShape
+from likelihood_lab.categorical.mutants import FAULT_SIZES, MUTANTS, Mutant, mean_cross_entropy
 
 LARGEST = 8192  # logits in a batch that the ladder is tried on: what it misses there, larger batches may still catch
 INSIDE = "float32 inside float64"
 _ARGS = ("logits", "target_probs")
 
-Cells = Sequence[tuple[Batch, torch.dtype]]
+Cells = Sequence[tuple[AuditBatch, torch.dtype]]
 
 
-def smallest_differences(shape: Shape, cells: Cells, device: torch.device) -> Mapping[str, Mapping[str, float | None]]:
+def smallest_differences(
+    shape: BatchShape, cells: Cells, device: torch.device
+) -> Mapping[str, Mapping[str, float | None]]:
     """{mutant: {precision: the smallest d that is caught}}; None where not even 0.1 is.
 
     "float32 inside float64" is a mutant that computes in float32 though it is given float64.
     """
-    standard = Standard(Loss(mean_cross_entropy, _ARGS), device)
+    standard = ReferenceEvaluations(Loss(mean_cross_entropy, _ARGS), device)
     small = [(batch, dtype) for batch, dtype in cells if batch.logits.numel() <= LARGEST]
     dtypes = list(dict.fromkeys(dtype for _, dtype in small))
     found: dict[str, dict[str, float | None]] = {}
@@ -46,22 +48,24 @@ def smallest_differences(shape: Shape, cells: Cells, device: torch.device) -> Ma
 
 def smallest_caught(caught: Any, mutant: Mutant) -> float | None:
     """The smallest d of the ladder at which `caught(mutant, d)` holds, if it does at all; found by bisection."""
-    low, high = 0, len(LADDER)  # caught below `low`, not from `high` on
+    low, high = 0, len(FAULT_SIZES)  # caught below `low`, not from `high` on
     while low < high:
         middle = (low + high) // 2
-        if caught(mutant, LADDER[middle]):
+        if caught(mutant, FAULT_SIZES[middle]):
             low = middle + 1
         else:
             high = middle
-    return LADDER[low - 1] if low else None
+    return FAULT_SIZES[low - 1] if low else None
 
 
-def _differs(standard: Standard, batches: Sequence[Batch], dtype: torch.dtype, mutant: Mutant, d: float) -> bool:
+def _differs(
+    standard: ReferenceEvaluations, batches: Sequence[AuditBatch], dtype: torch.dtype, mutant: Mutant, d: float
+) -> bool:
     loss = Loss(partial(mutant, d=d), _ARGS)
     return any(not judge(loss, standard, batch, dtype).same for batch in batches)
 
 
-def _systematic(standard: Standard, shape: Shape, mutant: Mutant, d: float) -> bool:
+def _systematic(standard: ReferenceEvaluations, shape: BatchShape, mutant: Mutant, d: float) -> bool:
     def inside(logits: Tensor, target_probs: Tensor) -> Tensor:
         return mutant(logits.float(), target_probs.float(), d)
 

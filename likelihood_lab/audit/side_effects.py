@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from likelihood_lab.audit.evaluate import Evaluation, Loss, evaluate, inputs, numbers, same_bits, scalar
-from likelihood_lab.categorical.batches import Batch, Shape, make_batch
+from likelihood_lab.categorical.batches import AuditBatch, BatchShape, make_batch
 
 OUT_OF_RANGE = 3  # beyond the last class
 
 
-def small_batch(shape: Shape) -> Batch:
+def small_batch(shape: BatchShape) -> AuditBatch:
     """Four rows, none of them to be ignored."""
     draw = torch.Generator().manual_seed(8)
     classes = next((c for c in shape.num_classes if c >= 10), shape.num_classes[0])
@@ -43,7 +43,7 @@ def changed_state(loss: Loss, before: dict[str, Tensor]) -> list[str]:
     return sorted({name.partition(".")[2] for name in changed})
 
 
-def interleaved_effects(loss: Loss, shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
+def interleaved_effects(loss: Loss, shape: BatchShape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
     """Two calls before either backward, as gradient accumulation over a stack has them: neither may forget itself."""
     lead, asked = (2, 2) if shape.tokens else (4,), replace(shape, ignoring=False)
     draws = (torch.Generator().manual_seed(seed) for seed in (8, 9))
@@ -68,7 +68,7 @@ def interleaved_effects(loss: Loss, shape: Shape, dtype: torch.dtype, device: to
         return
 
 
-def backward_effects(loss: Loss, shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
+def backward_effects(loss: Loss, shape: BatchShape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
     """A second backward, and gradients that go into soft targets."""
     leaves, given = inputs(small_batch(shape).at(dtype), loss.args, dtype, device)
     wanted = list(leaves.values())
@@ -95,7 +95,7 @@ def backward_effects(loss: Loss, shape: Shape, dtype: torch.dtype, device: torch
 # --- policies: what happens where the inputs are not what they should be
 
 
-def policies(loss: Loss, reference: Loss, shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
+def policies(loss: Loss, reference: Loss, shape: BatchShape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
     """Where a loss answers bad input otherwise than the reference, in words; the most dangerous question last."""
     small = small_batch(shape).at(dtype)
     for name, change in _questions(shape).items():
@@ -109,8 +109,8 @@ def policies(loss: Loss, reference: Loss, shape: Shape, dtype: torch.dtype, devi
             yield f"{name}: {mine}; the reference {other}"
 
 
-def _questions(shape: Shape) -> dict[str, Callable[[Batch], Batch]]:
-    questions: dict[str, Callable[[Batch], Batch]] = {}
+def _questions(shape: BatchShape) -> dict[str, Callable[[AuditBatch], AuditBatch]]:
+    questions: dict[str, Callable[[AuditBatch], AuditBatch]] = {}
     questions["nan_logits"] = lambda batch: (
         replace(batch, logits=_with_nan(batch.logits))
         if batch.hidden is None

@@ -32,7 +32,7 @@ WIDE_FAMILIES = ("ordinary", "random", "mixed", "wrong")
 
 
 @dataclass(frozen=True)
-class Batch:
+class AuditBatch:
     """Inputs of a loss in float64.
 
     Attributes:
@@ -82,7 +82,7 @@ class Batch:
         layout = f", {self.layout}" if self.layout != "contiguous" else ""
         return f"{self.family} rows, {shape} x C={self.num_classes}{ignored}{layout}{outside}"
 
-    def at(self, dtype: torch.dtype) -> Batch:
+    def at(self, dtype: torch.dtype) -> AuditBatch:
         """The same batch with inputs that `dtype` holds exactly."""
         if dtype in (torch.float32, torch.float64):
             return self
@@ -93,7 +93,7 @@ class Batch:
         logits = F.linear(hidden, weight, bias)
         return replace(self, logits=logits, hidden=hidden, weight=weight, bias=bias)
 
-    def rows(self, kept: Tensor) -> Batch:
+    def rows(self, kept: Tensor) -> AuditBatch:
         """The rows of a flat batch that a mask or an index keeps."""
         return replace(
             self,
@@ -106,7 +106,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Shape:
+class BatchShape:
     """What the batches of an audit have in common.
 
     Attributes:
@@ -127,7 +127,7 @@ class Shape:
     ignoring: bool = True
 
 
-def grid(shape: Shape) -> list[Batch]:
+def grid(shape: BatchShape) -> list[AuditBatch]:
     """Every pair of (family, size), (family, C) and (size, C) at least once, layouts and upstreams among them."""
     draw = torch.Generator().manual_seed(0)
     sizes = TOKENS if shape.tokens else ROWS
@@ -151,8 +151,8 @@ def _fitting(lead: tuple[int, ...], classes: int) -> tuple[int, ...]:
 
 
 def make_batch(
-    family: str, lead: Sequence[int], classes: int, shape: Shape, draw: torch.Generator, first: int = 0
-) -> Batch:
+    family: str, lead: Sequence[int], classes: int, shape: BatchShape, draw: torch.Generator, first: int = 0
+) -> AuditBatch:
     """A batch of one family; `first` varies which labels, gaps and ignored rows it begins with."""
     rows = math.prod(lead)
     labels = meant(_labels(rows, classes, draw, first), classes, shape.ignore_index)
@@ -171,7 +171,7 @@ def make_batch(
     if shape.ignore_index is not None:
         labels = labels.where(valid, torch.tensor(shape.ignore_index))
     flat = {"logits": logits, "labels": labels, "target_probs": targets, "valid": valid}
-    return Batch(family, **{name: t.unflatten(0, tuple(lead)) for name, t in flat.items()}, **fused)
+    return AuditBatch(family, **{name: t.unflatten(0, tuple(lead)) for name, t in flat.items()}, **fused)
 
 
 def _kinds(family: str, rows: int) -> Iterator[str]:
@@ -194,8 +194,8 @@ def _labels(rows: int, classes: int, draw: torch.Generator, first: int) -> Tenso
 def _log_odds(kind: str, classes: int, place: int, draw: torch.Generator) -> Tensor:
     """log(p_y / (1 - p_y)) that a row of this kind is given; NaN where it comes as it comes."""
     if kind in ("ordinary", "offset"):
-        surprise = 0.12 + 0.83 * torch.rand((), generator=draw, dtype=torch.float64)
-        return -surprise - torch.log(-torch.expm1(-surprise))
+        surprisal = 0.12 + 0.83 * torch.rand((), generator=draw, dtype=torch.float64)
+        return -surprisal - torch.log(-torch.expm1(-surprisal))
     gap = torch.tensor(min(GAPS[place % len(GAPS)], CORE_GAP - 1 - math.log(classes)), dtype=torch.float64)
     return {"wrong": -gap - math.log(classes), "confident": gap}.get(kind, torch.tensor(math.nan, dtype=torch.float64))
 

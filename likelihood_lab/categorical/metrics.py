@@ -14,7 +14,7 @@ NUM_BINS = 15
 NAMES = ("nll", "accuracy", "brier", "ece", "kl_truth")
 
 
-class Yardsticks:
+class MetricSums:
     r"""Per-replica means over all examples seen, from logits [R, B, C] and target probabilities [B, C].
 
     nll       mean of -sum_j y_j log q_j in nats, in [0, inf); the cross-entropy where labels are soft.

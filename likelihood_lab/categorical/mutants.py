@@ -18,7 +18,7 @@ class Mutant(Protocol):
     def __call__(self, logits: Tensor, target_probs: Tensor, d: float) -> Tensor: ...
 
 
-LADDER = tuple(m * 10.0**-k for k in range(1, 18) for m in (1.0, 0.3))  # from 1e-1 down
+FAULT_SIZES = tuple(m * 10.0**-k for k in range(1, 18) for m in (1.0, 0.3))  # from 1e-1 down
 _NEWTON_STEPS = 8
 
 
@@ -68,8 +68,8 @@ def class_weight(logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
 def focal_gamma(logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
     """(1 - p_y)^d times the loss, 1 - p_y taken of the log-probability, so that it is exact near 1 too."""
     losses = cross_entropies(logits, target_probs)
-    surprise = losses.clamp_min(torch.finfo(losses.dtype).tiny)
-    return _mean((d * torch.log(-torch.expm1(-surprise))).exp() * losses, target_probs)
+    surprisal = losses.clamp_min(torch.finfo(losses.dtype).tiny)
+    return _mean((d * torch.log(-torch.expm1(-surprisal))).exp() * losses, target_probs)
 
 
 def epsilon_in_log(logits: Tensor, target_probs: Tensor, d: float) -> Tensor:

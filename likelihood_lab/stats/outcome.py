@@ -23,7 +23,7 @@ from likelihood_lab.stats.equivalence import (
     seeds_needed,
     seeds_to_differ,
 )
-from likelihood_lab.stats.pairs import YARDSTICKS, Failures, Pairs, Status, pair_up
+from likelihood_lab.stats.pairs import METRICS, Failures, Pairs, Status, pair_up
 
 Word = Literal["identical", "equivalent", "inconclusive", "different", "not_run"]
 
@@ -116,7 +116,7 @@ def correct_for_arms(
 
 def _undecided(pairs: Pairs, margins: Mapping[str, float], alpha: float) -> OutcomeFinding:
     metrics = {
-        name: compare_metric(values, YARDSTICKS[name].scale, margins.get(name), alpha=alpha)
+        name: compare_metric(values, METRICS[name].scale, margins.get(name), alpha=alpha)
         for name, values in pairs.values.items()
     }
     return OutcomeFinding(
@@ -263,8 +263,8 @@ def _check_request(
 ) -> None:
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha must lie in (0, 0.5), got {alpha}")
-    if not primary or not set(primary) <= set(metrics) <= set(YARDSTICKS):
-        raise ValueError(f"primary {list(primary)} must be among {list(metrics)}, these among {[*YARDSTICKS]}")
+    if not primary or not set(primary) <= set(metrics) <= set(METRICS):
+        raise ValueError(f"primary {list(primary)} must be among {list(metrics)}, these among {[*METRICS]}")
     if margins and not set(primary) <= set(margins):
         raise ValueError(f"every primary metric of {list(primary)} needs a margin, got {list(margins)}")
     if not all(0 < margin < math.inf for margin in margins.values()):

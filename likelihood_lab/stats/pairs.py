@@ -32,7 +32,7 @@ class Yardstick:
 # has no upper bound, so a run that finished may be worse than ln C; a failure is never better than that one.
 # The uniform prediction has hardly any calibration error, which would flatter a failure: ECE takes its worst.
 # Its divergence from the truth is ln C less the truth's entropy: at most ln C.
-YARDSTICKS: Mapping[str, Yardstick] = {
+METRICS: Mapping[str, Yardstick] = {
     "nll": Yardstick("log_ratio", lambda num_classes, worst: max(math.log(num_classes), worst)),
     "brier": Yardstick("difference", lambda num_classes, worst: (num_classes - 1) / num_classes),
     "accuracy": Yardstick("difference", lambda num_classes, worst: 1 / num_classes),
@@ -45,9 +45,7 @@ def measured_in(runs: Iterable[Mapping[str, float]]) -> list[str]:
     """The yardsticks that these runs are compared by: each run's test metrics, `test/<name>`, say which it has."""
     runs = list(runs)
     return [
-        name
-        for name, yardstick in YARDSTICKS.items()
-        if not yardstick.needs_truth or any(f"test/{name}" in run for run in runs)
+        name for name, metric in METRICS.items() if not metric.needs_truth or any(f"test/{name}" in run for run in runs)
     ]
 
 
@@ -113,7 +111,7 @@ def pair_up(
 def intention_to_treat(name: str, values: Floats, diverged: Bools, num_classes: int) -> Floats:
     """The yardstick [2, S] with the score of a failure in place of every diverged run's value."""
     worst = float(values[np.isfinite(values)].max(initial=0.0))
-    return np.where(diverged, YARDSTICKS[name].of_failure(num_classes, worst), values)
+    return np.where(diverged, METRICS[name].of_failure(num_classes, worst), values)
 
 
 def collapse_rate_bound(num_failures: int, num_seeds: int) -> float:

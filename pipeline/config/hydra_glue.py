@@ -18,7 +18,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from likelihood_lab.errors import UsageError, did_you_mean
-from pipeline.entry import ExitCode, gravest, guarded, noted
+from pipeline.entry import ExitCode, noted, run_and_report, worst_exit_code
 
 DEFAULTS_LIST = "hydra._internal.defaults_list"  # the module that reads which files are chosen
 NO_OPTION = "a group cannot be null or a number; give the name of one of its files, or leave it out"
@@ -33,7 +33,7 @@ def run_entry_point(main: Callable[[], object]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     noted.clear()
     try:
-        code = guarded(lambda: _composed(main))
+        code = run_and_report(lambda: _composed(main))
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         code = ExitCode.INTERRUPTED
@@ -41,13 +41,13 @@ def run_entry_point(main: Callable[[], object]) -> None:
 
 
 def _composed(main: Callable[[], object]) -> ExitCode:
-    with as_refusals():
+    with hydra_errors_as_usage_errors():
         main()
-    return gravest()
+    return worst_exit_code()
 
 
 @contextmanager
-def as_refusals() -> Iterator[None]:
+def hydra_errors_as_usage_errors() -> Iterator[None]:
     """Whatever Hydra finds wrong with the request is a `UsageError`; anything else passes."""
     try:
         yield
@@ -133,27 +133,27 @@ def _sweep_without_multirun(message: str) -> str | None:
     return f"{key}={values} is a sweep: add -m, or give a list such as '{key}=[{listed}]'"
 
 
-class LateFolder(Callback):
+class DeferredOutputDir(Callback):
     """Keeps Hydra from making the folder for a request that is then refused.
 
     Hydra makes `hydra.run.dir` before it calls the task. It is told to stay where it is, and the task finds
-    the folder that was asked for in `hydra.callbacks.late_folder.asked`.
+    the folder that was asked for in `hydra.callbacks.deferred_output_dir.asked`.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         asked = OmegaConf.to_container(config.hydra.run, resolve=False)
-        with open_dict(config.hydra.callbacks.late_folder):
-            config.hydra.callbacks.late_folder.asked = asked["dir"]  # type: ignore[index, call-overload]
+        with open_dict(config.hydra.callbacks.deferred_output_dir):
+            config.hydra.callbacks.deferred_output_dir.asked = asked["dir"]  # type: ignore[index, call-overload]
         config.hydra.run.dir = "."
 
 
-def swept(settings: HydraConf) -> bool:
+def is_multirun(settings: HydraConf) -> bool:
     """Whether the job at hand is one of several."""
     return settings.mode is not None and settings.mode.name == "MULTIRUN"
 
 
 def folder_of(settings: HydraConf) -> Path:
     """The folder that was asked for: Hydra makes a swept job's, a single request makes its own."""
-    late = settings.callbacks.get("late_folder")  # whoever takes it away has Hydra make the folder
-    asked = settings.runtime.output_dir if swept(settings) or late is None else late["asked"]
+    late = settings.callbacks.get("deferred_output_dir")  # whoever takes it away has Hydra make the folder
+    asked = settings.runtime.output_dir if is_multirun(settings) or late is None else late["asked"]
     return Path(str(asked)).absolute()

@@ -40,7 +40,7 @@ GIVEN_BY_PIPELINE = {
 }
 
 
-def check(cfg: DictConfig) -> None:
+def validate(cfg: DictConfig) -> None:
     """Refuse a composed configuration that could not be trained, in one line, before anything is written.
 
     Raises:
@@ -62,12 +62,12 @@ def check(cfg: DictConfig) -> None:
     for name, loss in config["loss"].items():
         if is_control(name):
             raise UsageError(f"loss.{name} bears the name of a control that trials add by themselves; rename it")
-        check_loss(f"loss.{name}", loss)
+        validate_loss(f"loss.{name}", loss)
     for group, given in GIVEN_BY_PIPELINE.items():
         check_call(group, config[group], given)
 
 
-def check_audit(cfg: DictConfig) -> None:
+def validate_audit(cfg: DictConfig) -> None:
     """The same for an audit; of the losses only the form is checked: each is found and imported in its own child.
 
     Raises:
@@ -96,7 +96,7 @@ def check_audit(cfg: DictConfig) -> None:
     conf.expectations_of(config)
     for name, loss in config["loss"].items():
         _check_form(f"loss.{name}", loss)
-    check_loss(f"loss.{conf.reference_of(config)}", config["loss"][conf.reference_of(config)])
+    validate_loss(f"loss.{conf.reference_of(config)}", config["loss"][conf.reference_of(config)])
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _check_files(chosen: Mapping[str, list[Path]]) -> None:
                 raise UsageError(f"{file} declares {', '.join(keys)}; give it the single key {stem}, its own name")
 
 
-def check_loss(key: str, loss: Any) -> None:
+def validate_loss(key: str, loss: Any) -> None:
     """Refuse a loss that could not be called: its module is imported, its keywords are compared with its signature.
 
     Raises:
@@ -242,7 +242,7 @@ def _check_args(key: str, args: Any) -> None:
 
 
 def _check_margins(dataset: Plain) -> None:
-    from likelihood_lab.stats.pairs import YARDSTICKS
+    from likelihood_lab.stats.pairs import METRICS
 
     margins, primary = dataset.get("margins"), dataset.get("primary")
     margins, primary = {} if margins is None else margins, [] if primary is None else primary
@@ -251,12 +251,12 @@ def _check_margins(dataset: Plain) -> None:
     if not isinstance(primary, list):
         raise UsageError(f"dataset.primary={primary!r}; give a list such as [nll,accuracy]")
     for metric, margin in margins.items():
-        if metric not in YARDSTICKS:
-            raise UsageError(f"dataset.margins names '{metric}'; the yardsticks are {', '.join(YARDSTICKS)}")
+        if metric not in METRICS:
+            raise UsageError(f"dataset.margins names '{metric}'; the yardsticks are {', '.join(METRICS)}")
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < math.inf:
             raise UsageError(f"dataset.margins.{metric}={margin!r}; a margin is a positive number")
     for metric in primary:
-        if metric not in [*YARDSTICKS]:
-            raise UsageError(f"dataset.primary names '{metric}'; the yardsticks are {', '.join(YARDSTICKS)}")
+        if metric not in [*METRICS]:
+            raise UsageError(f"dataset.primary names '{metric}'; the yardsticks are {', '.join(METRICS)}")
         if margins and metric not in margins:
             raise UsageError(f"dataset.primary names '{metric}', which has no margin in dataset.margins")

@@ -141,7 +141,7 @@ def fast_path_holds(
     modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int, make_optimizer: MakeOptimizer = PLAIN_SGD
 ) -> bool:
     """Whether a full tile of these modules gives the same bits with the fast path as without, through two steps."""
-    if Fold(modules[:1], [0], fast=True).chain is None:
+    if Fold(modules[:1], [0], fast=True).fast_path is None:
         return False
     generator = torch.Generator().manual_seed(2)
     perturbed = [_perturbed(module, generator) for module in modules]

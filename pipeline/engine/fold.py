@@ -20,7 +20,7 @@ from pipeline.engine.stack import Outputs, Stack
 class Fold(Stack):
     """The fold engine. `streams` are the dropout masks' generators, one for each distinct seed.
 
-    With `fast` a chain of dense layers is trained without autograd inside, see `Chain`.
+    With `fast` a chain of dense layers is trained without autograd inside, see `DenseFastPath`.
     """
 
     engine, replica_axis = "fold", 1
@@ -30,7 +30,7 @@ class Fold(Stack):
     ) -> None:
         super().__init__(len(modules), head)
         self.folded = fold_modules(modules)
-        self.chain = chain_of(self.folded) if fast and head is None else None
+        self.fast_path = dense_fast_path_of(self.folded) if fast and head is None else None
         self.streams = DropoutStreams(seeds)
         for layer in self.folded.modules():
             if isinstance(layer, Dropout):
@@ -43,8 +43,8 @@ class Fold(Stack):
         self._hidden = arguments[0]
 
     def forward(self, inputs: Tensor, fused: bool = False) -> Outputs:
-        if self.chain is not None and self._chained(inputs):
-            return Outputs(self.chain(inputs))
+        if self.fast_path is not None and self._uses_fast_path(inputs):
+            return Outputs(self.fast_path(inputs))
         logits = self._by_replica(self.folded(inputs.flatten(1, 2)))
         hidden, self._hidden = self._hidden, None
         if not fused:
@@ -55,7 +55,7 @@ class Fold(Stack):
         bias = None if layer.bias is None else layer.bias.unbind()
         return Outputs(logits, self._by_replica(hidden), layer.weight.unbind(), bias)
 
-    def _chained(self, inputs: Tensor) -> bool:
+    def _uses_fast_path(self, inputs: Tensor) -> bool:
         """Whether the chain gives autograd's bits: with a batch of one, strides mean nothing and products differ."""
         return self.training and len(inputs) > 1 and not torch.is_autocast_enabled(inputs.device.type)
 
@@ -95,7 +95,7 @@ class Fold(Stack):
             yield now, old, factors.to(now).view(-1, *[1] * (now.ndim - 1))
 
 
-class Chain:
+class DenseFastPath:
     """Linear layers with ReLU between them, R of each: weight [R, O, I] and bias [R, O].
 
     One training step is a call and the backward pass through what it returned. Gradients are written, not added.
@@ -108,7 +108,7 @@ class Chain:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Logits [R, B, C] from inputs [B, R, ...]."""
-        logits: Tensor = _Behind.apply(self.layers[0].weight, self, inputs)
+        logits: Tensor = _DenseFastPathFunction.apply(self.layers[0].weight, self, inputs)
         return logits
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -146,21 +146,21 @@ class Chain:
         return self._memory[key]
 
 
-class _Behind(torch.autograd.Function):
+class _DenseFastPathFunction(torch.autograd.Function):
     """Where autograd hands over; the weight is there so that it does."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, chain: Chain, inputs: Tensor) -> Tensor:
-        ctx.chain = chain
-        return chain.forward(inputs)
+    def forward(ctx: Any, weight: Tensor, fast_path: DenseFastPath, inputs: Tensor) -> Tensor:
+        ctx.fast_path = fast_path
+        return fast_path.forward(inputs)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, None, None]:
-        ctx.chain.backward(upstream)
+        ctx.fast_path.backward(upstream)
         return None, None, None
 
 
-def chain_of(folded: nn.Module) -> Chain | None:
+def dense_fast_path_of(folded: nn.Module) -> DenseFastPath | None:
     """The chain that a folded model is: Flatten, Linear, ReLU, Linear, ... in an `nn.Sequential`; None for others."""
     if type(folded) is not nn.Sequential or any(_is_hooked(layer) for layer in folded.modules()):
         return None
@@ -171,7 +171,7 @@ def chain_of(folded: nn.Module) -> Chain | None:
         return None
     if len({*layers}) < len(layers) or not all(parameter.requires_grad for parameter in folded.parameters()):
         return None
-    return Chain([layer for layer in layers if isinstance(layer, Linear)])
+    return DenseFastPath([layer for layer in layers if isinstance(layer, Linear)])
 
 
 def _is_hooked(layer: nn.Module) -> bool:

@@ -13,13 +13,13 @@ _OF_TORCH = set(vars(nn.Module()))  # registers and hooks: no memory
 Memory = list[dict[str, Any]]
 
 
-def memory_of(thing: Any) -> Memory:
+def get_object_state(thing: Any) -> Memory:
     """The buffers and plain attributes of a callable, or of every part of a module."""
     return [dict(_remembered(part)) for part in _parts(thing)]
 
 
 @torch.no_grad()
-def remind(thing: Any, memory: Memory, device: torch.device) -> None:
+def set_object_state(thing: Any, memory: Memory, device: torch.device) -> None:
     """Give its memory back to an object that was made as its owner was."""
     for part, values in zip(_parts(thing), memory, strict=True):
         for name, value in values.items():

@@ -39,7 +39,7 @@ def sketch(parameters: Mapping[str, Tensor]) -> Tensor:
     return torch.nn.functional.pad(signed, (0, padding)).view(-1, BUCKETS).sum(0).cpu()
 
 
-def relative_distance(candidate: Tensor, reference: Tensor) -> Tensor:
+def sketch_distance(candidate: Tensor, reference: Tensor) -> Tensor:
     """||theta_X - theta_A|| / ||theta_A|| from sketches [steps, width]; 0 where the weights are equal."""
     distance: Tensor = torch.linalg.vector_norm(candidate - reference, dim=-1)
     size: Tensor = torch.linalg.vector_norm(reference, dim=-1)

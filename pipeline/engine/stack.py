@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.object_state import memory_of, remind
+from pipeline.engine.object_state import get_object_state, set_object_state
 from pipeline.engine.seeding import RandomStream, derive_seed
 
 
@@ -108,14 +108,14 @@ class Stack(nn.Module):
     def progress(self) -> dict[str, Any]:
         """All that training changes: parameters, buffers, what the model's code remembers, and the streams."""
         parameters = [parameter.detach() for parameter in self.parameters()]
-        return {"parameters": parameters, "memory": memory_of(self), "streams": self.positions}
+        return {"parameters": parameters, "memory": get_object_state(self), "streams": self.positions}
 
     @torch.no_grad()
     def go_on_from(self, progress: Mapping[str, Any]) -> None:
         """Stand where another stack of the same replicas stood."""
         for parameter, value in zip(self.parameters(), progress["parameters"], strict=True):
             parameter.copy_(value)
-        remind(self, progress["memory"], next(self.parameters()).device)
+        set_object_state(self, progress["memory"], next(self.parameters()).device)
         self.positions = progress["streams"]
 
     def shared(self, inputs: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobResult:
     """How a job ended.
 
     Attributes:
@@ -73,7 +73,7 @@ class _Child:
     inherited: float | None = None  # bytes that were the parent's before it did anything
 
 
-def run(jobs: Mapping[str, Job], limits: Limits, at_once: int) -> Iterator[tuple[str, Outcome]]:
+def run_isolated(jobs: Mapping[str, Job], limits: Limits, at_once: int) -> Iterator[tuple[str, JobResult]]:
     """Run each job in a child of its own and yield (name, outcome) as they end.
 
     Raises:
@@ -132,7 +132,7 @@ def _work(job: Job, connection: Connection, output: IO[bytes], errors: IO[bytes]
     os._exit(0)
 
 
-def _heard(child: _Child, limits: Limits) -> Outcome | None:
+def _heard(child: _Child, limits: Limits) -> JobResult | None:
     """What a child has come to; None while it works."""
     with suppress(EOFError, OSError):
         while child.connection.poll():
@@ -161,11 +161,11 @@ def _usage(child: _Child) -> float:
     return 0.0
 
 
-def _closed(child: _Child, **found: Any) -> Outcome:
+def _closed(child: _Child, **found: Any) -> JobResult:
     _usage(child)
     printed = _text(child.output)
     _end(child)
-    return Outcome(**found, told=child.told, printed=printed, seconds=child.seconds)
+    return JobResult(**found, told=child.told, printed=printed, seconds=child.seconds)
 
 
 def _end(child: _Child) -> None:

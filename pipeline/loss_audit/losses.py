@@ -21,18 +21,17 @@ import torch
 
 import likelihood_lab.audit
 import likelihood_lab.categorical
-from likelihood_lab.audit.context import Audit, audit_of, with_ignored
+from likelihood_lab.audit.context import AuditContext, audit_of, with_ignored
 from likelihood_lab.audit.evaluate import Loss
 from likelihood_lab.audit.examine import examine, needs_cuda
 from likelihood_lab.audit.finding import Finding
-from likelihood_lab.categorical.batches import Batch
+from likelihood_lab.categorical.batches import AuditBatch
 from likelihood_lab.categorical.inputs import FUSED_INPUTS
 from likelihood_lab.errors import UsageError
 from pipeline.build import formulation_of
 from pipeline.config.targets import BrokenImportError, locate
-from pipeline.config.validate import check_loss
-from pipeline.loss_audit.isolation import Job, Limits, Outcome, Tell
-from pipeline.loss_audit.isolation import run as run_children
+from pipeline.config.validate import validate_loss
+from pipeline.loss_audit.isolation import Job, JobResult, Limits, Tell, run_isolated
 from pipeline.runtime import cache_dir
 from pipeline.storage.files import write_json
 from pipeline.training.objectives import code_digest
@@ -96,7 +95,7 @@ def audit_losses(losses: Mapping[str, Any], reference: str, settings: AuditSetti
 
 
 def audit_at(
-    losses: Mapping[str, Any], reference: str, settings: AuditSettings, batches: Sequence[Batch]
+    losses: Mapping[str, Any], reference: str, settings: AuditSettings, batches: Sequence[AuditBatch]
 ) -> dict[str, Entry]:
     """Entries of losses asked on these batches alone; fused losses, which need more than logits, are left out."""
     asked = {name: loss for name, loss in losses.items() if not FUSED_INPUTS & set(loss["args"])}
@@ -108,7 +107,7 @@ def audit_at(
     ready = _shared(reference, losses[reference], sorted(seen), settings, batches)
     jobs = {name: _job(name, loss, ready) for name, loss in candidates.items()}
     limits = Limits(settings.time_limit, settings.memory_limit * 2**30)
-    outcomes = run_children(jobs, limits, settings.jobs)
+    outcomes = run_isolated(jobs, limits, settings.jobs)
     return {name: _entry(candidates[name], outcome) for name, outcome in outcomes}
 
 
@@ -132,8 +131,8 @@ def _audited(
     if known is None:
         jobs = {POWER: _power(ready), **jobs}
     limits = Limits(settings.time_limit, settings.memory_limit * 2**30)
-    outcomes = dict(run_children(jobs, limits, settings.jobs))
-    measured = outcomes.pop(POWER, Outcome(value=known))
+    outcomes = dict(run_isolated(jobs, limits, settings.jobs))
+    measured = outcomes.pop(POWER, JobResult(value=known))
     if at_hand and known is None and measured.value is not None:
         keep(at_hand, measured.value)
     entries = {
@@ -152,11 +151,11 @@ def _shared(
     declared: Mapping[str, Any],
     args: Sequence[str],
     settings: AuditSettings,
-    batches: Sequence[Batch] = (),
-) -> Callable[[], Audit]:
+    batches: Sequence[AuditBatch] = (),
+) -> Callable[[], AuditContext]:
     """How a child gets the audit: ready where it can be inherited, made by the child where it is on a GPU."""
 
-    def make() -> Audit:
+    def make() -> AuditContext:
         formulation = formulation_of(reference, declared)
         fn = formulation.instance(torch.device("cpu"), torch.float32)
         asked = settings.asked
@@ -173,7 +172,7 @@ def _shared(
     return lambda: audit
 
 
-def _power(ready: Callable[[], Audit]) -> Job:
+def _power(ready: Callable[[], AuditContext]) -> Job:
     def job(tell: Tell) -> Any:
         torch.set_num_threads(1)
         return ready().power
@@ -192,13 +191,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _job(name: str, declared: Mapping[str, Any], ready: Callable[[], Audit]) -> Job:
+def _job(name: str, declared: Mapping[str, Any], ready: Callable[[], AuditContext]) -> Job:
     """What a child does for one loss: find it, import it, ask it."""
 
     def job(tell: Tell) -> Entry:
         torch.set_num_threads(1)
         try:
-            check_loss(f"loss.{name}", declared)
+            validate_loss(f"loss.{name}", declared)
         except BrokenImportError as error:
             raise RuntimeError(str(error)) from error
         formulation = formulation_of(name, declared)
@@ -211,7 +210,7 @@ def _job(name: str, declared: Mapping[str, Any], ready: Callable[[], Audit]) -> 
     return job
 
 
-def _entry(declared: Mapping[str, Any], outcome: Outcome) -> Entry:
+def _entry(declared: Mapping[str, Any], outcome: JobResult) -> Entry:
     """What a child came to as an entry of audit.json; what it told before it ended badly is kept.
 
     Raises:
@@ -236,7 +235,7 @@ def _entry(declared: Mapping[str, Any], outcome: Outcome) -> Entry:
     return entry
 
 
-def recall(audit: Audit) -> dict[str, Any] | None:
+def recall(audit: AuditContext) -> dict[str, Any] | None:
     """What was measured of this grid before, on this machine and by this code; None where nothing was."""
     with suppress(OSError, ValueError, TypeError, KeyError, UsageError):
         kept: dict[str, Any] = json.loads(_place(audit).read_text(encoding="utf-8"))
@@ -245,7 +244,7 @@ def recall(audit: Audit) -> dict[str, Any] | None:
     return None
 
 
-def keep(audit: Audit, power: dict[str, Any]) -> None:
+def keep(audit: AuditContext, power: dict[str, Any]) -> None:
     """Remember what was measured."""
     with suppress(OSError, UsageError):
         place = _place(audit)
@@ -253,12 +252,12 @@ def keep(audit: Audit, power: dict[str, Any]) -> None:
         write_json(place, {"about": _about(audit), "power": power})
 
 
-def _place(audit: Audit) -> Path:
+def _place(audit: AuditContext) -> Path:
     name = hashlib.sha256(json.dumps(_about(audit), sort_keys=True).encode()).hexdigest()[:16]
     return cache_dir() / "audit_power" / f"{name}.json"
 
 
-def _about(audit: Audit) -> dict[str, Any]:
+def _about(audit: AuditContext) -> dict[str, Any]:
     """All that the measurement depends on."""
     return {
         "shape": repr(audit.shape),
@@ -270,7 +269,7 @@ def _about(audit: Audit) -> dict[str, Any]:
     }
 
 
-def _named(batch: Batch, dtype: torch.dtype) -> str:
+def _named(batch: AuditBatch, dtype: torch.dtype) -> str:
     return f"{batch.family} {list(batch.logits.shape)} {batch.layout} {batch.upstream} {dtype}"
 
 

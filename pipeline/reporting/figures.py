@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from pipeline.reporting.audit_figures import audit_pictures
-from pipeline.reporting.page import YARDSTICKS, Findings, estimates, losses_in_order, page
+from pipeline.reporting.page import METRICS, ReportData, estimates, losses_in_order, page
 from pipeline.reporting.plotting import (
     Picture,
     Row,
@@ -35,7 +35,7 @@ from pipeline.verdict.outcomes import PLACEBOS
 Verdict = Mapping[str, Any]
 
 
-def write_report(folder: Path, found: Findings) -> Path:
+def write_report(folder: Path, found: ReportData) -> Path:
     """Write `figures/*.svg` and `report.html`, each renamed into place whole; returns the page's path."""
     chapters = {
         "losses": audit_pictures(found.audit) if found.audit else [],
@@ -62,7 +62,7 @@ def loss_curves(verdict: Verdict, history: pd.DataFrame) -> list[Picture]:
 
 
 def _loss_curve(name: str, frame: pd.DataFrame, order: Sequence[str]) -> Picture:
-    title = f"Validation {YARDSTICKS[name]}"
+    title = f"Validation {METRICS[name]}"
     seeds = frame["seed"].nunique()
     values = frame["value"][np.isfinite(frame["value"])]
     with canvas(f"curve-{name}", 3.6) as drawing:
@@ -80,7 +80,7 @@ def _loss_curve(name: str, frame: pd.DataFrame, order: Sequence[str]) -> Picture
     return Picture(f"curve-{name}", title, alt, notes, described(drawing.svg, alt))
 
 
-def weight_distances(found: Findings) -> list[Picture]:
+def weight_distances(found: ReportData) -> list[Picture]:
     """How far the weights are from the reference's, pair by pair, beside what rounding and another seed do."""
     mine = found.distances[~found.distances["control"]]
     placebos = found.distances[found.distances["loss"].isin(PLACEBOS)]
@@ -118,7 +118,7 @@ def _words(seen: Seen) -> list[str]:
     return notes
 
 
-def paired_differences(found: Findings) -> list[Picture]:
+def paired_differences(found: ReportData) -> list[Picture]:
     """One forest a metric: a dot for each pair, the interval that the test used, and the margin; controls below."""
     if found.differences.empty:
         return []
@@ -127,7 +127,7 @@ def paired_differences(found: Findings) -> list[Picture]:
 
 
 def _forest(metric: str, frame: pd.DataFrame, verdict: Verdict) -> Picture:
-    name, title = f"difference-{metric.replace('/', '-')}", YARDSTICKS.get(metric, metric)
+    name, title = f"difference-{metric.replace('/', '-')}", METRICS.get(metric, metric)
     margin = _margin(verdict, metric)
     intervals = {loss: found.get("ci_tost") for loss, of, found in estimates(verdict) if of == metric}
     rows = []
@@ -154,7 +154,7 @@ def _margin(verdict: Verdict, metric: str) -> float | None:
     return margin
 
 
-def smallest_margins(found: Findings) -> list[Picture]:
+def smallest_margins(found: ReportData) -> list[Picture]:
     """For each primary metric how small the margin could have been: the farther end of the test's interval."""
     primary = (found.verdict.get("protocol") or {}).get("primary") or ()
     return [picture for metric in primary if (picture := _smallest(metric, found.verdict)) is not None]
@@ -169,7 +169,7 @@ def _smallest(metric: str, verdict: Verdict) -> Picture | None:
     }
     if margin is None or not reached:
         return None
-    name, title = f"margin-{metric}", YARDSTICKS.get(metric, metric)
+    name, title = f"margin-{metric}", METRICS.get(metric, metric)
     with canvas(name, 1.05 + 0.27 * len(reached)) as drawing:
         reaches(drawing.axes, reached, margin, [loss in controls_of(verdict) for loss in reached])
     spoken = "; ".join(f"{loss}: {prose(end)}" for loss, end in reached.items())

@@ -13,14 +13,14 @@ import pandas as pd
 from jinja2 import ChainableUndefined, Environment
 
 from pipeline.reporting.plotting import themed
-from pipeline.reporting.sensitivity import controls_of, ever_no, how_small
+from pipeline.reporting.sensitivity import controls_of, smallest_detectable, what_was_detected
 from pipeline.text import listed, prose
 
 Verdict = Mapping[str, Any]
 Run = tuple[str, int]  # loss, seed
 Failure = tuple[int | None, str]  # step, cause
 
-YARDSTICKS = {
+METRICS = {
     "nll": "NLL (nats)",
     "accuracy": "accuracy",
     "brier": "Brier score",
@@ -43,7 +43,7 @@ ASIDES = ("assay_sensitivity", "domain", "side_effects", "seeds_needed")
 
 
 @dataclass(frozen=True)
-class Findings:
+class ReportData:
     """Everything that a report shows, ready made.
 
     Attributes:
@@ -66,7 +66,7 @@ class Findings:
     command: str
 
 
-def page(found: Findings, chapters: Mapping[str, Sequence[Any]]) -> str:
+def page(found: ReportData, chapters: Mapping[str, Sequence[Any]]) -> str:
     """The text of report.html; `chapters` are lists of pictures, empty where there is nothing to draw."""
     verdict, history = found.verdict, found.history
     environment = Environment(autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -78,15 +78,15 @@ def page(found: Findings, chapters: Mapping[str, Sequence[Any]]) -> str:
         expecting=any(comparison.get("expected") for comparison in verdict["comparisons"]),
         failures=failures(verdict, history),
         chapters=chapters,
-        noticed=how_small(verdict, found.audit),
-        refused=ever_no(verdict, found.audit),
+        noticed=smallest_detectable(verdict, found.audit),
+        refused=what_was_detected(verdict, found.audit),
         estimates=estimates(verdict),
         finals=final_yardsticks(verdict, history),
         coverage=coverage(verdict),
-        setting=setting(verdict),
+        setup=setup(verdict),
         command=found.command,
         signs=SIGNS,
-        yardsticks={name: title for name, title in YARDSTICKS.items() if (history["metric"] == f"test/{name}").any()},
+        metrics={name: title for name, title in METRICS.items() if (history["metric"] == f"test/{name}").any()},
     )
 
 
@@ -146,7 +146,7 @@ def _not_finite(history: pd.DataFrame) -> dict[Run, Failure]:
 
 def final_yardsticks(verdict: Verdict, history: pd.DataFrame) -> list[dict[str, str]]:
     """Test metrics at the last step for each loss: mean (lowest to highest) over the seeds that have one."""
-    ends = {name: history[history["metric"] == f"test/{name}"] for name in YARDSTICKS}
+    ends = {name: history[history["metric"] == f"test/{name}"] for name in METRICS}
     return [
         {"loss": loss} | {name: _summary(end["value"][end["loss"] == loss]) for name, end in ends.items()}
         for loss in losses_in_order(verdict, history)
@@ -182,7 +182,7 @@ def coverage(verdict: Verdict) -> list[tuple[list[str], dict[str, Any]]]:
     return list(groups.values())
 
 
-def setting(verdict: Verdict) -> dict[str, Any]:
+def setup(verdict: Verdict) -> dict[str, Any]:
     """The request, the protocol and the machine, as one list of facts."""
     return {
         **{field: verdict.get(field) for field in SETTING},

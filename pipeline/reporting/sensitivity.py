@@ -30,7 +30,7 @@ def controls_of(verdict: Verdict) -> Mapping[str, Mapping[str, Any]]:
     return (verdict.get("controls") or {}).get("metrics") or {}
 
 
-def how_small(verdict: Verdict, audit: Audit) -> list[str]:
+def smallest_detectable(verdict: Verdict, audit: Audit) -> list[str]:
     """The smallest difference that each part of the check would have noticed."""
     return [*_in_the_losses(verdict, audit), *_in_the_first_steps(verdict), *_in_the_outcome(verdict)]
 
@@ -107,7 +107,7 @@ def _reached(verdict: Verdict, found: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(limits)
 
 
-def ever_no(verdict: Verdict, audit: Audit) -> list[str]:
+def what_was_detected(verdict: Verdict, audit: Audit) -> list[str]:
     """What was found different: planted faults, controls, losses. Nothing found is said too."""
     said = [*_planted_in_training(verdict), *_losses_refused(verdict), *_planted_in_losses(audit)]
     if not said:

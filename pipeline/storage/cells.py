@@ -33,7 +33,7 @@ from torch import Tensor
 
 from likelihood_lab.errors import UsageError
 from likelihood_lab.stats.pairs import measured_in
-from pipeline.engine.sketch import relative_distance
+from pipeline.engine.sketch import sketch_distance
 from pipeline.replica import Replica, is_control
 from pipeline.storage.files import (
     flush_to_disk,
@@ -77,7 +77,7 @@ class CellRecord:
 
 @dataclass(frozen=True)
 class Cell:
-    """The result of one (arm, seed), read back from its folder by `sound_cell`."""
+    """The result of one (arm, seed), read back from its folder by `load_verified_cell`."""
 
     folder: Path
     record: CellRecord
@@ -104,7 +104,7 @@ class Cell:
         (steps, mine), (others, theirs) = self.sketches, reference.sketches
         if steps != others or mine.shape != theirs.shape:
             return []
-        return list(zip(steps, relative_distance(mine, theirs).tolist(), strict=True))
+        return list(zip(steps, sketch_distance(mine, theirs).tolist(), strict=True))
 
     @property
     def batches(self) -> list[dict[str, Any]]:
@@ -125,14 +125,14 @@ class Cell:
         return state
 
     @cached_property
-    def yardsticks(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The last value of every yardstick that is one, NaN where none is."""
         measured = zip(self.history["metric"].tolist(), self.history["value"].tolist(), strict=True)
         rows = [(metric, value) for metric, value in measured if metric != "train/objective"]
         return {metric: math.nan for metric, _ in rows} | {metric: value for metric, value in rows if value == value}
 
 
-def sound_cell(folder: Path) -> Cell:
+def load_verified_cell(folder: Path) -> Cell:
     """The cell in a folder, once each of its files was found as it was written: nothing else is evidence of anything.
 
     Raises:
@@ -199,7 +199,7 @@ class TrialFolder:
             ]:  # a request that was refused after all
                 shutil.rmtree(self.path, ignore_errors=True)
 
-    def let_others_in(self) -> None:
+    def release_lock(self) -> None:
         """Hold the folder no longer: other jobs prepare themselves and train the cells of their own seeds."""
         self._lock.release()
 
@@ -223,12 +223,12 @@ class TrialFolder:
                 busy = f"{self.path} is in use by another process; wait for it or choose another folder"
                 raise UsageError(busy) from error
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
+    def write_identity(self, identity: Mapping[str, Any]) -> None:
         """State what the folder is for."""
-        self.check_claim(identity)
+        self.check_identity(identity)
         write_whole(self.path / "trial.yaml", yaml_bytes(dict(identity)))
 
-    def check_claim(self, identity: Mapping[str, Any]) -> None:
+    def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Refuse a folder that is for something else."""
         statement = self.path / "trial.yaml"
         if not statement.exists():
@@ -265,7 +265,7 @@ class TrialFolder:
         folder = self.cell_path(replica)
         if os.path.lexists(folder) and replica not in self._known and replica not in self.damaged:
             try:
-                self._known[replica] = sound_cell(folder)
+                self._known[replica] = load_verified_cell(folder)
             except DamagedCellError as error:
                 self.damaged[replica] = str(error)
         return self._known.get(replica)
@@ -276,7 +276,7 @@ class TrialFolder:
         order = sorted((path.parent.name, int(path.name[1:])) for path in folders)
         return [cell for arm, seed in order if (cell := self.read(Replica(arm, seed))) is not None]
 
-    def sort_out(self, wanted: Mapping[Replica, str]) -> tuple[list[Replica], dict[Replica, str]]:
+    def find_missing(self, wanted: Mapping[Replica, str]) -> tuple[list[Replica], dict[Replica, str]]:
         """Which of the wanted cells (with their fingerprints) are missing, and why some of those moved to `stale/`.
 
         A cell with another fingerprint was made by other code, data or environment; another is damaged.
@@ -354,8 +354,8 @@ def gaps(cell: Cell, reference: Cell | None) -> pd.DataFrame:
     if reference is not None:
         steps, _ = cell.sketches
         rows = [("gap/parameters", step, distance) for step, distance in cell.distances_from(reference)]
-        for metric in measured_in([cell.yardsticks]):
-            gap = abs(cell.yardsticks[f"test/{metric}"] - reference.yardsticks[f"test/{metric}"])
+        for metric in measured_in([cell.metrics]):
+            gap = abs(cell.metrics[f"test/{metric}"] - reference.metrics[f"test/{metric}"])
             rows.append((f"gap/{metric}", steps[-1], gap))
         rows += [(f"{metric}_log10", step, math.log10(gap)) for metric, step, gap in rows if gap > 0]
     metrics, at, values = zip(*rows, strict=True) if rows else ((), (), ())

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from likelihood_lab.errors import UsageError
-from pipeline.entry import lasting
+from pipeline.entry import gc_paused_import
 from pipeline.text import without_password
 from pipeline.tracking.mlflow_store import (
     DESCRIPTION,
@@ -224,7 +224,7 @@ class Tracker:
 def load() -> None:
     """Import MLflow, which takes seconds that no store is to blame for."""
     _set_environment()
-    with lasting("mlflow"):
+    with gc_paused_import("mlflow"):
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 

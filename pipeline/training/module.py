@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from likelihood_lab.categorical.metrics import Yardsticks
+from likelihood_lab.categorical.metrics import MetricSums
 from likelihood_lab.errors import UsageError
 from pipeline.data.dataset import Dataset
 from pipeline.engine.seeding import EVERYTHING, Variation, derive_seed
@@ -76,7 +76,7 @@ class Divergence:
     cause: str
 
 
-class Chunks:
+class StepChunks:
     """An epoch as runs of consecutive step numbers; the data are gathered inside the step.
 
     Neither is a sequence: Lightning takes a list for several loaders, and rebuilds a range that it is to move.
@@ -92,7 +92,7 @@ class Chunks:
         return (slice(start, min(start + self.size, self.num_steps)) for start in self.starts)
 
 
-class SideBySide(pl.LightningModule):
+class StackTrainingModule(pl.LightningModule):
     """Trains all replicas of one stack.
 
     One index gather serves a step: a row of `indices` [S, B] is the batch of all arms of one seed. A
@@ -136,8 +136,8 @@ class SideBySide(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.recipe.make_optimizer(self.stack.parameters())
 
-    def train_dataloader(self) -> Chunks:
-        return Chunks(self.recipe.steps_per_epoch(self.num_examples), self.recipe.inner_steps)
+    def train_dataloader(self) -> StepChunks:
+        return StepChunks(self.recipe.steps_per_epoch(self.num_examples), self.recipe.inner_steps)
 
     def on_fit_start(self) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -290,16 +290,16 @@ class SideBySide(pl.LightningModule):
 
     @torch.no_grad()
     def _evaluate(self, split: str) -> None:
-        yardsticks = Yardsticks(len(self.replicas), self.device)
+        metrics = MetricSums(len(self.replicas), self.device)
         was_training = self.stack.training
         self.stack.eval()
         for indices in without_a_lonely_one(self.data.splits[split]):
             inputs, labels = self._take(indices), self.data.labels[indices]
             with self._autocast():
                 logits = self.stack(self.stack.shared(inputs)).first(len(self.replicas)).logits
-            yardsticks.update(logits, labels, self.data.target_probs(indices), self.data.true_probs(indices))
+            metrics.update(logits, labels, self.data.target_probs(indices), self.data.true_probs(indices))
         self.stack.train(was_training)
-        for metric, values in yardsticks.result().items():
+        for metric, values in metrics.result().items():
             self._measure(f"{split}/{metric}", values)
 
     def batches(self, replica: int) -> list[dict[str, Any]]:
@@ -355,7 +355,7 @@ def without_a_lonely_one(indices: Tensor) -> tuple[Tensor, ...]:
     return batches
 
 
-def fit(module: SideBySide, callbacks: Sequence[pl.Callback], accelerator: str) -> None:
+def fit(module: StackTrainingModule, callbacks: Sequence[pl.Callback], accelerator: str) -> None:
     """Train the stack; SIGINT and SIGTERM leave as KeyboardInterrupt."""
     trainer = pl.Trainer(
         accelerator=accelerator, devices=1, max_epochs=module.recipe.epochs - module.epochs_done,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from likelihood_lab.categorical.inputs import FUSED_INPUTS, INPUTS, Given, LossFn, derive
 from likelihood_lab.errors import UsageError, first_line, is_out_of_memory
-from pipeline.engine.object_state import memory_of, remind
+from pipeline.engine.object_state import get_object_state, set_object_state
 from pipeline.engine.seeding import EVERYTHING, RandomStream, Variation, derive_seed
 from pipeline.engine.stack import Outputs
 from pipeline.replica import Replica
@@ -86,7 +86,7 @@ class Objectives:
                     given[name] = [rows[slot] for slot in self.slots[mine]]
                 elif name in FUSED_INPUTS:
                     given[name] = _of_fused(outputs, name, mine)
-            with arm.formulation.unwritten(given):
+            with arm.formulation.forbid_inplace_changes(given):
                 objectives += self._of_arm(arm, given, logits, mine.start)
         return objectives
 
@@ -95,7 +95,7 @@ class Objectives:
         return {
             "calls": self.calls,
             "raised": self.raised,
-            "memory": [[memory_of(fn) for fn in arm.fns] for arm in self.arms],
+            "memory": [[get_object_state(fn) for fn in arm.fns] for arm in self.arms],
             "streams": [[stream.position for stream in arm.streams or ()] for arm in self.arms],
         }
 
@@ -104,7 +104,7 @@ class Objectives:
         self.calls, self.raised = progress["calls"], progress["raised"]
         for arm, memories, positions in zip(self.arms, progress["memory"], progress["streams"], strict=True):
             for fn, memory in zip(arm.fns, memories, strict=True):
-                remind(fn, memory, self.device)
+                set_object_state(fn, memory, self.device)
             for stream, position in zip(arm.streams or (), positions, strict=True):
                 stream.position = position
 
@@ -189,7 +189,7 @@ class Formulation:
         return value
 
     @contextmanager
-    def unwritten(self, inputs: Given) -> Iterator[None]:
+    def forbid_inplace_changes(self, inputs: Given) -> Iterator[None]:
         """Refuse a loss that overwrites an input that others share, or any view of it.
 
         Raises:
@@ -240,7 +240,7 @@ def probe(
     fn = formulation.instance(device, dtype)
     stream = RandomStream(0, device)
     try:
-        with stream.resumed(), formulation.unwritten({arg: [inputs[arg]] for arg in formulation.args}):
+        with stream.resumed(), formulation.forbid_inplace_changes({arg: [inputs[arg]] for arg in formulation.args}):
             value = formulation.objective(fn, [inputs[arg] for arg in formulation.args])
             if value.requires_grad:
                 value.backward()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from likelihood_lab.categorical.batches import Batch
+from likelihood_lab.categorical.batches import AuditBatch
 from pipeline.config import schema as conf
 from pipeline.console import console
 from pipeline.loss_audit.losses import SCHEMA as AUDIT_SCHEMA
@@ -21,23 +21,23 @@ from pipeline.loss_audit.losses import AuditSettings, audit_at, audit_losses, ma
 from pipeline.replica import Replica
 from pipeline.storage.cells import TrialFolder
 from pipeline.storage.files import write_json
-from pipeline.verdict.plan import Request
+from pipeline.verdict.plan import AnalysisPlan
 
 if TYPE_CHECKING:
-    from pipeline.trial.setup import Setting
+    from pipeline.trial.setup import TrialSetup
 
 AUDITED_CLASSES = (2, 10, 1000)  # besides the dataset's own number
 
 
-def ask_audit(setting: Setting, request: Request, folder: TrialFolder) -> None:
+def ask_audit(setup: TrialSetup, plan: AnalysisPlan, folder: TrialFolder) -> None:
     """Ask whether the losses are the same function, as far as audit.json does not know it, and write it down."""
-    if not request.candidates:
+    if not plan.candidates:
         return
-    losses, reference = setting.config["loss"], request.reference
+    losses, reference = setup.config["loss"], plan.reference
     known = read_audit(folder.path) or {}
-    soft = setting.data.soft_targets is not None
-    settings = AuditSettings(num_classes=sorted({*AUDITED_CLASSES, setting.data.num_classes}), soft_targets=soft)
-    low_precision = setting.config["precision"] == "bf16_mixed"
+    soft = setup.data.soft_targets is not None
+    settings = AuditSettings(num_classes=sorted({*AUDITED_CLASSES, setup.data.num_classes}), soft_targets=soft)
+    low_precision = setup.config["precision"] == "bf16_mixed"
     about = {"reference": reference, "reference_made_from": made_from(reference, losses[reference])}
     kept: dict[str, Any] = {}
     if known.get("settings") == settings.asked and all(known[key] == value for key, value in about.items()):
@@ -47,7 +47,7 @@ def ask_audit(setting: Setting, request: Request, folder: TrialFolder) -> None:
             if name in losses and ("at_precision" in entry) == low_precision
         }
         kept = {name: entry for name, entry in found.items() if entry["made_from"] == made_from(name, losses[name])}
-    missing = [name for name in request.candidates if name not in kept]
+    missing = [name for name in plan.candidates if name not in kept]
     if not missing:
         return
     console.print(f"auditing {', '.join(missing)} against {reference}")
@@ -91,29 +91,29 @@ def read_audit(path: Path) -> dict[str, Any] | None:
 # --- at the trial's own weights
 
 
-def ask_at_weights(setting: Setting, request: Request, folder: TrialFolder) -> None:
+def ask_at_weights(setup: TrialSetup, plan: AnalysisPlan, folder: TrialFolder) -> None:
     """Ask again on what reached the reference's loss in this trial: epsilons and clamps show at saturation alone.
 
     The answers go into audit.json, beside what the grid has said, for the losses that were trained from the same code.
     """
-    audit, cell = read_audit(folder.path), folder.read(Replica(request.reference, request.seeds[0]))
-    soft = setting.data.soft_targets is not None
+    audit, cell = read_audit(folder.path), folder.read(Replica(plan.reference, plan.seeds[0]))
+    soft = setup.data.soft_targets is not None
     if audit is None or cell is None or not (met := cell.batches) or (soft and "target_probs" not in met[0]):
         return
     about = {"weights": cell.record.weights_sha256, "steps": [batch["step"] for batch in met], "seed": cell.record.seed}
     missing = [name for name, entry in audit["losses"].items() if entry.get("at_weights", {}).get("about") != about]
-    losses = {name: setting.config["loss"][name] for name in (request.reference, *missing) if name in request.losses}
+    losses = {name: setup.config["loss"][name] for name in (plan.reference, *missing) if name in plan.losses}
     if len(losses) < 2:
         return
-    settings = AuditSettings(num_classes=[setting.data.num_classes], soft_targets=soft)
-    found = audit_at(losses, request.reference, settings, [_batch(**batch) for batch in met])
+    settings = AuditSettings(num_classes=[setup.data.num_classes], soft_targets=soft)
+    found = audit_at(losses, plan.reference, settings, [_batch(**batch) for batch in met])
     for name, entry in found.items():
         said = {"objective": entry["objective"], "sentence": entry["sentence"], "about": about}
         audit["losses"][name]["at_weights"] = said
     write_json(folder.path / "audit.json", audit)
 
 
-def _batch(step: int, logits: Tensor, labels: Tensor, target_probs: Tensor | None = None) -> Batch:
+def _batch(step: int, logits: Tensor, labels: Tensor, target_probs: Tensor | None = None) -> AuditBatch:
     targets = F.one_hot(labels, logits.shape[-1]).double() if target_probs is None else target_probs
     valid = torch.ones_like(labels, dtype=torch.bool)
-    return Batch(f"the trial's (step {step})", logits.double(), labels, targets, valid)
+    return AuditBatch(f"the trial's (step {step})", logits.double(), labels, targets, valid)

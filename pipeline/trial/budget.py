@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from likelihood_lab.errors import UsageError
 from pipeline.text import in_words
-from pipeline.trial.setup import Setting
+from pipeline.trial.setup import TrialSetup
 
 HISTORY_BYTES = 140_000
 USABLE = 0.7  # of a machine's memory: a ResNet-18 was seen to take 1.4 times what the formula says, MLPs .9
@@ -45,39 +45,39 @@ class Budget:
         return self.data + tile * self.replica
 
 
-def budget_of(setting: Setting) -> Budget:
+def budget_of(setup: TrialSetup) -> Budget:
     """Measured on one plain module and two batches of a few rows."""
-    module = setting.builder(0).to(setting.device, setting.dtype).train()
+    module = setup.builder(0).to(setup.device, setup.dtype).train()
     weights = sum(_bytes(module.parameters()))
-    states = _states(setting.recipe.make_optimizer)
-    kept = _kept(module, setting.builder.input_shape, setting.recipe.batch_size)
+    states = _states(setup.recipe.make_optimizer)
+    kept = _kept(module, setup.builder.input_shape, setup.recipe.batch_size)
     buffers = sum(_bytes(module.buffers()))
-    data = setting.data
+    data = setup.data
     return Budget(
         replica=weights * (2 + states) + 2 * kept + buffers,
         data=sum(_bytes({id(tensor): tensor for tensor in (data.images, data.pool)}.values())),
-        machine=_memory(setting.device),
+        machine=_memory(setup.device),
         run=2 * (weights + buffers) + HISTORY_BYTES,
     )
 
 
-def fitted(setting: Setting) -> Setting:
+def shrink_tile_to_memory(setup: TrialSetup) -> TrialSetup:
     """The setting with its tile halved until a stack fits into the machine.
 
     Raises:
         UsageError: not even one run fits.
     """
-    budget, tile = budget_of(setting), setting.tile
+    budget, tile = budget_of(setup), setup.tile
     usable = int(USABLE * budget.machine)
     while tile > 1 and budget.of(tile) > usable:
         tile //= 2
     if budget.of(tile) > usable:
         raise UsageError(
-            f"one run of {setting.builder.name} at batch_size={setting.recipe.batch_size} takes about "
+            f"one run of {setup.builder.name} at batch_size={setup.recipe.batch_size} takes about "
             f"{in_words(budget.of(1))} of memory, and {in_words(usable)} of {in_words(budget.machine)} may be used; "
             "lower batch_size, or choose a smaller model or pictures"
         )
-    return setting if tile == setting.tile else replace(setting, tile=tile)
+    return setup if tile == setup.tile else replace(setup, tile=tile)
 
 
 def check_disk(budget: Budget, missing: int, folder: Path) -> None:

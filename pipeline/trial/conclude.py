@@ -16,17 +16,17 @@ from pipeline.storage.files import write_json
 from pipeline.tracking.recorder import Recorder
 from pipeline.tracking.runs import report_run
 from pipeline.trial.audit_step import read_audit
-from pipeline.trial.console import announce_damaged, announce_lost, closing, show_verdict
+from pipeline.trial.console import announce_damaged, announce_lost, print_summary, show_verdict
 from pipeline.verdict.outcomes import own_controls
-from pipeline.verdict.plan import Facts, Request, look_at, wanted, wanted_controls
+from pipeline.verdict.plan import AnalysisPlan, TrialContext, look_at, wanted, wanted_controls
 from pipeline.verdict.plan import record as record_look
 from pipeline.verdict.verdict import audit_in_force, decide
 
 Cells = dict[Replica, Cell]
 
 
-def all_wanted(request: Request) -> list[Replica]:
-    return [*wanted(request), *wanted_controls(request)]
+def all_wanted(plan: AnalysisPlan) -> list[Replica]:
+    return [*wanted(plan), *wanted_controls(plan)]
 
 
 def read_cells(folder: TrialFolder, replicas: Sequence[Replica]) -> Cells:
@@ -35,38 +35,38 @@ def read_cells(folder: TrialFolder, replicas: Sequence[Replica]) -> Cells:
 
 
 def conclude(
-    folder: TrialFolder, request: Request, facts: Facts, recorder: Recorder | None = None
+    folder: TrialFolder, plan: AnalysisPlan, context: TrialContext, recorder: Recorder | None = None
 ) -> tuple[ExitCode, dict[str, Any]]:
     """Verdict, report and checkpoints from the cells alone; prints the table, returns exit code and verdict.
 
     Whatever holds of the others, a run that is missing makes it `BUG`.
     """
     from pipeline.reporting.figures import write_report
-    from pipeline.reporting.page import Findings
+    from pipeline.reporting.page import ReportData
 
-    cells, controls = read_cells(folder, wanted(request)), read_cells(folder, wanted_controls(request))
+    cells, controls = read_cells(folder, wanted(plan)), read_cells(folder, wanted_controls(plan))
     announce_damaged(folder.damaged)
     if not cells:
         raise UsageError(f"{folder.path} holds no finished run; train first")
-    look = look_at(folder.path, request.seeds, request.question, request.alpha, request.looks)
-    if (look.alpha, look.declared) != (request.alpha, request.looks):
+    look = look_at(folder.path, plan.seeds, plan.question, plan.alpha, plan.looks)
+    if (look.alpha, look.declared) != (plan.alpha, plan.looks):
         console.print(
             f"alpha={look.alpha:g} and looks={look.declared} hold, which the first verdict in {folder.path} declared; "
             "to declare others, choose a new folder (hydra.run.dir=DIR)"
         )
-    known = cells | own_controls(controls, cells, request)
+    known = cells | own_controls(controls, cells, plan)
     audit = read_audit(folder.path)
-    verdict = decide(known, request, facts, _header(folder, cells), audit, look, folder.damaged)
+    verdict = decide(known, plan, context, _header(folder, cells), audit, look, folder.damaged)
     words = {entry["loss"]: entry["outcome"] for entry in verdict["comparisons"]}
-    record_look(folder.path, look, request.seeds, request.question, words)
-    found = Findings(
+    record_look(folder.path, look, plan.seeds, plan.question, words)
+    found = ReportData(
         verdict=verdict,
-        history=trial_history(cells, request),
-        differences=differences(known, request, facts),
-        distances=distances(known, request),
-        between_seeds=between_seeds(known, request),
-        audit=audit_in_force(audit, known, request),
-        command=facts.command,
+        history=trial_history(cells, plan),
+        differences=differences(known, plan, context),
+        distances=distances(known, plan),
+        between_seeds=between_seeds(known, plan),
+        audit=audit_in_force(audit, known, plan),
+        command=context.command,
     )
     write_json(folder.path / "verdict.json", verdict)
     folder.write_history(found.history)
@@ -77,8 +77,8 @@ def conclude(
     if recorder is not None:
         recorder.conclude(report_run(folder, verdict, cells.values()))
         recorded = recorder.shortfall or recorder.page
-    code = closing(verdict, folder.path, recorded)
-    if lost := [replica for replica in all_wanted(request) if replica not in cells | controls]:
+    code = print_summary(verdict, folder.path, recorded)
+    if lost := [replica for replica in all_wanted(plan) if replica not in cells | controls]:
         announce_lost(lost)
         code = ExitCode.BUG
     return code, verdict

@@ -13,25 +13,25 @@ from pipeline.console import console
 from pipeline.entry import ExitCode
 from pipeline.replica import Replica
 from pipeline.text import MARKS, in_words, shortened
-from pipeline.verdict.plan import Request, wanted_controls
+from pipeline.verdict.plan import AnalysisPlan, wanted_controls
 from pipeline.verdict.verdict import exit_code_of
 
 if TYPE_CHECKING:
     from pipeline.trial.budget import Budget
-    from pipeline.trial.setup import Setting
+    from pipeline.trial.setup import TrialSetup
 
 
 def announce(
-    setting: Setting, request: Request, missing: Sequence[Replica], moved: Mapping[Replica, str], aside: Path
+    setup: TrialSetup, plan: AnalysisPlan, missing: Sequence[Replica], moved: Mapping[Replica, str], aside: Path
 ) -> None:
     """What is about to be trained, on what, and how."""
-    total = len(request.losses) * len(request.seeds) + len(wanted_controls(request))
-    controls = f" and controls ({', '.join(request.controls)})" if request.controls else ""
+    total = len(plan.losses) * len(plan.seeds) + len(wanted_controls(plan))
+    controls = f" and controls ({', '.join(plan.controls)})" if plan.controls else ""
     console.print(
-        f"{setting.data.name}, {setting.builder.name} on {setting.environment['device']}: "
-        f"{len(request.losses)} losses x {len(request.seeds)} seeds{controls}, "
+        f"{setup.data.name}, {setup.builder.name} on {setup.environment['device']}: "
+        f"{len(plan.losses)} losses x {len(plan.seeds)} seeds{controls}, "
         f"{len(missing)} of {total} runs to train; "
-        f"engine {setting.engine} ({setting.engine_reason})"
+        f"engine {setup.engine} ({setup.engine_reason})"
     )
     for reason in dict.fromkeys(moved.values()):
         names = [f"{replica.arm}/s{replica.seed}" for replica, why in moved.items() if why == reason]
@@ -99,7 +99,7 @@ def _failures(failures: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(f"seeds {shortened(seeds)}: {fate}" for fate, seeds in fates.items())
 
 
-def closing(verdict: Mapping[str, Any], folder: Path, recorded: str | None = None) -> ExitCode:
+def print_summary(verdict: Mapping[str, Any], folder: Path, recorded: str | None = None) -> ExitCode:
     """Where to look, and the exit code with what it rests on."""
     console.print(f"\nreport: {folder / 'report.html'}")
     if recorded is not None:

@@ -14,8 +14,8 @@ from rich.progress import Progress as Bars
 
 from pipeline.console import console
 from pipeline.replica import Replica
-from pipeline.training.module import SideBySide
-from pipeline.trial.setup import Setting
+from pipeline.training.module import StackTrainingModule
+from pipeline.trial.setup import TrialSetup
 
 PROBE = 5.0  # seconds of training by which all of it is estimated
 LONG = 60.0  # seconds that are worth a line
@@ -31,13 +31,13 @@ def announce_time(seconds: float, runs: int) -> None:
 class Progress:
     """One bar over all epochs of all tiles; silent where the configuration or the terminal says so."""
 
-    def __init__(self, console: Console, groups: Sequence[Sequence[Replica]], setting: Setting) -> None:
+    def __init__(self, console: Console, groups: Sequence[Sequence[Replica]], setup: TrialSetup) -> None:
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        alone = setting.config["share"] is None  # bars of several jobs would overwrite each other
-        silent = not (alone and setting.config["trainer"]["progress"] and console.is_terminal)
+        alone = setup.config["share"] is None  # bars of several jobs would overwrite each other
+        silent = not (alone and setup.config["trainer"]["progress"] and console.is_terminal)
         news = TextColumn("{task.fields[news]}")
         self.bars = Bars(*columns, news, console=console, disable=silent, transient=True)
-        self.task = self.bars.add_task("", total=len(groups) * setting.recipe.epochs, news="")
+        self.task = self.bars.add_task("", total=len(groups) * setup.recipe.epochs, news="")
         self.runs, self.estimated = sum(map(len, groups)), False
 
     def __enter__(self) -> Progress:
@@ -61,14 +61,14 @@ class _EpochNews(pl.Callback):
         self.progress = progress
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, SideBySide)  # noqa: S101 - it is what `fit` was given
+        assert isinstance(pl_module, StackTrainingModule)  # noqa: S101 - it is what `fit` was given
         self.started, self.steps_before = time.perf_counter(), pl_module.steps_done
         self.progress.bars.advance(self.progress.task, pl_module.epochs_done)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self.progress.estimated or time.perf_counter() - self.started < PROBE:
             return
-        assert isinstance(pl_module, SideBySide)  # noqa: S101 - it is what `fit` was given
+        assert isinstance(pl_module, StackTrainingModule)  # noqa: S101 - it is what `fit` was given
         self.progress.estimated = True
         announce_time(self.progress.runs * pl_module.last_step / self._rate(pl_module), self.progress.runs)
 
@@ -82,12 +82,12 @@ class _EpochNews(pl.Callback):
     def _tell(self, module: pl.LightningModule) -> None:
         if self.progress.bars.disable:
             return
-        assert isinstance(module, SideBySide)  # noqa: S101 - it is what `fit` was given
+        assert isinstance(module, StackTrainingModule)  # noqa: S101 - it is what `fit` was given
         losses = "  ".join(f"{arm} {value:.4g}" for arm, value in module.latest("val/nll").items())
         self.progress.bars.update(
             self.progress.task, advance=1, news=f"{self._rate(module):,.0f} run-steps/s  val/nll {losses}"
         )
 
-    def _rate(self, module: SideBySide) -> float:
+    def _rate(self, module: StackTrainingModule) -> float:
         """Steps of single runs a second."""
         return (module.steps_done - self.steps_before) * len(module.replicas) / (time.perf_counter() - self.started)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from likelihood_lab.errors import UsageError, first_line
-from likelihood_lab.stats.pairs import YARDSTICKS
+from likelihood_lab.stats.pairs import METRICS
 from pipeline.build import bind_target, formulation_of, load_dataset
 from pipeline.config import schema as conf
 from pipeline.config.targets import locate
@@ -35,7 +35,7 @@ from pipeline.runtime import choose_device, environment_record, keep_freed_memor
 from pipeline.training.controls import control, declared, ranked
 from pipeline.training.module import Recipe
 from pipeline.training.objectives import Formulation, code_digest, probe
-from pipeline.verdict.plan import Facts, Request
+from pipeline.verdict.plan import AnalysisPlan, TrialContext
 
 ENGINE_VERSION = 1  # raised whenever the bits of a cell change
 
@@ -45,30 +45,30 @@ ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "A
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16_mixed": torch.float32}
 
 
-def facts_of(setting: Setting, request: Request, command: str) -> Facts:
+def context_of(setup: TrialSetup, plan: AnalysisPlan, command: str) -> TrialContext:
     """What the yardsticks of a setting mean."""
-    train = setting.data.splits["train"]
-    if setting.data.soft_targets is None:
-        frequencies = torch.bincount(setting.data.labels[train]).double() / len(train)
+    train = setup.data.splits["train"]
+    if setup.data.soft_targets is None:
+        frequencies = torch.bincount(setup.data.labels[train]).double() / len(train)
     else:
-        frequencies = setting.data.soft_targets[train].mean(0)
-    steps = setting.recipe.epochs * setting.recipe.steps_per_epoch(len(train))
-    return Facts(
-        num_classes=setting.data.num_classes,
+        frequencies = setup.data.soft_targets[train].mean(0)
+    steps = setup.recipe.epochs * setup.recipe.steps_per_epoch(len(train))
+    return TrialContext(
+        num_classes=setup.data.num_classes,
         label_entropy=-torch.xlogy(frequencies, frequencies).sum().item(),
         scope=(
-            f"{_spans(request.seeds)}{SCOPE[setting.recipe.variation.vary]}, {steps} steps of "
-            f"{conf.short_name(setting.config['optimizer']['_target_'])} in {setting.config['precision']}, "
-            f"{setting.data.name}, {setting.builder.name}, on {setting.environment['device']}"
+            f"{_spans(plan.seeds)}{SCOPE[setup.recipe.variation.vary]}, {steps} steps of "
+            f"{conf.short_name(setup.config['optimizer']['_target_'])} in {setup.config['precision']}, "
+            f"{setup.data.name}, {setup.builder.name}, on {setup.environment['device']}"
         ),
         command=command,
     )
 
 
-def check_resolution(request: Request, setting: Setting) -> None:
+def check_resolution(plan: AnalysisPlan, setup: TrialSetup) -> None:
     """An accuracy margin below two test examples could not be told from rounding."""
-    examples = len(setting.data.splits["test"])
-    margin = request.margins.get("accuracy")
+    examples = len(setup.data.splits["test"])
+    margin = plan.margins.get("accuracy")
     if margin is not None and margin < 2 / examples:
         raise UsageError(
             f"dataset.margins.accuracy={margin} is below the resolution of the test set; "
@@ -76,12 +76,12 @@ def check_resolution(request: Request, setting: Setting) -> None:
         )
 
 
-def check_truth(request: Request, setting: Setting) -> None:
+def check_truth(plan: AnalysisPlan, setup: TrialSetup) -> None:
     """A yardstick that needs the truth decides nothing where it is not known."""
-    asked = [name for name in (*request.primary, *request.margins) if YARDSTICKS[name].needs_truth]
-    if asked and setting.data.truth is None:
+    asked = [name for name in (*plan.primary, *plan.margins) if METRICS[name].needs_truth]
+    if asked and setup.data.truth is None:
         raise UsageError(
-            f"dataset.primary or dataset.margins names '{asked[0]}', but {setting.data.name} does not know P(y | x); "
+            f"dataset.primary or dataset.margins names '{asked[0]}', but {setup.data.name} does not know P(y | x); "
             "leave it out"
         )
 
@@ -97,7 +97,7 @@ def _spans(seeds: Sequence[int]) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
+class TrialSetup:
     """Everything that a trial needs to train any of its cells."""
 
     config: Mapping[str, Any]
@@ -114,7 +114,7 @@ class Setting:
     head: str | None
     environment: Mapping[str, Any]
 
-    def with_controls(self, names: Sequence[str], reference: str) -> Setting:
+    def with_controls(self, names: Sequence[str], reference: str) -> TrialSetup:
         """The same setting with controls of the reference as further arms."""
         dose = self.config["dataset"].get("dose")
         known = {formulation.name: formulation for formulation in self.formulations}
@@ -129,7 +129,7 @@ class Setting:
             self, config={**self.config, "loss": {**self.config["loss"], **added}}, formulations=formulations
         )
 
-    def with_tile(self, size: int | None) -> Setting:
+    def with_tile(self, size: int | None) -> TrialSetup:
         """The same setting with at most so many replicas at once."""
         return self if size is None or size >= self.tile else replace(self, tile=size)
 
@@ -172,7 +172,7 @@ class Setting:
         return build_stack(self.engine, modules, training, self.head, self.fast).train()
 
 
-def prepare(config: Mapping[str, Any]) -> Setting:
+def build_setup(config: Mapping[str, Any]) -> TrialSetup:
     """Load, build and probe everything once, so that what cannot work fails before anything is written.
 
     Raises:
@@ -197,7 +197,7 @@ def prepare(config: Mapping[str, Any]) -> Setting:
     lonely = _last_batch(len(data.splits["train"]), recipe.batch_size) == 1
     engine, reason, tile, fast = _engine(config, builder, recipe, device, dtype, lonely)
     head = _head(formulations, builder)
-    return Setting(
+    return TrialSetup(
         config, device, dtype, data, builder, formulations, recipe, engine, reason, tile, fast, head,
         environment_record(device),
     )  # fmt: skip

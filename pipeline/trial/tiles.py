@@ -27,9 +27,9 @@ from pipeline.console import console
 from pipeline.replica import Replica
 from pipeline.storage.cells import Cell, CellRecord, TrialFolder
 from pipeline.storage.files import writing_whole
-from pipeline.training.module import SideBySide, fit
+from pipeline.training.module import StackTrainingModule, fit
 from pipeline.training.objectives import Objectives
-from pipeline.trial.setup import Setting
+from pipeline.trial.setup import TrialSetup
 
 FORMAT = 1  # raised whenever what is kept changes
 SHARE = 50  # training takes at least so many times as long as keeping it
@@ -60,30 +60,30 @@ def tiles(missing: Sequence[Replica], arms: Sequence[str], size: int) -> list[li
 
 
 def train_tile(
-    setting: Setting, replicas: list[Replica], folder: TrialFolder, callbacks: Sequence[pl.Callback] = ()
+    setup: TrialSetup, replicas: list[Replica], folder: TrialFolder, callbacks: Sequence[pl.Callback] = ()
 ) -> list[Cell]:
     """Train these replicas as one stack, from where they were interrupted, and write the cells that are missing."""
-    present = [f for f in setting.formulations if any(replica.arm == f.name for replica in replicas)]
+    present = [f for f in setup.formulations if any(replica.arm == f.name for replica in replicas)]
     objectives = Objectives(
-        present, replicas, setting.data.num_classes, setting.device, setting.dtype, setting.recipe.variation
+        present, replicas, setup.data.num_classes, setup.device, setup.dtype, setup.recipe.variation
     )
-    module = SideBySide(
-        setting.stack(replicas),
+    module = StackTrainingModule(
+        setup.stack(replicas),
         objectives,
         replicas,
-        setting.data,
-        setting.builder.input_shape,
-        setting.recipe,
+        setup.data,
+        setup.builder.input_shape,
+        setup.recipe,
     )
     initial = [weights_sha256(module.stack.weights(slot)) for slot in range(len(replicas))]
-    partial = Partial(folder.path, setting, replicas)
+    partial = TileCheckpoint(folder.path, setup, replicas)
     partial.give_back(module)
     _quiet_lightning()
-    fit(module, [*callbacks, partial], "gpu" if setting.device.type == "cuda" else "cpu")
-    missing, _ = folder.sort_out({replica: setting.fingerprint(replica) for replica in replicas})
+    fit(module, [*callbacks, partial], "gpu" if setup.device.type == "cuda" else "cpu")
+    missing, _ = folder.find_missing({replica: setup.fingerprint(replica) for replica in replicas})
     cells = [
         folder.write(record, *numbers)
-        for record, *numbers in _results(module, setting, partial.started, initial)
+        for record, *numbers in _results(module, setup, partial.started, initial)
         if Replica(record.arm, record.seed) in missing
     ]
     partial.remove()
@@ -91,17 +91,17 @@ def train_tile(
 
 
 def _results(
-    module: SideBySide, setting: Setting, started: float, initial: Sequence[str]
+    module: StackTrainingModule, setup: TrialSetup, started: float, initial: Sequence[str]
 ) -> Iterator[tuple[CellRecord, Any, dict[str, Any]]]:
     for slot, (replica, divergence) in enumerate(zip(module.replicas, module.divergences(), strict=True)):
         weights = {name: tensor.cpu() for name, tensor in module.stack.weights(slot).items()}
         record = CellRecord(
             arm=replica.arm,
             seed=replica.seed,
-            fingerprint=setting.fingerprint(replica),
-            made_from=setting.fingerprint_parts(replica.arm),
-            environment=dict(setting.environment),
-            engine=f"{setting.engine} ({setting.engine_reason})",
+            fingerprint=setup.fingerprint(replica),
+            made_from=setup.fingerprint_parts(replica.arm),
+            environment=dict(setup.environment),
+            engine=f"{setup.engine} ({setup.engine_reason})",
             initial_sha256=initial[slot],
             weights_sha256=weights_sha256(weights),
             started=started,
@@ -130,20 +130,20 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
 
 
-class Partial(pl.Callback):
+class TileCheckpoint(pl.Callback):
     """One tile's training as it is kept between epochs.
 
     Kept when an epoch begins, so not after the last: its cells follow at once.
     """
 
-    def __init__(self, folder: Path, setting: Setting, replicas: Sequence[Replica]) -> None:
-        self.path, self.replicas = _path(folder, setting, replicas), replicas
-        self.every: float | None = setting.config["trainer"]["checkpoint_every"]
+    def __init__(self, folder: Path, setup: TrialSetup, replicas: Sequence[Replica]) -> None:
+        self.path, self.replicas = _path(folder, setup, replicas), replicas
+        self.every: float | None = setup.config["trainer"]["checkpoint_every"]
         self.started = time.time()
         self._due = time.monotonic() + (self.every or 0)
         self._said = False
 
-    def give_back(self, module: SideBySide) -> None:
+    def give_back(self, module: StackTrainingModule) -> None:
         """Let the module go on from what was kept, where something was."""
         if self.path.exists():
             kept = _load(self.path)
@@ -155,7 +155,7 @@ class Partial(pl.Callback):
             )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, SideBySide)  # noqa: S101 - it is what `fit` was given
+        assert isinstance(pl_module, StackTrainingModule)  # noqa: S101 - it is what `fit` was given
         if self.every is None or not trainer.current_epoch or time.monotonic() < self._due:
             return
         began = time.monotonic()
@@ -168,7 +168,7 @@ class Partial(pl.Callback):
         if self.every:  # 0: after every epoch, whatever it costs
             self._due = time.monotonic() + max(self.every, SHARE * (time.monotonic() - began))
 
-    def _keep(self, module: SideBySide) -> None:
+    def _keep(self, module: StackTrainingModule) -> None:
         replicas = [(replica.arm, replica.seed) for replica in self.replicas]
         kept = {"replicas": replicas, "started": self.started, "progress": module.progress()}
         with writing_whole(self.path) as file:
@@ -181,8 +181,8 @@ class Partial(pl.Callback):
         self.path.unlink(missing_ok=True)
 
 
-def interrupted(
-    folder: Path, setting: Setting, mine: Collection[Replica], missing: Collection[Replica]
+def find_checkpoints(
+    folder: Path, setup: TrialSetup, mine: Collection[Replica], missing: Collection[Replica]
 ) -> list[list[Replica]]:
     """The tiles of a trial's folder that can be gone on with; what stands in the way of the others is said.
 
@@ -204,16 +204,16 @@ def interrupted(
         if waiting.isdisjoint(replicas):
             if {*mine}.issuperset(replicas):  # killed between the last cell and here
                 path.unlink()
-        elif {*mine}.issuperset(replicas) and path == _path(folder, setting, replicas):
+        elif {*mine}.issuperset(replicas) and path == _path(folder, setup, replicas):
             groups.append(replicas)
         else:
             console.print(f"{path} was kept with other losses, seeds, code or settings, or elsewhere; it is not used")
     return groups
 
 
-def _path(folder: Path, setting: Setting, replicas: Sequence[Replica]) -> Path:
-    fingerprints = [setting.fingerprint(replica) for replica in replicas]
-    digest = conf.digest([FORMAT, setting.environment, fingerprints])
+def _path(folder: Path, setup: TrialSetup, replicas: Sequence[Replica]) -> Path:
+    fingerprints = [setup.fingerprint(replica) for replica in replicas]
+    digest = conf.digest([FORMAT, setup.environment, fingerprints])
     return folder / "partial" / f"{digest[:16]}.pt"
 
 

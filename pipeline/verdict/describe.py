@@ -7,7 +7,7 @@ from typing import Any
 
 from likelihood_lab.stats.outcome import OutcomeFinding
 from likelihood_lab.stats.trajectory import Envelope, RankFinding
-from pipeline.verdict.plan import Facts, Request
+from pipeline.verdict.plan import AnalysisPlan, TrialContext
 
 Entry = Mapping[str, Any]
 
@@ -35,19 +35,19 @@ def sentence(
     entry: Entry,
     trajectory: Envelope,
     ranks: RankFinding | None,
-    request: Request,
-    facts: Facts,
+    plan: AnalysisPlan,
+    context: TrialContext,
 ) -> str:
     """Both axes in prose, the one that the request is about first."""
     objective = _objective(entry)
-    outcome = _outcome_in_words(finding, request, facts)
+    outcome = _outcome_in_words(finding, plan, context)
     if objective is None:
         outcome, objective = f"{outcome} The losses themselves were not audited.", ""
     if trajectory.word in TRAJECTORIES:
         objective = f"{objective} {TRAJECTORIES[trajectory.word]}: {trajectory.reason}.".strip()
     if ranks is not None:
         objective = f"{objective} {_ranks(ranks, finding.level)}".strip()
-    both = (objective, outcome) if request.about == "objective" else (outcome, objective)
+    both = (objective, outcome) if plan.about == "objective" else (outcome, objective)
     return " ".join(filter(None, both))
 
 
@@ -72,13 +72,13 @@ def _objective(entry: Entry) -> str | None:
     return f"{said} {MINIMISER}" if entry["objective"] == "scaled" else said
 
 
-def _outcome_in_words(finding: OutcomeFinding, request: Request, facts: Facts) -> str:
-    pairs = f"{finding.num_valid} of {len(request.seeds)} pairs"
+def _outcome_in_words(finding: OutcomeFinding, plan: AnalysisPlan, context: TrialContext) -> str:
+    pairs = f"{finding.num_valid} of {len(plan.seeds)} pairs"
     if finding.word == "identical":
-        every = f"all {len(request.seeds)} pairs" if len(request.seeds) > 1 else "the one pair"
+        every = f"all {len(plan.seeds)} pairs" if len(plan.seeds) > 1 else "the one pair"
         both = f" Under {finding.failures.both} seeds both arms diverged." if finding.failures.both else ""
-        return f"Weights and yardsticks are equal bit for bit in {every} ({facts.scope}).{both}"
-    effects = "; ".join(_effect(name, finding, request) for name in request.primary if name in finding.metrics)
+        return f"Weights and yardsticks are equal bit for bit in {every} ({context.scope}).{both}"
+    effects = "; ".join(_effect(name, finding, plan) for name in plan.primary if name in finding.metrics)
     known = {
         "equivalent": f"Equivalent within the margins over {pairs}: {effects}.",
         "different": f"Another model: {'; '.join(finding.reasons)}.",
@@ -89,8 +89,8 @@ def _outcome_in_words(finding: OutcomeFinding, request: Request, facts: Facts) -
     return known.get(finding.word, inconclusive)
 
 
-def _effect(name: str, finding: OutcomeFinding, request: Request) -> str:
-    metric, margin = finding.metrics[name], request.margins.get(name)
+def _effect(name: str, finding: OutcomeFinding, plan: AnalysisPlan) -> str:
+    metric, margin = finding.metrics[name], plan.margins.get(name)
     reliably = "reliably " if metric.excludes_zero else ""
     ratio = " (log ratio)" if metric.scale == "log_ratio" else ""
     return f"{name} {reliably}{metric.mean_difference:+.2g}{ratio}, margin {margin:g}" if margin else name
@@ -107,13 +107,13 @@ def _advice(finding: OutcomeFinding) -> str:
     )
 
 
-def would_have_caught(finding: OutcomeFinding, entry: Entry, trajectory: Envelope, request: Request) -> str | None:
+def would_have_caught(finding: OutcomeFinding, entry: Entry, trajectory: Envelope, plan: AnalysisPlan) -> str | None:
     """The smallest difference that this check would have noticed, in words, on both axes."""
     noticed = []
     if finding.word == "identical":
         noticed.append("one bit in any weight or yardstick of any pair")
     if finding.word == "equivalent":
-        limits = ", ".join(f"{name} {request.margins[name]:g}" for name in request.primary)
+        limits = ", ".join(f"{name} {plan.margins[name]:g}" for name in plan.primary)
         noticed.append(f"a true mean difference at the margins ({limits}), in {1 - finding.level:.3g} of such studies")
     if power := entry["would_have_caught"]:
         noticed.append(f"in the losses themselves {_smallest(power)}")

@@ -27,7 +27,7 @@ FILE = "looks.jsonl"
 
 
 @dataclass(frozen=True)
-class Request:
+class AnalysisPlan:
     """What is asked of a trial's cells: fixed before the data and hashed into the verdict."""
 
     losses: tuple[str, ...]
@@ -64,7 +64,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Facts:
+class TrialContext:
     """What the yardsticks mean for this dataset.
 
     Attributes:
@@ -81,25 +81,23 @@ class Facts:
     command: str
 
 
-def wanted(request: Request) -> list[Replica]:
+def wanted(plan: AnalysisPlan) -> list[Replica]:
     """Every (arm, seed) that the request is about."""
-    return [Replica(loss, seed) for loss in request.losses for seed in request.seeds]
+    return [Replica(loss, seed) for loss in plan.losses for seed in plan.seeds]
 
 
-def wanted_controls(request: Request) -> list[Replica]:
+def wanted_controls(plan: AnalysisPlan) -> list[Replica]:
     """The controls beside them: a replay under the first seed, the others under every seed."""
     return [
-        Replica(name, seed)
-        for name in request.controls
-        for seed in (request.seeds[:1] if name == REPLAY else request.seeds)
+        Replica(name, seed) for name in plan.controls for seed in (plan.seeds[:1] if name == REPLAY else plan.seeds)
     ]
 
 
-def request_of(config: Mapping[str, Any]) -> Request:
+def plan_of(config: Mapping[str, Any]) -> AnalysisPlan:
     """The request that a configuration makes."""
     dataset = config["dataset"]
     margins = dataset.get("margins") or {}
-    return Request(
+    return AnalysisPlan(
         losses=tuple(config["loss"]),
         seeds=tuple(conf.seeds_of(config)),
         reference=conf.reference_of(config),
@@ -113,18 +111,18 @@ def request_of(config: Mapping[str, Any]) -> Request:
     )
 
 
-def write_request(path: Path, request: Request, facts: Facts, tracking: Mapping[str, Any]) -> None:
+def write_plan(path: Path, plan: AnalysisPlan, context: TrialContext, tracking: Mapping[str, Any]) -> None:
     """Keep the request in the trial's folder, and where its runs are recorded."""
-    content = {"request": _listed(asdict(request)), "facts": asdict(facts), "tracking": dict(tracking)}
+    content = {"request": _listed(asdict(plan)), "facts": asdict(context), "tracking": dict(tracking)}
     write_whole(path / "request.yaml", yaml_bytes(content))
 
 
-def read_request(path: Path) -> tuple[Request, Facts]:
+def read_plan(path: Path) -> tuple[AnalysisPlan, TrialContext]:
     """What the folder was last trained for."""
     found = _read(path)
     try:
-        request: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()}
-        return Request(**request), Facts(**found["facts"])
+        plan: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()}
+        return AnalysisPlan(**plan), TrialContext(**found["facts"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path / 'request.yaml'} is damaged; the command that trained the folder mends it") from error
 

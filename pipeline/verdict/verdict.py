@@ -25,7 +25,7 @@ from pipeline.verdict.outcomes import (
     rank_test_of,
     status_of,
 )
-from pipeline.verdict.plan import Facts, Look, Request, level_of
+from pipeline.verdict.plan import AnalysisPlan, Look, TrialContext, level_of
 
 SCHEMA = 1
 SAME = frozenset({"identical", "rounding", "offset", "equivalent"})
@@ -99,18 +99,18 @@ def comparison(
     controls: Mapping[str, Any],
     cells: Cells,
     damaged: Damaged,
-    request: Request,
-    facts: Facts,
+    plan: AnalysisPlan,
+    context: TrialContext,
 ) -> dict[str, Any]:
     """One entry of `comparisons` in verdict.json; `entry` is the candidate's in audit.json."""
     objective = entry["objective"]
-    rate = rate_of(candidate, cells) / rate_of(request.reference, cells)
-    trajectory = envelope_of(candidate, cells, request) if rate == 1 else ANOTHER_RATE
-    ranks = rank_test_of(candidate, cells, request)
-    verdict = word(request.about, objective, finding.word, trajectory.word, finding.failures.candidate_only > 0, rate)
-    expected = request.expect.get(candidate)
+    rate = rate_of(candidate, cells) / rate_of(plan.reference, cells)
+    trajectory = envelope_of(candidate, cells, plan) if rate == 1 else ANOTHER_RATE
+    ranks = rank_test_of(candidate, cells, plan)
+    verdict = word(plan.about, objective, finding.word, trajectory.word, finding.failures.candidate_only > 0, rate)
+    expected = plan.expect.get(candidate)
     said = [
-        sentence(finding, entry, trajectory, ranks, request, facts),
+        sentence(finding, entry, trajectory, ranks, plan, context),
         "" if rate == 1 else f"It was trained at {rate:g} times the reference's learning rate.",
         reconciled(verdict, finding, entry),
         controls_in_words(controls, finding.word),
@@ -136,10 +136,10 @@ def comparison(
         "expected": expected,
         "confirmed": None if expected is None else confirms(expected, verdict, objective, finding.word),
         "assay_sensitivity": controls["assay_sensitivity"],
-        "would_have_caught": would_have_caught(finding, entry, trajectory, request),
-        "covered": [facts.scope, *entry["covered"]],
+        "would_have_caught": would_have_caught(finding, entry, trajectory, plan),
+        "covered": [context.scope, *entry["covered"]],
         "not_covered": ["other data, splits, hyperparameters and devices", *entry["not_covered"]],
-        "failures": _failures(candidate, cells, damaged, request, facts),
+        "failures": _failures(candidate, cells, damaged, plan, context),
         "metrics": metric_entries(finding),
     }
 
@@ -150,12 +150,14 @@ def rate_of(arm: str, cells: Cells) -> float:
     return float(made.get("loss", {}).get("lr_scale", 1))
 
 
-def _failures(candidate: str, cells: Cells, damaged: Damaged, request: Request, facts: Facts) -> list[dict[str, Any]]:
+def _failures(
+    candidate: str, cells: Cells, damaged: Damaged, plan: AnalysisPlan, context: TrialContext
+) -> list[dict[str, Any]]:
     failures = []
-    for seed in request.seeds:
+    for seed in plan.seeds:
         replica = Replica(candidate, seed)
-        cell, reference = cells.get(replica), cells.get(Replica(request.reference, seed))
-        status = status_of(cell, reference, facts)
+        cell, reference = cells.get(replica), cells.get(Replica(plan.reference, seed))
+        status = status_of(cell, reference, context)
         if status == "missing":
             cause = f"damaged, {damaged[replica]}; train it again" if replica in damaged else "missing"
             failures.append({"seed": seed, "step": None, "cause": cause})
@@ -193,21 +195,21 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def audit_in_force(audit: Mapping[str, Any] | None, cells: Cells, request: Request) -> dict[str, Any] | None:
+def audit_in_force(audit: Mapping[str, Any] | None, cells: Cells, plan: AnalysisPlan) -> dict[str, Any] | None:
     """The audit without what it says of another reference or of other code than the cells were made with."""
     if audit is None:
         return None
-    about = {name for name in request.candidates if audited_entry(name, audit, cells, request) is not None}
+    about = {name for name in plan.candidates if audited_entry(name, audit, cells, plan) is not None}
     losses = {name: entry for name, entry in audit["losses"].items() if name in about}
     return {**audit, "losses": losses} if losses else None
 
 
-def audited_entry(candidate: str, audit: Mapping[str, Any] | None, cells: Cells, request: Request) -> Entry | None:
+def audited_entry(candidate: str, audit: Mapping[str, Any] | None, cells: Cells, plan: AnalysisPlan) -> Entry | None:
     """The candidate's entry in audit.json, where it is about the code that the cells were made with."""
-    if audit is None or audit["reference"] != request.reference or candidate not in audit["losses"]:
+    if audit is None or audit["reference"] != plan.reference or candidate not in audit["losses"]:
         return None
     entry: Entry = audit["losses"][candidate]
-    about = {candidate: entry["made_from"], request.reference: audit["reference_made_from"]}
+    about = {candidate: entry["made_from"], plan.reference: audit["reference_made_from"]}
     for replica, cell in cells.items():
         known = about.get(replica.arm, {})
         if any(cell.record.made_from.get(key) != value for key, value in known.items()):
@@ -250,8 +252,8 @@ def _at_weights(entry: Entry) -> Entry:
 
 def decide(
     cells: Cells,
-    request: Request,
-    facts: Facts,
+    plan: AnalysisPlan,
+    context: TrialContext,
     header: Mapping[str, Any],
     audit: Mapping[str, Any] | None = None,
     look: Look | None = None,
@@ -266,28 +268,27 @@ def decide(
         damaged: what is wrong with cells that are there and cannot be counted.
     """
     damaged = damaged or {}
-    look = look or Look(1, level_of(request.alpha, request.looks, 1), request.alpha, request.looks)
-    found = outcomes(cells, request, facts, look)
-    in_force = replace(request, alpha=look.alpha, looks=look.declared)
+    look = look or Look(1, level_of(plan.alpha, plan.looks, 1), plan.alpha, plan.looks)
+    found = outcomes(cells, plan, context, look)
+    in_force = replace(plan, alpha=look.alpha, looks=look.declared)
     protocol = {
         "hash": in_force.protocol_hash, "alpha": look.alpha, "looks": look.declared, "look": look.number,
-        "level": look.level, "margins": dict(request.margins) or None, "primary": list(request.primary),
+        "level": look.level, "margins": dict(plan.margins) or None, "primary": list(plan.primary),
     }  # fmt: skip
-    controls = control_findings(cells, request, facts, look)
+    controls = control_findings(cells, plan, context, look)
     tested = {name: metric_entries(finding) for name, finding in controls.pop("findings").items()}
-    entries = {name: audited_entry(name, audit, cells, request) or UNAUDITED for name in request.candidates}
+    entries = {name: audited_entry(name, audit, cells, plan) or UNAUDITED for name in plan.candidates}
     comparisons = [
-        comparison(name, found[name], entry, controls, cells, damaged, request, facts)
-        for name, entry in entries.items()
+        comparison(name, found[name], entry, controls, cells, damaged, plan, context) for name, entry in entries.items()
     ]
     return {
         "schema": SCHEMA,
         **header,
-        "about": request.about,
-        "reference": request.reference,
-        "seeds": list(request.seeds),
+        "about": plan.about,
+        "reference": plan.reference,
+        "seeds": list(plan.seeds),
         "protocol": protocol,
         "controls": controls | {"metrics": tested},
-        "reference_failures": _failures(request.reference, cells, damaged, request, facts),
+        "reference_failures": _failures(plan.reference, cells, damaged, plan, context),
         "comparisons": comparisons,
     }

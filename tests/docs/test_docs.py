@@ -30,7 +30,7 @@ from experiments.record import EXPERIMENTS, chosen
 from hydra_plugins.stacked_sweeper.stacked_sweeper import StackedSweeper
 from likelihood_lab.audit.api import assert_same_loss
 from pipeline.config import schema as conf
-from pipeline.config.validate import check, check_audit, check_loss
+from pipeline.config.validate import validate, validate_audit, validate_loss
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").rglob("*.md")])
@@ -212,9 +212,9 @@ def test_a_command_composes_and_is_not_refused(
         for cfg in made:
             if "my_package" in str(cfg.loss):  # stands for the reader's own
                 continue
-            (check if command.words[0] == "pipeline.train" else check_audit)(cfg)
+            (validate if command.words[0] == "pipeline.train" else validate_audit)(cfg)
             for loss, declared in cfg.loss.items():  # an audit asks no more than their form before it runs
-                check_loss(f"loss.{loss}", OmegaConf.to_container(declared))
+                validate_loss(f"loss.{loss}", OmegaConf.to_container(declared))
 
 
 @pytest.mark.parametrize("wrong", ["epoch=1", "loss=[ce,no_such_loss]", "model=mlp,no_such_model", "--no-such"])

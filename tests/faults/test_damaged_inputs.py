@@ -25,10 +25,10 @@ from PIL import Image
 from likelihood_lab.errors import UsageError
 from pipeline.build import load_dataset
 from pipeline.config import schema as conf
-from pipeline.config.validate import check
+from pipeline.config.validate import validate
 from pipeline.data import loaders, soft_labels
 from pipeline.data.dataset import Dataset, make_dataset
-from pipeline.entry import ExitCode, guarded
+from pipeline.entry import ExitCode, run_and_report
 from pipeline.replica import Replica
 from pipeline.report import report
 from pipeline.storage.cells import SEAL, TrialFolder
@@ -395,7 +395,7 @@ def request(*overrides: str) -> dict[str, Any]:
     quick = ["loss=[ce,nll]", "seed=[0,1]", "model=softmax_regression", "trainer=cpu", "epochs=1", "audit=false"]
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
         cfg = compose("train", overrides=[*quick, "tracking=none", "controls=none", *overrides])
-    check(cfg)
+    validate(cfg)
     return conf.plain(cfg)
 
 
@@ -463,7 +463,7 @@ def test_a_damaged_cell_is_never_read_and_moves_aside(damage: str, copied: Path)
     assert folder.read(VICTIM) is None
     assert folder.damaged == {VICTIM: what}
     assert len(folder.cells()) == 3
-    assert folder.sort_out({VICTIM: "any"}) == ([VICTIM], {VICTIM: what})
+    assert folder.find_missing({VICTIM: "any"}) == ([VICTIM], {VICTIM: what})
     assert not os.path.lexists(folder.cell_path(VICTIM))
     assert os.path.lexists(copied / "stale" / "nll" / "s1-damaged")
 
@@ -537,7 +537,7 @@ def test_a_folder_that_is_damaged_beside_its_cells_is_one_line(
 ) -> None:
     spoil, said = FOLDERS[damage]
     spoil(copied)
-    assert guarded(lambda: run(request(), copied, "the command")) == ExitCode.USAGE
+    assert run_and_report(lambda: run(request(), copied, "the command")) == ExitCode.USAGE
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert said in told
@@ -559,7 +559,7 @@ def test_a_damaged_request_is_one_line_of_the_report(
 ) -> None:
     damaged = REQUESTS[content]
     (copied / "request.yaml").unlink() if damaged is None else (copied / "request.yaml").write_bytes(damaged)
-    assert guarded(lambda: report([str(copied)])) == ExitCode.USAGE
+    assert run_and_report(lambda: report([str(copied)])) == ExitCode.USAGE
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "request.yaml" in told
@@ -579,7 +579,7 @@ def test_a_folder_s_name_is_text_and_no_markup(
 ) -> None:
     odd = tmp_path / "a[" / "b] [red] :cat:"
     shutil.copytree(trained, odd)
-    assert guarded(lambda: report([str(odd)])) == ExitCode.HOLDS
+    assert run_and_report(lambda: report([str(odd)])) == ExitCode.HOLDS
     assert f"report: {odd / 'report.html'}" in capsys.readouterr().out
 
 
@@ -588,5 +588,5 @@ def test_data_that_are_refused_leave_neither_a_folder_nor_a_run(tmp_path: Path) 
     idx(root / LABELS, 60, value=77)
     store = f"sqlite:///{tmp_path}/runs.db"
     config = request("dataset=mnist", f"dataset.root={root}", "tracking=mlflow", f"tracking.uri={store}")
-    assert guarded(lambda: run(config, tmp_path / "trial", "the command")) == ExitCode.USAGE
+    assert run_and_report(lambda: run(config, tmp_path / "trial", "the command")) == ExitCode.USAGE
     assert [path.name for path in tmp_path.iterdir()] == ["idx"]

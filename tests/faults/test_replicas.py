@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models import mlp
-from pipeline.training.module import Divergence, SideBySide
+from pipeline.training.module import Divergence, StackTrainingModule
 from pipeline.training.objectives import Formulation
 from tests.laboratory import builder, recipe, same_bits, shipped, toy_data, trained, weights_of
 
@@ -46,7 +46,9 @@ FAULTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }
 
 
-def beside(fails: Callable[[Tensor], Tensor] | None, engine: str, clip_norm: float | None = None) -> SideBySide:
+def beside(
+    fails: Callable[[Tensor], Tensor] | None, engine: str, clip_norm: float | None = None
+) -> StackTrainingModule:
     """Cross-entropy and Brier's score over two seeds, and between them, where given, a loss that fails."""
     data = toy_data()
     first, last = shipped("ce", "brier")

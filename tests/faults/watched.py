@@ -29,7 +29,7 @@ from typing import IO, Any
 import sqlalchemy
 
 from pipeline.config import schema as conf
-from pipeline.entry import ExitCode, guarded
+from pipeline.entry import ExitCode, run_and_report
 from pipeline.storage.cells import TrialFolder
 from pipeline.trial import tiles as training
 from pipeline.trial.run import run
@@ -137,7 +137,7 @@ class Drill:
         conf.ROOT = self.root
         config = trials.compose(*REQUEST, f"tracking.uri={self.uri}")
         watch.begin()
-        code = guarded(lambda: run(config, self.trial, "the command"))
+        code = run_and_report(lambda: run(config, self.trial, "the command"))
         if watch.where is None and code == ExitCode.HOLDS:
             (self.root / "passed.json").write_text(json.dumps(watch.passed))
         return code

@@ -18,7 +18,7 @@ from pipeline.data.dataset import Dataset
 from pipeline.engine.choose import choose_engine, tile_size, unfit_to_fold
 from pipeline.models import ModelBuilder, cnn, mlp
 from pipeline.replica import Replica
-from pipeline.training.module import SideBySide
+from pipeline.training.module import StackTrainingModule
 from pipeline.training.objectives import Formulation
 from pipeline.trial.tiles import tiles
 from tests.laboratory import (
@@ -63,13 +63,13 @@ def run(
     seeds: tuple[int, ...] = (0, 3),
     engine: str = "fold",
     head: str | None = None,
-) -> SideBySide:
+) -> StackTrainingModule:
     """Eight steps, the last of each epoch on a short batch."""
     data = toy_data((1, 8, 8))
     return trained(builder(make, data), data, arms, seeds, recipe(), engine, head)
 
 
-def result(module: SideBySide, arm: str, seed: int) -> Weights:
+def result(module: StackTrainingModule, arm: str, seed: int) -> Weights:
     """All that a run leaves behind: its weights, its history and its sketches."""
     replica = module.replicas.index(Replica(arm, seed))
     history = module.history(replica)
@@ -108,7 +108,7 @@ class Diary(nn.Module):
         return self.head(inputs.flatten(1))  # type: ignore[no-any-return]
 
 
-def pages(module: SideBySide, arm: str, seed: int) -> Tensor:
+def pages(module: StackTrainingModule, arm: str, seed: int) -> Tensor:
     """[epochs, examples] in the order in which a replica saw them."""
     diary = module.stack.replicas[module.replicas.index(Replica(arm, seed))]  # type: ignore[index, union-attr]
     return torch.cat(diary.pages).view(2, -1)  # type: ignore[union-attr, arg-type]
@@ -198,19 +198,19 @@ def test_the_slot_does_not_matter(width: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def all_side_by_side() -> SideBySide:
+def all_side_by_side() -> StackTrainingModule:
     return run(DROPPING_MLP, shipped())
 
 
 @pytest.mark.parametrize("arm", EVERY_LOSS)
-def test_an_arm_alone_is_the_arm_beside_all_others_bit_for_bit(arm: str, all_side_by_side: SideBySide) -> None:
+def test_an_arm_alone_is_the_arm_beside_all_others_bit_for_bit(arm: str, all_side_by_side: StackTrainingModule) -> None:
     """One of which, kl_literal, is NaN from its first step on."""
     alone = run(DROPPING_MLP, shipped(arm))
     for seed in (0, 3):
         assert same_bits(result(alone, arm, seed), result(all_side_by_side, arm, seed))
 
 
-def test_only_the_literal_divergence_is_nan(all_side_by_side: SideBySide) -> None:
+def test_only_the_literal_divergence_is_nan(all_side_by_side: StackTrainingModule) -> None:
     for replica, divergence in zip(all_side_by_side.replicas, all_side_by_side.divergences(), strict=True):
         assert (divergence is not None) is (replica.arm == "kl_literal")
 

@@ -10,7 +10,7 @@ from hydra.errors import ConfigCompositionException
 from likelihood_lab.errors import UsageError
 from pipeline import entry as exit_codes
 from pipeline.config.hydra_glue import run_entry_point
-from pipeline.entry import ExitCode, attempt, guarded, note
+from pipeline.entry import ExitCode, record_exit_code, run_action, run_and_report
 
 
 def raising(error: BaseException) -> object:
@@ -35,18 +35,18 @@ def test_the_codes_are_those_that_callers_rely_on() -> None:
 
 
 def test_a_wrong_request_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    assert guarded(raising(UsageError("seed is empty; give one"))) is ExitCode.USAGE  # type: ignore[arg-type]
+    assert run_and_report(raising(UsageError("seed is empty; give one"))) is ExitCode.USAGE  # type: ignore[arg-type]
     assert capsys.readouterr() == ("", "error: seed is empty; give one\n")
 
 
 def test_a_bug_shows_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert guarded(raising(KeyError("lost"))) is ExitCode.BUG  # type: ignore[arg-type]
+    assert run_and_report(raising(KeyError("lost"))) is ExitCode.BUG  # type: ignore[arg-type]
     assert "KeyError: 'lost'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_disk_that_takes_nothing_is_no_bug(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = attempt(raising(OSError(number, "No room", "/far/away")))  # type: ignore[arg-type]
+    outcome = run_action(raising(OSError(number, "No room", "/far/away")))  # type: ignore[arg-type]
     assert outcome.code is ExitCode.USAGE
     assert outcome.error is not None
     assert outcome.error.startswith("cannot read or write /far/away: No room")
@@ -54,7 +54,7 @@ def test_a_disk_that_takes_nothing_is_no_bug(number: int, capsys: pytest.Capture
 
 
 def test_another_error_of_the_operating_system_is_a_bug() -> None:
-    assert attempt(raising(ConnectionResetError("gone"))).code is ExitCode.BUG  # type: ignore[arg-type]
+    assert run_action(raising(ConnectionResetError("gone"))).code is ExitCode.BUG  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_another_error_of_the_operating_system_is_a_bug() -> None:
     [([], 0), ([0, 0], 0), ([0, 1, 0], 1), ([1, 2], 2), ([3, 2, 1], 3), ([130, 3], 130)],
 )
 def test_the_gravest_job_decides(jobs: list[int], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert code_of(lambda: [note(job) for job in jobs], monkeypatch) == code
+    assert code_of(lambda: [record_exit_code(job) for job in jobs], monkeypatch) == code
 
 
 def test_an_entry_point_forgets_what_an_earlier_one_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    note(3)
+    record_exit_code(3)
     assert code_of(lambda: None, monkeypatch) == 0
-    assert exit_codes.gravest() is ExitCode.HOLDS
+    assert exit_codes.worst_exit_code() is ExitCode.HOLDS
 
 
 def test_a_configuration_that_does_not_compose_is_a_wrong_request(

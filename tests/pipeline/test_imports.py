@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.entry import lasting
+from pipeline.entry import gc_paused_import
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_the_collector_neither_sees_an_import_nor_stays_off(big: str, thawed: None) -> None:
     before = gc.get_freeze_count()
-    with lasting(big):
+    with gc_paused_import(big):
         passes = gc.get_stats()[0]["collections"]
         __import__(big)
         assert gc.get_stats()[0]["collections"] == passes
@@ -76,7 +76,7 @@ def test_garbage_from_before_is_gone_and_what_comes_later_is_collected(big: str,
             Ring.left += 1
 
     Ring()
-    with lasting(big):
+    with gc_paused_import(big):
         assert Ring.left == 1
         __import__(big)
     Ring()
@@ -86,9 +86,9 @@ def test_garbage_from_before_is_gone_and_what_comes_later_is_collected(big: str,
 
 def test_nothing_is_kept_where_nothing_is_imported(thawed: None) -> None:
     before = gc.get_freeze_count()
-    with lasting("sys"):
+    with gc_paused_import("sys"):
         pass
     assert gc.get_freeze_count() == before
-    with pytest.raises(KeyError), lasting("no_such_library"):
+    with pytest.raises(KeyError), gc_paused_import("no_such_library"):
         raise KeyError
     assert gc.isenabled()

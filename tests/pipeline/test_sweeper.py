@@ -69,7 +69,7 @@ def received(job: dict[str, Any]) -> dict[str, Any]:
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The exit codes that the process was told."""
     codes: list[int] = []
-    monkeypatch.setattr(exit_codes, "note", codes.append)
+    monkeypatch.setattr(exit_codes, "record_exit_code", codes.append)
     return codes
 
 
@@ -298,9 +298,9 @@ def test_a_failed_job_is_recorded_and_costs_the_others_nothing(
         ("failed", 2, "ended with 2"),
     ]
     assert noted == [3, 0, 3, 1, 3, 2]
-    closing = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
-    assert len(closing) == 4
-    assert closing[-1] == "failed: exit_code=2 accident=null: ended with 2"
+    print_summary = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert len(print_summary) == 4
+    assert print_summary[-1] == "failed: exit_code=2 accident=null: ended with 2"
 
 
 def test_nothing_but_sweep_json_is_written_beside_the_jobs(sweep: Sweep, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ import likelihood_lab
 from likelihood_lab import Finding, assert_same_loss, capture, check
 from likelihood_lab.audit.rounding import CONSTANT
 from likelihood_lab.audit.sensitivity import smallest_caught
-from likelihood_lab.categorical.batches import Batch
-from likelihood_lab.categorical.mutants import LADDER, label_smoothing
+from likelihood_lab.categorical.batches import AuditBatch
+from likelihood_lab.categorical.mutants import FAULT_SIZES, label_smoothing
 from likelihood_lab.errors import UsageError
 from tests.laboratory import CPU, shipped
 
@@ -547,7 +547,7 @@ def test_an_error_inside_the_block_is_the_users_own_and_the_hooks_are_gone() -> 
 def test_batches_without_a_head_are_refused_for_a_fused_loss() -> None:
     logits, labels = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 4])
     valid = torch.ones(3, dtype=torch.bool)
-    bare = Batch("mine", logits.double(), labels, F.one_hot(labels, 5).double(), valid)
+    bare = AuditBatch("mine", logits.double(), labels, F.one_hot(labels, 5).double(), valid)
     with pytest.raises(UsageError, match="hidden and weight"):
         quick(plain_linear, args=FUSED, batches=[bare])
 
@@ -611,9 +611,9 @@ def test_every_finding_says_how_small_a_difference_would_have_been_caught() -> N
         assert 1e-8 < (power[name]["float32"] or 1) <= 1e-5
 
 
-@pytest.mark.parametrize("place", [*range(0, len(LADDER), 5), len(LADDER) - 1])
+@pytest.mark.parametrize("place", [*range(0, len(FAULT_SIZES), 5), len(FAULT_SIZES) - 1])
 def test_the_smallest_rung_that_is_caught_is_found(place: int) -> None:
-    assert smallest_caught(lambda mutant, d: d >= LADDER[place], label_smoothing) == LADDER[place]
+    assert smallest_caught(lambda mutant, d: d >= FAULT_SIZES[place], label_smoothing) == FAULT_SIZES[place]
     assert smallest_caught(lambda mutant, d: False, label_smoothing) is None
 
 

@@ -16,10 +16,10 @@ from experiments.audit.case import Case
 from experiments.audit.catalogue import CATALOGUE, SOURCES, row_number
 from likelihood_lab.audit.api import check
 from likelihood_lab.audit.classify import SAMENESS, separating
-from likelihood_lab.audit.compare import Judgement
+from likelihood_lab.audit.compare import BatchComparison
 from likelihood_lab.audit.finding import Finding
 from likelihood_lab.audit.rounding import ScaleInterval
-from likelihood_lab.categorical.batches import Shape, make_batch
+from likelihood_lab.categorical.batches import BatchShape, make_batch
 
 ROWS = range(1, 47)
 RUNNABLE = [case for case in CATALOGUE if case.fn is not None]
@@ -153,11 +153,11 @@ def test_a_planted_fault_is_found_and_the_one_trait_that_separates_is_named(
 
 
 def test_a_batch_whose_gradient_is_too_small_to_tell_does_not_hide_the_trait() -> None:
-    seen = make_batch("random", (8,), 2, Shape((2,)), torch.Generator().manual_seed(0))
+    seen = make_batch("random", (8,), 2, BatchShape((2,)), torch.Generator().manual_seed(0))
     strided, known = replace(seen, layout="strided"), ScaleInterval(1.0, 1e-9)
-    wrong = Judgement(strided, torch.float64, units=100.0, interval=known)
-    right = Judgement(seen, torch.float64, units=1.0, interval=known)
-    mute = Judgement(strided, torch.float64, units=1.0)
+    wrong = BatchComparison(strided, torch.float64, units=100.0, interval=known)
+    right = BatchComparison(seen, torch.float64, units=1.0, interval=known)
+    mute = BatchComparison(strided, torch.float64, units=1.0)
     trait = [("on strided inputs", lambda cell: cell.batch.layout == "strided")]
     assert separating([wrong, right], [wrong], trait) == "on strided inputs"
     assert separating([wrong, right, mute], [wrong], trait) == "on strided inputs"

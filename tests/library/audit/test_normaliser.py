@@ -15,19 +15,19 @@ from experiments.audit.case import Case
 from experiments.audit.catalogue import CATALOGUE
 from likelihood_lab.audit.evaluate import Loss
 from likelihood_lab.audit.normaliser import SINGLE, Normaliser, normaliser
-from likelihood_lab.categorical.batches import Shape
+from likelihood_lab.categorical.batches import BatchShape
 from tests.laboratory import CPU
 
 IGNORED = -100
-FLAT, FLAT_IGNORING = Shape((2, 10)), Shape((2, 10), ignore_index=IGNORED)
-TOKENS, TOKENS_IGNORING = Shape((2, 10), tokens=True), Shape((2, 10), tokens=True, ignore_index=IGNORED)
+FLAT, FLAT_IGNORING = BatchShape((2, 10)), BatchShape((2, 10), ignore_index=IGNORED)
+TOKENS, TOKENS_IGNORING = BatchShape((2, 10), tokens=True), BatchShape((2, 10), tokens=True, ignore_index=IGNORED)
 
 LossOf = Callable[[Tensor, Tensor], Tensor]
 
 
 def measured(
     fn: Callable[..., Any],
-    shape: Shape,
+    shape: BatchShape,
     args: tuple[str, ...] = ("logits", "labels"),
     dtype: torch.dtype = torch.float64,
     computes_in: torch.dtype | None = None,
@@ -94,7 +94,7 @@ def log_of_mean_probability(logits: Tensor, labels: Tensor) -> Tensor:
     return -(-losses(logits, labels)).exp().mean().log()
 
 
-CONSTRUCTED: dict[str, tuple[LossOf, Shape, str]] = {
+CONSTRUCTED: dict[str, tuple[LossOf, BatchShape, str]] = {
     "sum": (over(lambda y: 1), FLAT, "a constant"),
     "sum over a fixed 8": (over(lambda y: 8), FLAT_IGNORING, "a constant"),
     "mean": (torch.nn.CrossEntropyLoss(), FLAT, "rows"),
@@ -130,7 +130,7 @@ CONSTRUCTED: dict[str, tuple[LossOf, Shape, str]] = {
 
 @pytest.mark.parametrize(("fn", "shape", "divisor"), CONSTRUCTED.values(), ids=CONSTRUCTED)
 @pytest.mark.usefixtures("untouched_randomness")
-def test_the_divisor_of_a_constructed_loss(fn: LossOf, shape: Shape, divisor: str) -> None:
+def test_the_divisor_of_a_constructed_loss(fn: LossOf, shape: BatchShape, divisor: str) -> None:
     found = measured(fn, shape).divides_by
     assert found.startswith(divisor) if "(" in divisor else found == divisor
 
@@ -141,7 +141,7 @@ named = [case for case in CATALOGUE if case.normaliser is not None]
 @pytest.mark.parametrize("case", named, ids=lambda case: case.row)
 def test_the_divisor_of_every_case_of_the_catalogue_that_names_one(case: Case) -> None:
     options = case.options
-    shape = Shape(
+    shape = BatchShape(
         options.get("num_classes", (2, 10)), options.get("tokens", False), soft=options.get("soft_targets", False),
         ignore_index=options.get("ignore_index"),
     )  # fmt: skip
@@ -151,7 +151,7 @@ def test_the_divisor_of_every_case_of_the_catalogue_that_names_one(case: Case) -
 
 def test_a_divisor_is_told_through_a_factor_a_scale_and_a_fused_layer() -> None:
     assert measured(lambda z, y: 0.1 * F.cross_entropy(z, y), FLAT).divides_by == "rows"
-    fused = Shape((2, 10), fused=True)
+    fused = BatchShape((2, 10), fused=True)
     args = ("hidden", "weight", "labels")
     assert measured(lambda h, w, y: F.cross_entropy(h @ w.T, y), fused, args).divides_by == "rows"
     assert measured(lambda h, w, y: losses(h @ w.T, y).sum(), fused, args).divides_by == "a constant"
@@ -204,7 +204,7 @@ def test_the_distance_and_the_cosine_of_unequal_micro_batches_belong_together() 
 
 
 @pytest.mark.parametrize("shape", [FLAT, FLAT_IGNORING, TOKENS, TOKENS_IGNORING])
-def test_a_sum_over_a_fixed_number_of_items_survives_in_a_sum(shape: Shape) -> None:
+def test_a_sum_over_a_fixed_number_of_items_survives_in_a_sum(shape: BatchShape) -> None:
     found = measured(over(lambda y: 64), shape)
     assert found.accumulation["sum"] < 1e-12
     assert found.accumulation["mean"] == pytest.approx(0.5)

@@ -70,7 +70,7 @@ def test_rows_are_described_by_hand() -> None:
     logits = torch.tensor([[0.0, math.log(3.0)], [-7.0, -7.0]], dtype=torch.float64)
     rows = described(logits, [0, 1])
     torch.testing.assert_close(rows.probs, torch.tensor([[0.25, 0.75], [0.5, 0.5]], dtype=torch.float64))
-    torch.testing.assert_close(rows.surprise, torch.tensor([math.log(4), math.log(2)], dtype=torch.float64))
+    torch.testing.assert_close(rows.surprisal, torch.tensor([math.log(4), math.log(2)], dtype=torch.float64))
     torch.testing.assert_close(rows.magnitude, torch.tensor([math.log(4), 7.0], dtype=torch.float64))
     torch.testing.assert_close(rows.reach, 1 + rows.magnitude + math.sqrt(2))
     assert rows.weight.tolist() == [0.5, 0.5]
@@ -80,7 +80,7 @@ def test_the_surprise_of_soft_targets_is_the_expected_one_and_masked_logits_are_
     logits = torch.tensor([[0.0, 0.0, -math.inf]], dtype=torch.float64)
     targets = torch.tensor([[0.25, 0.75, 0.0]], dtype=torch.float64)
     rows = rows_of(logits, targets, torch.tensor([True]), None)
-    assert rows.surprise.item() == pytest.approx(math.log(2))
+    assert rows.surprisal.item() == pytest.approx(math.log(2))
     assert rows.magnitude.item() == pytest.approx(math.log(2))
 
 

@@ -15,7 +15,7 @@ from likelihood_lab.audit.api import check
 from likelihood_lab.audit.evaluate import Loss, same_bits
 from likelihood_lab.audit.finding import Finding
 from likelihood_lab.audit.side_effects import changed_state, state_of
-from likelihood_lab.categorical.batches import Shape
+from likelihood_lab.categorical.batches import BatchShape
 
 ON_TARGETS = ("logits", "target_probs")
 FUSED = ("hidden", "weight", "bias", "labels")
@@ -327,7 +327,7 @@ def test_shapes_of_the_questions_are_the_audits() -> None:
 
     assert quick(looking, tokens=True).side_effects == ()
     assert seen == {(2, 2, 10)}
-    assert Shape((10,), tokens=True).tokens
+    assert BatchShape((10,), tokens=True).tokens
 
 
 def test_policies_are_asked_in_the_precision_that_was_declared() -> None:

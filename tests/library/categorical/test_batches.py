@@ -21,8 +21,8 @@ from likelihood_lab.categorical.batches import (
     TOKENS,
     UPSTREAM,
     WIDE_FAMILIES,
-    Batch,
-    Shape,
+    AuditBatch,
+    BatchShape,
     grid,
     make_batch,
     targets_of,
@@ -30,31 +30,31 @@ from likelihood_lab.categorical.batches import (
 
 NARROW = (2, 10, 1000)
 SHAPES = {
-    "default": Shape(CLASSES),
-    "narrow": Shape(NARROW),
-    "two classes": Shape((2,)),
-    "soft": Shape(NARROW, soft=True),
-    "ignoring": Shape(NARROW, ignore_index=-100),
-    "tokens": Shape(NARROW, tokens=True, ignore_index=-100),
-    "fused": Shape(NARROW, fused=True, bias=True),
-    "fused tokens": Shape((2, 10), tokens=True, fused=True, soft=True, ignore_index=-1),
+    "default": BatchShape(CLASSES),
+    "narrow": BatchShape(NARROW),
+    "two classes": BatchShape((2,)),
+    "soft": BatchShape(NARROW, soft=True),
+    "ignoring": BatchShape(NARROW, ignore_index=-100),
+    "tokens": BatchShape(NARROW, tokens=True, ignore_index=-100),
+    "fused": BatchShape(NARROW, fused=True, bias=True),
+    "fused tokens": BatchShape((2, 10), tokens=True, fused=True, soft=True, ignore_index=-1),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-def surprise(batch: Batch) -> Tensor:
+def surprisal(batch: AuditBatch) -> Tensor:
     """-log p_y = softplus(logsumexp of the others - z_y) of the valid rows, to its last digit where it is small."""
     logits, labels = batch.logits[batch.valid], batch.labels[batch.valid][:, None]
     others = logits.scatter(1, labels, -math.inf).logsumexp(1)
     return F.softplus(others - logits.gather(1, labels)[:, 0], threshold=1e3)
 
 
-def real_labels(batch: Batch) -> list[int]:
+def real_labels(batch: AuditBatch) -> list[int]:
     return batch.labels[batch.valid].tolist()
 
 
 @every_shape
-def test_every_pair_of_family_size_and_classes_occurs(shape: Shape) -> None:
+def test_every_pair_of_family_size_and_classes_occurs(shape: BatchShape) -> None:
     batches = grid(shape)
     sizes = TOKENS if shape.tokens else ROWS
     fitting = {
@@ -72,7 +72,7 @@ def test_every_pair_of_family_size_and_classes_occurs(shape: Shape) -> None:
 
 
 @every_shape
-def test_every_family_comes_in_every_layout_and_with_both_upstreams(shape: Shape) -> None:
+def test_every_family_comes_in_every_layout_and_with_both_upstreams(shape: BatchShape) -> None:
     batches = grid(shape)
     for family in FAMILIES:
         mine = [batch for batch in batches if batch.family == family]
@@ -91,7 +91,7 @@ def test_inputs_are_numbers_that_float32_holds_within_the_size_that_is_promised(
 
 
 def test_one_batch_has_more_than_256_rows_and_the_smallest_comes_first() -> None:
-    batches = grid(Shape(CLASSES))
+    batches = grid(BatchShape(CLASSES))
     assert max(batch.num_rows for batch in batches) == 300
     assert {1, 2, 7, 64} <= {batch.num_rows for batch in batches}
     sizes = [batch.logits.numel() for batch in batches]
@@ -99,7 +99,7 @@ def test_one_batch_has_more_than_256_rows_and_the_smallest_comes_first() -> None
 
 
 @every_shape
-def test_the_last_class_is_a_label_in_every_batch_of_more_than_one_row(shape: Shape) -> None:
+def test_the_last_class_is_a_label_in_every_batch_of_more_than_one_row(shape: BatchShape) -> None:
     singles = set()
     for batch in grid(replace(shape, ignore_index=None)):
         if batch.num_rows > 1:
@@ -110,7 +110,9 @@ def test_the_last_class_is_a_label_in_every_batch_of_more_than_one_row(shape: Sh
 
 
 def test_the_labels_of_a_large_batch_are_unevenly_spread_over_all_classes() -> None:
-    counts = torch.bincount(make_batch("random", (300,), 10, Shape((10,)), torch.Generator().manual_seed(0)).labels)
+    counts = torch.bincount(
+        make_batch("random", (300,), 10, BatchShape((10,)), torch.Generator().manual_seed(0)).labels
+    )
     assert (counts > 0).all()
     assert counts.max() > 3 * counts.min()
 
@@ -120,13 +122,13 @@ def test_ordinary_rows_have_a_surprise_between_a_tenth_and_1(name: str) -> None:
     kinds = [batch for batch in grid(SHAPES[name]) if batch.family == "ordinary"]
     assert len(kinds) == 5
     for batch in kinds:
-        assert (surprise(batch) >= 0.1).all(), batch.where
-        assert (surprise(batch) <= 1.0).all(), batch.where
+        assert (surprisal(batch) >= 0.1).all(), batch.where
+        assert (surprisal(batch) <= 1.0).all(), batch.where
 
 
 def test_the_grid_goes_to_both_ends_of_the_core_and_not_beyond() -> None:
-    batches = grid(Shape(CLASSES))
-    found = torch.cat([surprise(batch) for batch in batches])
+    batches = grid(BatchShape(CLASSES))
+    found = torch.cat([surprisal(batch) for batch in batches])
     assert 75 < found.max() <= CORE_GAP
     assert 0 < found.min() < 1e-30
     shifted = [batch.logits.mean(1) for batch in batches if batch.family == "offset"]
@@ -137,8 +139,8 @@ def test_the_grid_goes_to_both_ends_of_the_core_and_not_beyond() -> None:
 
 
 def test_a_mixed_batch_has_rows_of_every_kind() -> None:
-    batch = make_batch("mixed", (64,), 10, Shape((10,)), torch.Generator().manual_seed(0))
-    found = surprise(batch)
+    batch = make_batch("mixed", (64,), 10, BatchShape((10,)), torch.Generator().manual_seed(0))
+    found = surprisal(batch)
     assert (found < 1e-15).any()
     assert (found > 20).any()
     assert ((found > 0.1) & (found < 1)).any()
@@ -158,7 +160,7 @@ def test_soft_targets_are_distributions_with_most_mass_on_the_label(name: str) -
 
 
 def test_hard_targets_are_the_labels() -> None:
-    for batch in grid(Shape(NARROW)):
+    for batch in grid(BatchShape(NARROW)):
         assert torch.equal(batch.target_probs, F.one_hot(batch.labels, batch.num_classes).double())
         assert batch.valid.all()
     labels = torch.tensor([1, 0])
@@ -192,16 +194,16 @@ def test_the_logits_of_a_fused_batch_are_the_linear_layers(name: str) -> None:
 
 
 def test_token_batches_have_two_leading_dimensions() -> None:
-    for batch in grid(Shape(NARROW, tokens=True)):
+    for batch in grid(BatchShape(NARROW, tokens=True)):
         assert batch.labels.ndim == 2
         assert batch.logits.shape == (*batch.labels.shape, batch.num_classes) == batch.target_probs.shape
         assert batch.num_rows == batch.labels.shape[0] * batch.labels.shape[1]
-    assert {tuple(batch.labels.shape) for batch in grid(Shape((2,), tokens=True))} == set(TOKENS)
+    assert {tuple(batch.labels.shape) for batch in grid(BatchShape((2,), tokens=True))} == set(TOKENS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_batch_in_a_low_precision_holds_what_that_precision_holds(dtype: torch.dtype) -> None:
-    for shape in (Shape((2, 10)), Shape((2, 10), fused=True, bias=True)):
+    for shape in (BatchShape((2, 10)), BatchShape((2, 10), fused=True, bias=True)):
         for batch in grid(shape):
             low = batch.at(dtype)
             for name in ["logits"] if low.hidden is None else ["hidden", "weight", "bias"]:
@@ -213,7 +215,7 @@ def test_a_batch_in_a_low_precision_holds_what_that_precision_holds(dtype: torch
 
 
 def test_rows_of_a_batch_are_kept_together() -> None:
-    batch = make_batch("random", (7,), 3, Shape((3,), ignore_index=-1), torch.Generator().manual_seed(1))
+    batch = make_batch("random", (7,), 3, BatchShape((3,), ignore_index=-1), torch.Generator().manual_seed(1))
     kept = batch.rows(torch.tensor([5, 0]))
     for name in ("logits", "labels", "target_probs", "valid"):
         assert torch.equal(getattr(kept, name), getattr(batch, name)[[5, 0]])
@@ -221,12 +223,12 @@ def test_rows_of_a_batch_are_kept_together() -> None:
 
 @pytest.mark.usefixtures("untouched_randomness")
 def test_the_grid_is_the_same_each_time_and_draws_nothing_of_the_global_generator() -> None:
-    first, second = grid(Shape((2, 10), soft=True)), grid(Shape((2, 10), soft=True))
+    first, second = grid(BatchShape((2, 10), soft=True)), grid(BatchShape((2, 10), soft=True))
     assert all(torch.equal(a.logits, b.logits) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a.target_probs, b.target_probs) for a, b in zip(first, second, strict=True))
 
 
 def test_a_batch_says_where_it_is() -> None:
-    batch = make_batch("wrong", (2, 6), 10, Shape((10,), tokens=True, ignore_index=-1), torch.Generator())
+    batch = make_batch("wrong", (2, 6), 10, BatchShape((10,), tokens=True, ignore_index=-1), torch.Generator())
     where = replace(batch, layout="strided", upstream=3.7).where
     assert where == "wrong rows, 2x6 x C=10, 4 ignored, strided, upstream 3.7"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor
 
-from likelihood_lab.categorical.metrics import NUM_BINS, Yardsticks
+from likelihood_lab.categorical.metrics import NUM_BINS, MetricSums
 
 NAMES = ["nll", "accuracy", "brier", "ece"]
 
@@ -22,12 +22,12 @@ def examples(count: int = 200, num_classes: int = 5, replicas: int = 3) -> tuple
 
 
 def measured(logits: Tensor, labels: Tensor, target_probs: Tensor, sizes: list[int] | None = None) -> dict[str, Tensor]:
-    yardsticks = Yardsticks(len(logits), torch.device("cpu"))
+    metrics = MetricSums(len(logits), torch.device("cpu"))
     split = sizes or [len(labels)]
     batches = zip(logits.split(split, 1), labels.split(split), target_probs.split(split), strict=True)
     for batch in batches:
-        yardsticks.update(*batch)
-    return yardsticks.result()
+        metrics.update(*batch)
+    return metrics.result()
 
 
 def ece_by_hand(probs: Tensor, labels: Tensor) -> float:
@@ -131,10 +131,10 @@ def test_logits_of_low_precision_are_measured_in_float64() -> None:
 def to_the_truth(logits: Tensor, truth: Tensor, sizes: list[int] | None = None) -> Tensor:
     """kl_truth of each replica; targets are of no account."""
     labels, targets = truth.argmax(1), torch.full_like(truth, 1 / truth.shape[1])
-    yardsticks = Yardsticks(len(logits), torch.device("cpu"))
+    metrics = MetricSums(len(logits), torch.device("cpu"))
     for rows in torch.arange(len(truth)).split(sizes or [len(truth)]):
-        yardsticks.update(logits[:, rows], labels[rows], targets[rows], truth[rows])
-    return yardsticks.result()["kl_truth"]
+        metrics.update(logits[:, rows], labels[rows], targets[rows], truth[rows])
+    return metrics.result()["kl_truth"]
 
 
 def truths(count: int = 200, num_classes: int = 5) -> Tensor:
@@ -179,9 +179,9 @@ def test_the_truth_is_weighted_by_counts_and_leaves_the_other_yardsticks_their_b
     torch.testing.assert_close(
         to_the_truth(logits, truths(), [199, 1]), to_the_truth(logits, truths()), rtol=1e-12, atol=0
     )
-    yardsticks = Yardsticks(3, torch.device("cpu"))
-    yardsticks.update(logits, labels, one_hot, truths())
-    found, without = yardsticks.result(), measured(logits, labels, one_hot)
+    metrics = MetricSums(3, torch.device("cpu"))
+    metrics.update(logits, labels, one_hot, truths())
+    found, without = metrics.result(), measured(logits, labels, one_hot)
     assert list(found) == [*NAMES, "kl_truth"]
     assert all(torch.equal(found[name], without[name]) for name in NAMES)
 

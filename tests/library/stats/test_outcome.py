@@ -14,10 +14,10 @@ from likelihood_lab.stats.pairs import Status
 
 MARGINS = {"nll": 0.1, "brier": 0.01, "accuracy": 0.01}
 PRIMARY = ("nll", "brier")
-Yardsticks = dict[str, Floats]
+MetricSums = dict[str, Floats]
 
 
-def trained(seed: int, n: int) -> Yardsticks:
+def trained(seed: int, n: int) -> MetricSums:
     rng = np.random.default_rng(seed)
     return {
         "nll": 0.2 * np.exp(0.05 * rng.standard_normal(n)),
@@ -27,7 +27,7 @@ def trained(seed: int, n: int) -> Yardsticks:
     }
 
 
-def retrained(reference: Yardsticks, seed: int, *, shift: float = 0.0, noise: float = 0.3) -> Yardsticks:
+def retrained(reference: MetricSums, seed: int, *, shift: float = 0.0, noise: float = 0.3) -> MetricSums:
     """The same runs with paired noise and a shift of the mean, both in units of the margins."""
     rng = np.random.default_rng(1000 + seed)
     moved = {}
@@ -37,12 +37,12 @@ def retrained(reference: Yardsticks, seed: int, *, shift: float = 0.0, noise: fl
     return moved
 
 
-def judge(candidate: Yardsticks, reference: Yardsticks, **options: Any) -> OutcomeFinding:
+def judge(candidate: MetricSums, reference: MetricSums, **options: Any) -> OutcomeFinding:
     request: dict[str, Any] = {"primary": PRIMARY, "margins": MARGINS, "num_classes": 10}
     return compare(candidate, reference, **(request | options))
 
 
-def with_failures(values: Yardsticks, failed: range) -> tuple[Yardsticks, list[Status]]:
+def with_failures(values: MetricSums, failed: range) -> tuple[MetricSums, list[Status]]:
     broken = {name: v.copy() for name, v in values.items()}
     for v in broken.values():
         v[failed] = math.nan

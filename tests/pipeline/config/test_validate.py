@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from likelihood_lab.errors import UsageError
 from pipeline.config import schema as conf
 from pipeline.config.targets import check_call, locate
-from pipeline.config.validate import check, chosen_files
+from pipeline.config.validate import chosen_files, validate
 
 ROOT = Path(__file__).parents[3]
 Refusal = Callable[..., str]
@@ -40,7 +40,7 @@ def refusal(composed: DictConfig) -> Refusal:
             for key, value in values.items():
                 OmegaConf.update(cfg, key, value, merge=False, force_add=True)
         with pytest.raises(UsageError) as refused:
-            check(cfg)
+            validate(cfg)
         line = str(refused.value)
         assert "\n" not in line
         return line
@@ -49,14 +49,14 @@ def refusal(composed: DictConfig) -> Refusal:
 
 
 def test_the_configuration_that_ships_passes(composed: DictConfig) -> None:
-    check(composed)
+    validate(composed)
 
 
 @pytest.mark.parametrize("experiment", [file.stem for file in (conf.CONF / "experiment").glob("*.yaml")])
 def test_every_experiment_that_ships_passes(experiment: str) -> None:
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
         cfg = compose("train", overrides=[f"experiment={experiment}"])
-    check(cfg)
+    validate(cfg)
     assert cfg.tracking.experiment == experiment  # one name everywhere
     assert (conf.CONF.parent / "experiments" / experiment / "README.md").exists()
 
@@ -194,7 +194,7 @@ def test_a_key_that_was_taken_away_is_missed(composed: DictConfig) -> None:
     with open_dict(cfg):
         del cfg["epochs"]
     with pytest.raises(UsageError, match="epochs is missing"):
-        check(OmegaConf.create(OmegaConf.to_container(cfg)))
+        validate(OmegaConf.create(OmegaConf.to_container(cfg)))
 
 
 def pictures(root: str, size: int = 8) -> None: ...
@@ -333,26 +333,26 @@ def job(*overrides: str) -> Iterator[DictConfig]:
 def test_a_loss_file_that_would_replace_another_is_refused(text: str, keys: str, tmp_path: Path) -> None:
     overrides = write_losses(tmp_path, mine=text)
     with job("loss=[ce,nll,mine]", *overrides) as cfg, pytest.raises(UsageError) as refused:
-        check(cfg)
+        validate(cfg)
     assert f"mine.yaml declares {keys}; give it the single key mine" in str(refused.value)
 
 
 def test_a_loss_file_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
     overrides = write_losses(tmp_path, nll=f"nll: {CE}")
     with job("loss=[ce,nll]", *overrides) as cfg, pytest.raises(UsageError, match=r"nll\.yaml is hidden by "):
-        check(cfg)
+        validate(cfg)
 
 
 def test_a_loss_that_is_named_twice_is_refused() -> None:
     with job("loss=[ce,nll,ce]") as cfg, pytest.raises(UsageError, match="loss=ce is chosen more than once"):
-        check(cfg)
+        validate(cfg)
 
 
 def test_the_chosen_files_are_those_of_the_experiment() -> None:
     assert chosen_files("loss") == {}
     with job("experiment=textbook_spellings") as cfg:
         assert list(chosen_files("loss")) == list(cfg.loss)
-        check(cfg)
+        validate(cfg)
 
 
 # --- names

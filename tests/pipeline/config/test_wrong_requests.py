@@ -23,13 +23,13 @@ from pipeline import train
 from pipeline.config import schema as conf
 from pipeline.config.hydra_glue import run_entry_point
 from pipeline.data.dataset import Dataset, make_dataset
-from pipeline.entry import ExitCode, guarded
+from pipeline.entry import ExitCode, run_and_report
 from pipeline.replica import Replica
 from pipeline.storage import cells
 from pipeline.storage.cells import TrialFolder
 from pipeline.trial import run as trials
 from pipeline.trial.run import run
-from pipeline.trial.setup import prepare
+from pipeline.trial.setup import build_setup
 
 ROOT = Path(__file__).parents[3]
 QUICK = [
@@ -142,7 +142,7 @@ def unready(quick: Config) -> Callable[..., str]:
 
     def of(**values: Any) -> str:
         with pytest.raises(UsageError) as refused:
-            prepare({**copy.deepcopy(quick), **values})
+            build_setup({**copy.deepcopy(quick), **values})
         line = str(refused.value)
         assert "\n" not in line
         return line
@@ -286,7 +286,7 @@ def test_folding_a_last_batch_of_one_is_refused(quick: Config, unready: Callable
 
 
 def test_a_last_batch_of_one_is_no_matter_without_batch_norm(quick: Config) -> None:
-    prepare({**quick, "batch_size": 1136})
+    build_setup({**quick, "batch_size": 1136})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -296,7 +296,7 @@ def test_a_gpu_that_is_not_there_is_refused(quick: Config, unready: Callable[...
 
 
 def test_seed_zero_seeds(quick: Config) -> None:
-    setting = prepare(quick)
+    setting = build_setup(quick)
 
     def initial(seed: int) -> Tensor:
         torch.manual_seed(np.random.default_rng().integers(2**31))
@@ -311,7 +311,7 @@ def test_seed_zero_seeds(quick: Config) -> None:
 
 def outcome(config: Config, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     capsys.readouterr()
-    code = guarded(lambda: run(config, folder, "the command"))
+    code = run_and_report(lambda: run(config, folder, "the command"))
     return int(code), capsys.readouterr().err
 
 

@@ -26,7 +26,7 @@ from pipeline.data.soft_labels import ANNOTATIONS, CIFAR10_CLASSES, CIFAR10H, ci
 from pipeline.entry import ExitCode
 from pipeline.replica import Replica
 from pipeline.storage.cells import TrialFolder
-from pipeline.training.module import SideBySide
+from pipeline.training.module import StackTrainingModule
 from tests.laboratory import CPU, refused, shipped
 from tests.trials import trial, verdict, weights
 
@@ -227,10 +227,10 @@ def test_sampled_labels_have_the_frequencies_that_the_truth_says() -> None:
 
 def test_the_sharper_the_teacher_the_surer_it_is() -> None:
     truths = [np.asarray(teacher(sharpness=sharpness).truth) for sharpness in (0.01, 1.0, 5.0, 50.0)]
-    surprise = [entropy(truth, axis=1).mean() for truth in truths]
-    assert surprise[0] == pytest.approx(np.log(10), rel=1e-4)
-    assert surprise == sorted(surprise, reverse=True)
-    assert surprise[-1] < 0.15
+    surprisal = [entropy(truth, axis=1).mean() for truth in truths]
+    assert surprisal[0] == pytest.approx(np.log(10), rel=1e-4)
+    assert surprisal == sorted(surprisal, reverse=True)
+    assert surprisal[-1] < 0.15
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_the_experiment_s_tables_are_made_from_the_cells_and_their_data(soft_tri
     assert float(off) < 1e-6
     rows = [row.strip("| ").split(" | ") for row in distances("teacher", cells)]
     assert [row[1] for row in rows] == ["`ce_soft`", "`kl`", "`ce`"]
-    ce_soft = np.mean([cells[Replica("ce_soft", seed)].yardsticks["test/kl_truth"] for seed in (0, 1)])
+    ce_soft = np.mean([cells[Replica("ce_soft", seed)].metrics["test/kl_truth"] for seed in (0, 1)])
     assert float(rows[0][2].split()[0]) == pytest.approx(ce_soft, abs=1e-4)
     assert rows[1][3].startswith("+0 ")
 
@@ -357,10 +357,10 @@ def test_the_distance_to_the_truth_is_measured_everywhere_and_ends_where_the_def
     last = history.groupby(["loss", "seed", "metric"])["value"].last()
     data = teacher(train=200, val=50, test=400)
     assert data.truth is not None
-    surprise = entropy(data.truth[data.splits["test"]], axis=1).mean()
+    surprisal = entropy(data.truth[data.splits["test"]], axis=1).mean()
     for loss in ("ce_soft", "ce"):  # targets are the truth: KL(P || q) = -sum P log q - H(P)
         found = last[loss, 0]
-        assert found["test/kl_truth"] == pytest.approx(found["test/nll"] - surprise, rel=1e-6)
+        assert found["test/kl_truth"] == pytest.approx(found["test/nll"] - surprisal, rel=1e-6)
     kl, ce = verdict(soft_trial)["comparisons"]
     assert kl["metrics"]["kl_truth"]["mean_difference"] == 0
     assert ce["metrics"]["kl_truth"]["margin"] == 0.01
@@ -413,7 +413,7 @@ def test_batches_that_were_kept_without_their_soft_targets_are_not_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As cells of older versions have them: to ask with one-hot targets would be to ask about other data."""
-    monkeypatch.setattr(SideBySide, "_targets", lambda self, indices: {"labels": self.data.labels[indices]})
+    monkeypatch.setattr(StackTrainingModule, "_targets", lambda self, indices: {"labels": self.data.labels[indices]})
     trial(tmp_path / "t", *SMALL, "loss=[ce_soft,kl]", "seed=[0]", "audit=true", "epochs=1")
     assert "at_weights" not in json.loads((tmp_path / "t" / "audit.json").read_text())["losses"]["kl"]
 

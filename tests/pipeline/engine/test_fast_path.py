@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from pipeline.engine.choose import fast_path_holds
-from pipeline.engine.fold import Chain, Fold, chain_of
+from pipeline.engine.fold import DenseFastPath, Fold, dense_fast_path_of
 from pipeline.engine.layers import fold_modules
 from pipeline.models import cnn, mlp, softmax_regression
 from tests.laboratory import builder, recipe, same_bits, shipped, stack_of, toy_data, trained, weights_of
@@ -38,8 +38,8 @@ def both_ways(make: Make, dtype: torch.dtype, **how: Any) -> tuple[Any, Any]:
     fast, plain = (
         trained(builder(make, data), data, shipped(*ARMS), SEEDS, recipe(**how), fast=fast) for fast in (True, False)
     )
-    assert fast.stack.chain is not None
-    assert plain.stack.chain is None
+    assert fast.stack.fast_path is not None
+    assert plain.stack.fast_path is None
     return fast, plain
 
 
@@ -117,20 +117,20 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_any_other_model_keeps_to_autograd(name: str) -> None:
-    assert chain_of(fold_modules([OTHERS[name]()])) is None
+    assert dense_fast_path_of(fold_modules([OTHERS[name]()])) is None
 
 
 def test_a_reparametrised_layer_is_no_dense_layer() -> None:
     module = mlp((1, 4, 4), 4)
     weight_norm(module[1])  # type: ignore[index]
-    assert chain_of(module) is None
+    assert dense_fast_path_of(module) is None
 
 
 def test_a_fused_loss_keeps_to_autograd() -> None:
     data = toy_data(num_classes=4)
     stack = stack_of(builder(softmax_regression, data), SEEDS, "fold", head="1")
     assert isinstance(stack, Fold)
-    assert stack.chain is None
+    assert stack.fast_path is None
 
 
 def test_under_autocast_autograd_does_it() -> None:
@@ -149,15 +149,15 @@ def test_the_check_passes_what_has_the_same_bits_and_nothing_else(monkeypatch: p
     assert fast_path_holds(modules(), (1, 4, 4), 16)
     assert not fast_path_holds([cnn((1, 4, 4), 4)], (1, 4, 4), 16)
 
-    backward = Chain.backward
+    backward = DenseFastPath.backward
 
-    def off_by_a_bit(self: Chain, upstream: Tensor) -> None:
+    def off_by_a_bit(self: DenseFastPath, upstream: Tensor) -> None:
         backward(self, upstream)
         gradient = self.layers[-1].weight.grad
         assert gradient is not None
         gradient.view(-1)[-1:] = torch.nextafter(gradient.view(-1)[-1:], torch.tensor(torch.inf))
 
-    monkeypatch.setattr(Chain, "backward", off_by_a_bit)
+    monkeypatch.setattr(DenseFastPath, "backward", off_by_a_bit)
     assert not fast_path_holds(modules(), (1, 4, 4), 16)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.engine.sketch import relative_distance, sketch, snapshot_steps
+from pipeline.engine.sketch import sketch, sketch_distance, snapshot_steps
 
 
 def random_weights(seed: int, *shape: int) -> dict[str, Tensor]:
@@ -86,4 +86,4 @@ def test_a_difference_in_one_input_column_is_told_as_well_as_any(columns: int) -
 def test_the_relative_distance_is_that_to_the_reference_in_units_of_its_norm() -> None:
     reference = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     candidate = torch.tensor([[3.0, 4.0], [0.0, 3.0]])
-    assert relative_distance(candidate, reference).tolist() == [0.0, 0.5]
+    assert sketch_distance(candidate, reference).tolist() == [0.0, 0.5]

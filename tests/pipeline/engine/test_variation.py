@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from likelihood_lab.errors import UsageError
 from pipeline.config import schema as conf
-from pipeline.config.validate import check
+from pipeline.config.validate import validate
 from pipeline.engine.seeding import flip_lowest_bit
 from pipeline.models import mlp
 from pipeline.replica import Replica
 from pipeline.storage.cells import CellRecord, TrialFolder
 from pipeline.trial.run import run
-from pipeline.trial.setup import prepare
+from pipeline.trial.setup import build_setup
 
 FAST = (
     "loss=[ce,nll]",
@@ -59,7 +59,7 @@ def compose(*overrides: str) -> dict[str, Any]:
 
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
         cfg = hydra_compose("train", overrides=[*FAST, *overrides])
-    check(cfg)
+    validate(cfg)
     return conf.plain(cfg)
 
 
@@ -124,9 +124,9 @@ def test_the_beginnings_of_two_seeds_differ_from_seed_0s_in_one_bit_each(
     engine: str, precision: str, ulp: float
 ) -> None:
     asked = (f"precision={precision}", f"trainer.engine={engine}")
-    setting = prepare(compose("vary=bit", *asked))
+    setting = build_setup(compose("vary=bit", *asked))
     stack = setting.stack([Replica("ce", seed) for seed in (0, 1, 2)])
-    plain = prepare(compose(*asked)).stack([Replica("ce", 0)])
+    plain = build_setup(compose(*asked)).stack([Replica("ce", 0)])
     changed = [_changed_entries(plain.weights(0), stack.weights(slot), ulp) for slot in range(3)]
     assert all(len(entries) == 1 for entries in changed)
     assert len(set.union(*changed)) == 3

@@ -13,14 +13,14 @@ import psutil
 import pytest
 
 from likelihood_lab.errors import UsageError
-from pipeline.loss_audit.isolation import Limits, Outcome, Tell, run
+from pipeline.loss_audit.isolation import JobResult, Limits, Tell, run_isolated
 
 ROOT = Path(__file__).parents[3]
 AMPLE = Limits(seconds=60, memory=8 * 2**30)
 
 
-def outcome(job: object, limits: Limits = AMPLE) -> Outcome:
-    ((name, found),) = run({"job": job}, limits, 1)  # type: ignore[dict-item]
+def outcome(job: object, limits: Limits = AMPLE) -> JobResult:
+    ((name, found),) = run_isolated({"job": job}, limits, 1)  # type: ignore[dict-item]
     assert name == "job"
     return found
 
@@ -44,14 +44,14 @@ def test_a_job_gives_its_value_and_sees_what_the_parent_has() -> None:
 
 
 def test_every_job_has_a_process_of_its_own() -> None:
-    found = dict(run({str(i): lambda tell: os.getpid() for i in range(4)}, AMPLE, 2))
+    found = dict(run_isolated({str(i): lambda tell: os.getpid() for i in range(4)}, AMPLE, 2))
     pids = {done.value for done in found.values()}
     assert len(pids) == 4
     assert os.getpid() not in pids
 
 
 def test_a_job_that_aborts_is_told_by_its_signal_and_the_others_go_on() -> None:
-    found = dict(run({"dies": lambda tell: os.abort(), "works": lambda tell: 1}, AMPLE, 2))
+    found = dict(run_isolated({"dies": lambda tell: os.abort(), "works": lambda tell: 1}, AMPLE, 2))
     assert found["dies"].failed == "ended by SIGABRT"
     assert found["works"].value == 1
 
@@ -131,7 +131,7 @@ def test_no_child_outlives_a_caller_that_gives_up(tmp_path: Path) -> None:
         (tmp_path / "pid").write_text(str(os.getpid()))
         time.sleep(60)
 
-    running = run({"sleeps": job, "quick": lambda tell: time.sleep(0.5)}, AMPLE, 2)
+    running = run_isolated({"sleeps": job, "quick": lambda tell: time.sleep(0.5)}, AMPLE, 2)
     assert next(running)[0] == "quick"
     running.close()  # type: ignore[attr-defined]
     pid = int((tmp_path / "pid").read_text())
@@ -141,11 +141,11 @@ def test_no_child_outlives_a_caller_that_gives_up(tmp_path: Path) -> None:
 def test_no_child_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = (
         "import os, pathlib, sys, time\n"
-        "from pipeline.loss_audit.isolation import Limits, run\n"
+        "from pipeline.loss_audit.isolation import Limits, run_isolated\n"
         "def job(tell):\n"
         "    pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
         "    time.sleep(600)\n"
-        "list(run({'sleeps': job}, Limits(600, 2**33), 1))\n"
+        "list(run_isolated({'sleeps': job}, Limits(600, 2**33), 1))\n"
     )
     told = tmp_path / "pid"
     parent = subprocess.Popen([sys.executable, "-c", script, str(told)], cwd=ROOT)
@@ -163,6 +163,6 @@ def test_no_more_than_asked_for_run_at_once() -> None:
         time.sleep(0.3)
         return started, time.monotonic()
 
-    spans = [done.value for _, done in run({str(i): job for i in range(5)}, AMPLE, 2)]
+    spans = [done.value for _, done in run_isolated({str(i): job for i in range(5)}, AMPLE, 2)]
     busiest = max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
     assert busiest == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from likelihood_lab.audit.context import MEAN_CROSS_ENTROPY, Audit, audit_of
+from likelihood_lab.audit.context import MEAN_CROSS_ENTROPY, AuditContext, audit_of
 from pipeline.loss_audit import losses as audited
 from pipeline.loss_audit import losses as power_cache
 from pipeline.loss_audit.losses import keep, recall
@@ -26,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "audit_power"
 
 
-def asked(**about: object) -> Audit:
+def asked(**about: object) -> AuditContext:
     return audit_of(MEAN_CROSS_ENTROPY, ("logits", "labels"), **{"num_classes": (3,), **about})  # type: ignore[arg-type]
 
 
@@ -68,12 +68,12 @@ def test_an_audit_measures_once_and_says_the_same_again(cache: Path, monkeypatch
     (file,) = cache.iterdir()
     assert json.loads(file.read_text())["power"] == first
     jobs: list[str] = []
-    run = audited.run_children
+    run = audited.run_isolated
 
     def counted(asked: dict[str, object], *rest: object) -> object:
         jobs.extend(asked)
         return run(asked, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(audited, "run_children", counted)
+    monkeypatch.setattr(audited, "run_isolated", counted)
     assert audited.audit_losses(LOSSES, "ce", settings)["losses"]["nll"]["would_have_caught"] == first
     assert jobs == ["nll"]

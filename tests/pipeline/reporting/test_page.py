@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 
 from pipeline.reporting.figures import write_report
-from pipeline.reporting.page import Findings, headline, page
-from pipeline.reporting.sensitivity import ever_no, how_small
+from pipeline.reporting.page import ReportData, headline, page
+from pipeline.reporting.sensitivity import smallest_detectable, what_was_detected
 from pipeline.text import prose
 
 MARGINS = {"nll": 0.02, "accuracy": 0.01, "brier": 0.005}
@@ -233,7 +233,7 @@ def test_fifteen_losses_and_thirty_seeds_stay_under_three_megabytes(tmp_path: Pa
 # ---------------------------------------------------------------- controls
 
 
-def with_controls(dose: str = "different") -> Findings:
+def with_controls(dose: str = "different") -> ReportData:
     """One loss, a placebo that is nearly equal, and a dose at two margins."""
     verdict, history, differences = findings(["brier"])
     added = [(name, "nll", seed, True, size * 0.02) for name, size in CONTROLS.items() for seed in range(3)]
@@ -296,7 +296,7 @@ def test_the_losses_gradients_are_drawn_where_they_were_audited(tmp_path: Path) 
 def test_how_small_is_answered_for_losses_first_steps_and_outcome() -> None:
     made = with_controls()
     made.verdict["comparisons"][0] |= {"envelope": {"smallest": 1e-5}, "outcome": "equivalent"}
-    losses, steps, own, placebos = how_small(made.verdict, AUDIT)
+    losses, steps, own, placebos = smallest_detectable(made.verdict, AUDIT)
     assert losses == "In the losses themselves: label smoothing by 3e-06 in float32 and 1e-14 in float64."
     assert steps == "In the first steps of training: label smoothing 1e-05, as recorded on digits with an MLP."
     assert own.startswith("In the outcome of brier: a difference beyond nll 0.")
@@ -306,26 +306,26 @@ def test_how_small_is_answered_for_losses_first_steps_and_outcome() -> None:
 def test_placebos_that_were_not_shown_equal_show_nothing() -> None:
     made = with_controls()
     made.verdict["controls"]["outcomes"]["placebo_float64"] = "inconclusive"
-    assert not any("At best" in line for line in how_small(made.verdict, AUDIT))
+    assert not any("At best" in line for line in smallest_detectable(made.verdict, AUDIT))
 
 
 def test_the_ladder_is_the_largest_over_losses_and_none_of_a_loss_that_could_not_be_asked() -> None:
     verdict, *_ = findings(["brier", "nll"])
     coarser = {"objective": "rounding", "would_have_caught": {"label smoothing": {"float32": 1e-3, "float64": None}}}
     both = {"reference": "ce", "losses": {**AUDIT["losses"], "nll": coarser}}  # type: ignore[dict-item]
-    assert how_small(verdict, both)[0] == "In the losses themselves: label smoothing by 1e-03 in float32."
+    assert smallest_detectable(verdict, both)[0] == "In the losses themselves: label smoothing by 1e-03 in float32."
     failed = {
         "reference": "ce",
         "losses": {"brier": {"objective": "error", "would_have_caught": {"a": {"float32": 1}}}},
     }
-    assert "not audited" in how_small(verdict, failed)[0]
-    assert not any("kinds were planted" in line for line in ever_no(verdict, failed))
+    assert "not audited" in smallest_detectable(verdict, failed)[0]
+    assert not any("kinds were planted" in line for line in what_was_detected(verdict, failed))
 
 
 def test_how_small_without_controls_is_each_loss_s_own() -> None:
     verdict, *_ = findings(["brier", "nll", "reverse_kl"])
     verdict["comparisons"][0]["outcome"] = "inconclusive"  # the last is different: nothing hides there
-    unknown, equal, brier = how_small(verdict, None)
+    unknown, equal, brier = smallest_detectable(verdict, None)
     assert "not audited" in unknown
     assert equal == "In the trained models: one bit of any weight in any pair (nll)."
     assert brier.startswith("In the outcome of brier: a difference beyond nll 0.")
@@ -334,7 +334,7 @@ def test_how_small_without_controls_is_each_loss_s_own() -> None:
 def test_a_dose_that_moves_too_little_is_no_test_of_the_study() -> None:
     made = with_controls("equivalent")
     made.verdict["controls"]["metrics"]["dose"]["nll"]["mean_difference"] = 0.4 * 0.02
-    said = ever_no(made.verdict, None)[0]
+    said = what_was_detected(made.verdict, None)[0]
     assert "moves nll by 0.4 margins, was called equivalent. That is too little to notice" in said
 
 
@@ -343,7 +343,7 @@ def test_a_dose_that_moves_too_little_is_no_test_of_the_study() -> None:
     [("different", "Yes, in training"), ("inconclusive", "Not in training"), ("equivalent", "Not in")],
 )
 def test_whether_it_ever_said_no_is_what_became_of_the_dose(dose: str, answer: str) -> None:
-    said = ever_no(with_controls(dose).verdict, AUDIT)
+    said = what_was_detected(with_controls(dose).verdict, AUDIT)
     assert said[0].startswith(answer)
     assert "moves nll by 2 margins" in said[0]
     assert said[1].startswith("And yes where it should")
@@ -355,14 +355,14 @@ def test_whether_it_ever_said_no_is_what_became_of_the_dose(dose: str, answer: s
 def test_placebos_that_were_not_shown_equal_are_no_yes() -> None:
     made = with_controls()
     made.verdict["controls"]["outcomes"]["placebo_float64"] = "inconclusive"
-    assert ever_no(made.verdict, None)[1].startswith("Nor did it say yes where it should")
+    assert what_was_detected(made.verdict, None)[1].startswith("Nor did it say yes where it should")
 
 
 def test_where_nothing_was_planted_and_nothing_found_that_is_the_answer() -> None:
     verdict, *_ = findings(["nll"])
-    assert ever_no(verdict, None)[0].startswith("Not in this trial: nothing different was planted")
+    assert what_was_detected(verdict, None)[0].startswith("Not in this trial: nothing different was planted")
     verdict["controls"] = {"replay": {"seed": 0, "bitwise": False}}
-    assert "not deterministic" in ever_no(verdict, None)[-1]
+    assert "not deterministic" in what_was_detected(verdict, None)[-1]
 
 
 def test_both_questions_stand_before_the_verdict(whole: Page) -> None:
@@ -444,7 +444,7 @@ def report(
 
 def found(
     verdict: dict[str, Any], history: pd.DataFrame, differences: pd.DataFrame | None = None, **more: Any
-) -> Findings:
+) -> ReportData:
     """What a report is made of; weights part as each loss's `offset` says."""
     losses = [loss for loss in history["loss"].unique() if loss != verdict["reference"]]
     rows = [
@@ -459,7 +459,7 @@ def found(
         "distances": pd.DataFrame(rows, columns=["loss", "seed", "step", "control", "value"]),
         "between_seeds": pd.DataFrame(between, columns=["step", "value"]),
     }
-    return Findings(**{"verdict": verdict, "history": history, **tables, "audit": None, "command": COMMAND, **more})
+    return ReportData(**{"verdict": verdict, "history": history, **tables, "audit": None, "command": COMMAND, **more})
 
 
 def words_of(verdict: dict[str, Any], history: pd.DataFrame) -> str:

@@ -18,7 +18,7 @@ from torchvision.models import resnet18
 from pipeline.engine.choose import build_stack
 from pipeline.models import cnn, mlp, softmax_regression
 from pipeline.replica import Replica
-from pipeline.training.module import Divergence, Recipe, SideBySide, fit, without_a_lonely_one
+from pipeline.training.module import Divergence, Recipe, StackTrainingModule, fit, without_a_lonely_one
 from pipeline.training.objectives import Formulation, Objectives
 from tests.laboratory import (
     builder,
@@ -151,7 +151,7 @@ def test_folded_resnet18_drifts_at_most_ten_times_as_far_as_one_unit_in_the_last
 # --- precision
 
 
-def precision_of(dtype: torch.dtype, autocast: bool, engine: str) -> tuple[SideBySide, set[torch.dtype]]:
+def precision_of(dtype: torch.dtype, autocast: bool, engine: str) -> tuple[StackTrainingModule, set[torch.dtype]]:
     data = toy_data(dtype=dtype)
     seen: set[torch.dtype] = set()
 
@@ -192,7 +192,7 @@ def test_precision_is_that_of_the_weights_and_of_what_the_layers_give(
 # --- what is measured
 
 
-def small(*arms: str, how: Recipe | None = None, engine: str = "fold") -> SideBySide:
+def small(*arms: str, how: Recipe | None = None, engine: str = "fold") -> StackTrainingModule:
     data = toy_data()
     return trained(builder(MODELS["mlp"], data), data, shipped(*arms), (0, 3), how or recipe(), engine)
 
@@ -327,7 +327,7 @@ def test_channels_last_a_cnn_is_trained_to_the_same_weights_but_for_rounding() -
     assert next(stack.parameters()).is_contiguous(memory_format=torch.channels_last)
     replicas = [Replica("ce", 3)]
     objectives = Objectives(shipped("ce"), replicas, data.num_classes, torch.device("cpu"), data.dtype)
-    module = SideBySide(stack, objectives, replicas, data, build.input_shape, how)
+    module = StackTrainingModule(stack, objectives, replicas, data, build.input_shape, how)
     fit(module, (), "cpu")
     plain = trained_by_hand(build(3).double(), data, 3, how).state_dict()
     assert largest_difference(stack.weights(0), plain) <= 1e-12

@@ -19,17 +19,17 @@ from pipeline.storage.cells import TrialFolder
 from pipeline.text import in_words
 from pipeline.trial import budget as budgets
 from pipeline.trial import run as trials
-from pipeline.trial.budget import Budget, budget_of, check_disk, fitted
+from pipeline.trial.budget import Budget, budget_of, check_disk, shrink_tile_to_memory
 from pipeline.trial.progress import announce_time
-from pipeline.trial.setup import Setting, prepare
+from pipeline.trial.setup import TrialSetup, build_setup
 from tests.trials import compose, trial, verdict, weights
 
 WEIGHTS = 4 * (64 * 16 + 16 + 16 * 10 + 10)  # bytes of the MLP 64-16-10
 
 
 @pytest.fixture(scope="module")
-def setting() -> Setting:
-    return prepare(compose())
+def setting() -> TrialSetup:
+    return build_setup(compose())
 
 
 def sized(machine: int) -> Any:
@@ -38,13 +38,13 @@ def sized(machine: int) -> Any:
     return lambda setting: replace(real(setting), machine=machine)
 
 
-def test_a_replica_is_weights_gradient_states_and_what_the_backward_pass_needs(setting: Setting) -> None:
+def test_a_replica_is_weights_gradient_states_and_what_the_backward_pass_needs(setting: TrialSetup) -> None:
     plain = budget_of(setting)
     hidden, logits, inputs = 64 * 16 * 4, 64 * 10 * 4, 64 * 64 * 4
     assert plain.replica == WEIGHTS * 3 + 2 * (inputs + hidden + logits)
-    adam = prepare(compose("optimizer=adam"))
+    adam = build_setup(compose("optimizer=adam"))
     assert budget_of(adam).replica == plain.replica + WEIGHTS  # two states, not one
-    without = prepare(compose("optimizer.momentum=0"))
+    without = build_setup(compose("optimizer.momentum=0"))
     assert budget_of(without).replica == plain.replica - WEIGHTS
     assert plain.run == 2 * WEIGHTS + budgets.HISTORY_BYTES
 
@@ -64,7 +64,7 @@ class NeedsNumbers(nn.Module):
         return logits
 
 
-def test_a_model_that_needs_numbers_gets_some(setting: Setting) -> None:
+def test_a_model_that_needs_numbers_gets_some(setting: TrialSetup) -> None:
     odd = replace(setting, builder=ModelBuilder(NeedsNumbers, "odd", (1, 8, 8), 10))
     assert budget_of(odd).replica == 4 * 650 * 3 + 2 * (64 * 64 * 4 + 64 * 10 * 4)
 
@@ -72,24 +72,24 @@ def test_a_model_that_needs_numbers_gets_some(setting: Setting) -> None:
 def test_what_a_run_leaves_on_disk_is_near_the_budget(tmp_path: Path) -> None:
     trial(tmp_path / "t", "loss=[ce]", "seed=[0]", "model.hidden=[512]")
     left = sum(path.stat().st_size for path in (tmp_path / "t").glob("c*/**/*") if path.is_file())
-    expected = budget_of(prepare(compose("model.hidden=[512]"))).run
+    expected = budget_of(build_setup(compose("model.hidden=[512]"))).run
     assert left / 1.3 < expected < left * 1.3
 
 
 def test_measuring_leaves_the_random_state_alone(untouched_randomness: None) -> None:
-    budget_of(prepare(compose("model.dropout=0.5")))
+    budget_of(build_setup(compose("model.dropout=0.5")))
 
 
 def test_a_tile_is_halved_until_it_fits_and_one_run_that_does_not_is_refused(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+    setting: TrialSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budget = budget_of(setting)
-    assert fitted(setting) is setting
+    assert shrink_tile_to_memory(setting) is setting
     monkeypatch.setattr(budgets, "budget_of", sized(int(budget.of(25) / budgets.USABLE)))
-    assert fitted(setting).tile == 24
+    assert shrink_tile_to_memory(setting).tile == 24
     monkeypatch.setattr(budgets, "budget_of", sized(budget.replica))
     with pytest.raises(UsageError, match=r"one run of mlp at batch_size=64 takes about .* lower batch_size"):
-        fitted(setting)
+        shrink_tile_to_memory(setting)
 
 
 def test_runs_that_would_fill_the_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, above: int) -> list[int]:
     tried: list[int] = []
     train_tile = trials.train_tile
 
-    def limited(setting: Setting, replicas: list[Any], *rest: Any) -> Any:
+    def limited(setting: TrialSetup, replicas: list[Any], *rest: Any) -> Any:
         tried.append(len(replicas))
         if len(replicas) > above:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")

@@ -76,8 +76,8 @@ def test_a_checkpoint_loads_into_the_plain_model(main_job: Path) -> None:
 
 def test_a_history_holds_the_frozen_list_of_metrics(main_job: Path) -> None:
     history = pd.read_parquet(main_job / "cells" / "ce" / "s0" / "history.parquet")
-    yardsticks = {f"{split}/{name}" for split in ("train", "val", "test") for name in measured_in([])}
-    assert set(history["metric"]) == yardsticks | {"train/objective"}
+    metrics = {f"{split}/{name}" for split in ("train", "val", "test") for name in measured_in([])}
+    assert set(history["metric"]) == metrics | {"train/objective"}
     assert history[history["metric"] == "val/nll"]["step"].tolist() == [18, 36]
 
 
@@ -400,11 +400,11 @@ def test_the_trials_of_a_sweep_audit_their_losses_once(tmp_path: Path, monkeypat
 
 
 def test_an_audit_of_other_code_or_another_reference_says_nothing(audited: Path) -> None:
-    from pipeline.verdict.plan import read_request
+    from pipeline.verdict.plan import read_plan
     from pipeline.verdict.verdict import audited_entry
 
     folder = TrialFolder(audited)
-    request, _ = read_request(audited)
+    request, _ = read_plan(audited)
     cells = {Replica(cell.record.arm, cell.record.seed): cell for cell in folder.cells()}
     audit = json.loads((audited / "audit.json").read_text())
     assert audited_entry("nll", audit, cells, request) is not None

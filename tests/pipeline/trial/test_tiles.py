@@ -23,7 +23,7 @@ from pipeline.entry import ExitCode
 from pipeline.models import cnn, mlp
 from pipeline.storage.cells import TrialFolder
 from pipeline.storage.files import refusing_disk_errors
-from pipeline.training.module import SideBySide, fit
+from pipeline.training.module import StackTrainingModule, fit
 from pipeline.training.objectives import Formulation
 from pipeline.trial.run import run
 from tests.laboratory import builder, recipe, same_bits, sgd, shipped, toy_data, untrained
@@ -40,11 +40,11 @@ class Killed(BaseException):
 class KilledBefore(pl.Callback):
     """Ends a training when this epoch is about to begin, after what `keep` does."""
 
-    def __init__(self, epoch: int, keep: Callable[[SideBySide], None] = lambda module: None) -> None:
+    def __init__(self, epoch: int, keep: Callable[[StackTrainingModule], None] = lambda module: None) -> None:
         self.epoch, self.keep = epoch, keep
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, SideBySide)
+        assert isinstance(pl_module, StackTrainingModule)
         if trainer.current_epoch == self.epoch:
             self.keep(pl_module)
             raise Killed
@@ -125,20 +125,20 @@ CASES: dict[str, tuple[Any, list[Formulation], dict[str, Any], str]] = {
 }
 
 
-def made(case: str) -> SideBySide:
+def made(case: str) -> StackTrainingModule:
     make, arms, changes, engine = CASES[case]
     data = toy_data((1, 6, 6))
     return untrained(builder(make, data), data, arms, (0, 3), recipe(epochs=4, **changes), engine)
 
 
-def train(module: SideBySide, *callbacks: pl.Callback) -> SideBySide:
+def train(module: StackTrainingModule, *callbacks: pl.Callback) -> StackTrainingModule:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
         fit(module, callbacks, "cpu")
     return module
 
 
-def results(module: SideBySide, replica: int) -> dict[str, Any]:
+def results(module: StackTrainingModule, replica: int) -> dict[str, Any]:
     """Everything that becomes a cell."""
     tensors = {f"weights {name}": tensor for name, tensor in module.stack.weights(replica).items()}
     tensors["sketches"] = torch.stack([sketch[replica] for sketch in module.sketches])
@@ -193,7 +193,7 @@ def patch_fit(patch: pytest.MonkeyPatch, callback: pl.Callback) -> list[int]:
     """Trainings get a callback more, after their own; the list grows by the epochs with which each began."""
     begun: list[int] = []
 
-    def fitting(module: SideBySide, callbacks: Any, accelerator: str) -> None:
+    def fitting(module: StackTrainingModule, callbacks: Any, accelerator: str) -> None:
         begun.append(module.epochs_done)
         fit(module, [*callbacks, callback], accelerator)
 

@@ -14,11 +14,13 @@ import torch
 from pipeline.replica import Replica
 from pipeline.storage.cells import Cell
 from pipeline.verdict.outcomes import controls_in_words, status_of
-from pipeline.verdict.plan import Facts, Request
+from pipeline.verdict.plan import AnalysisPlan, TrialContext
 from pipeline.verdict.verdict import confirms, decide, word
 
-FACTS = Facts(num_classes=10, label_entropy=math.log(10), scope="seeds 0-11, 5 steps", command="make equivalence")
-REQUEST = Request(
+FACTS = TrialContext(
+    num_classes=10, label_entropy=math.log(10), scope="seeds 0-11, 5 steps", command="make equivalence"
+)
+REQUEST = AnalysisPlan(
     losses=("ce", "mine"), seeds=tuple(range(12)), reference="ce", about="objective", expect={},
     margins={"nll": 0.1, "brier": 0.01, "accuracy": 0.01}, primary=("nll", "brier"), alpha=0.05, max_seeds=100,
 )  # fmt: skip
@@ -58,11 +60,11 @@ class StubCell:
         return Cell.distances_from(self, reference)  # type: ignore[arg-type]
 
     @property
-    def yardsticks(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"test/nll": self.nll, "test/brier": self.brier, "test/accuracy": 0.95, "test/ece": 0.02}
 
 
-def verdict_of(mine: dict[int, StubCell], request: Request = REQUEST, **reference: Any) -> dict[str, Any]:
+def verdict_of(mine: dict[int, StubCell], request: AnalysisPlan = REQUEST, **reference: Any) -> dict[str, Any]:
     cells = {Replica("ce", seed): StubCell(**reference) for seed in request.seeds}
     cells |= {Replica("mine", seed): cell for seed, cell in mine.items()}
     verdict = decide(cells, request, FACTS, HEADER)  # type: ignore[arg-type]
@@ -80,7 +82,7 @@ def audited(objective: str, **fields: Any) -> dict[str, Any]:
 
 
 def judged(
-    audit: dict[str, Any] | None, mine: dict[int, StubCell], request: Request = REQUEST, **damaged: str
+    audit: dict[str, Any] | None, mine: dict[int, StubCell], request: AnalysisPlan = REQUEST, **damaged: str
 ) -> dict[str, Any]:
     """`damaged`: what is wrong with a seed's cell, s3="state.pt is missing"."""
     cells = {Replica("ce", seed): StubCell() for seed in request.seeds}
@@ -153,7 +155,7 @@ def test_a_failed_audit_leaves_the_outcome_to_decide() -> None:
     assert "The audit failed: so it was found." in found["sentence"]
 
 
-def entry(mine: dict[int, StubCell], request: Request = REQUEST, **reference: Any) -> dict[str, Any]:
+def entry(mine: dict[int, StubCell], request: AnalysisPlan = REQUEST, **reference: Any) -> dict[str, Any]:
     (found,) = verdict_of(mine, request, **reference)["comparisons"]
     return dict(found)
 
