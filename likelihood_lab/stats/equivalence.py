@@ -1,40 +1,64 @@
-"""One metric over paired seeds: tests of equivalence and of difference, intervals, how many seeds they need.
+"""Tests of equivalence and of difference for one metric over paired seeds, and the number of seeds they need.
 
-Differences are candidate minus reference, one a seed. Sameness is a claim that has to be shown (two one-sided
-tests against a margin), never the absence of a significant difference.
+A difference is candidate minus reference, one for each seed. Equivalence is shown by two one-sided tests against a
+margin (TOST). The absence of a significant difference does not show it.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
+from scipy import special, stats
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 Scale = Literal["difference", "log_ratio"]
 SeedCount = int | Literal["unreachable"]
 
-RESOLUTION = 1e-12  # a smaller spread of differences is rounding of the float64 yardsticks: no variance
+RESOLUTION = 1e-12  # a smaller spread of differences is rounding of the float64 metrics and counts as no variance
 MIN_PAIRS_EQUIVALENT = 10
-MIN_PAIRS_DIFFERENT = 6  # where no t-test against a margin applies: fewer equal signs prove nothing at 5 %
+MIN_PAIRS_DIFFERENT = 6  # without a t-test against a margin: fewer equal signs are not significant at 5 %
 
 
 @dataclass(frozen=True)
 class MetricFinding:
-    """One metric on its own, before any correction for several metrics or arms.
+    """Result for one metric, before any correction for several metrics or losses.
 
-    `level` is alpha. `ci_tost` covers 1 - 2 alpha and lies inside the margin iff the metric is equivalent;
-    `ci_difference` covers 1 - alpha and lies wholly outside iff it is different. `p_lower` is the p-value of
-    mean <= -margin, `p_upper` of mean >= margin, `p_tost` the larger of the two, `p_difference` that of
-    |mean| <= margin, `p_zero` that of mean = 0. Intervals and p-values are None where the differences have no
-    variance, those of TOST also without a margin.
+    Attributes
+    ----------
+    scale : {"difference", "log_ratio"}
+        Scale on which candidate and reference are subtracted.
+    n : int
+        Number of pairs.
+    level : float
+        Significance level alpha.
+    margin : float or None
+        Equivalence margin, in units of the scale.
+    mean_difference, sd : float
+        Mean and standard deviation of the differences. `sd` is None for one pair.
+    pair_correlation : float or None
+        Pearson correlation of candidate and reference over seeds. None for fewer than three pairs or a constant.
+    equivalent, different : bool
+        Results of TOST and of the minimum-effect test at `level`.
+    ci_tost : (float, float) or None
+        1 - 2 alpha interval of the mean. It lies inside the margin iff the metric is equivalent.
+    ci_difference : (float, float) or None
+        1 - alpha interval of the mean. It lies outside the margin iff the metric is different.
+    p_lower, p_upper, p_tost : float or None
+        P-values of mean <= -margin and of mean >= margin, and the larger of the two.
+    p_difference, p_zero : float or None
+        P-values of |mean| <= margin and of mean = 0.
+
+    Notes
+    -----
+    Intervals and p-values are None if the differences have no variance. Without a margin, `p_lower`, `p_upper` and
+    `p_tost` are None.
     """
 
     scale: Scale
@@ -56,17 +80,32 @@ class MetricFinding:
 
     @property
     def excludes_zero(self) -> bool:
-        """The mean difference has a reliable sign; an equivalent metric may have one inside its margin."""
+        """Tell whether the mean differs from 0 significantly. This is possible for an equivalent metric too."""
         return self.p_zero is not None and self.p_zero <= self.level
 
 
 def compare_metric(values: Floats, scale: Scale, margin: float | None, *, alpha: float) -> MetricFinding:
-    """What the values [2, S] of candidate and reference show; the margin is in units of the scale.
+    """Compare candidate and reference in one metric.
 
-    Differences without variance (a spread within RESOLUTION, or one seed) are not tested. They are
-    equivalent if all lie inside the margin in max(10, log2(1/alpha)) seeds, different if all lie outside it
-    on one side in max(6, log2(2/alpha)). Without a margin RESOLUTION takes its place in the search for a
-    difference, which then needs 6 seeds in any case.
+    Differences without variance (a range within RESOLUTION, or one seed) are not tested. They are equivalent if all
+    lie inside the margin and there are max(10, log2(1 / alpha)) seeds. They are different if all lie outside it on
+    one side and there are max(6, log2(2 / alpha)) seeds. Without a margin, a difference is tested against RESOLUTION
+    and needs 6 seeds.
+
+    Parameters
+    ----------
+    values : ndarray [2, S]
+        Metric of the candidate and of the reference for each seed.
+    scale : {"difference", "log_ratio"}
+        Scale on which the two are subtracted.
+    margin : float or None
+        Equivalence margin, in units of the scale.
+    alpha : float
+        Significance level.
+
+    Returns
+    -------
+    MetricFinding
     """
     differences = paired_differences(values[0], values[1], scale)
     finding = MetricFinding(
@@ -84,27 +123,80 @@ def compare_metric(values: Floats, scale: Scale, margin: float | None, *, alpha:
 
 
 def paired_differences(candidate: ArrayLike, reference: ArrayLike, scale: Scale) -> Floats:
-    """Candidate minus reference, seed by seed [S]; a log ratio where the scale says so. NaN stays NaN."""
+    """Subtract the reference from the candidate for each seed [S], as logarithms for a log ratio. NaN stays NaN."""
     return np.subtract(_on_scale(candidate, scale), _on_scale(reference, scale))
 
 
 def tost(differences: Floats, margin: float) -> tuple[Floats, Floats]:
-    """Two one-sided paired t-tests over the last axis [..., S]: p of mean <= -margin, of mean >= margin."""
+    """Compute two one-sided paired t-tests over the last axis.
+
+    Parameters
+    ----------
+    differences : ndarray [..., S]
+        Candidate minus reference for each seed.
+    margin : float
+        Equivalence margin, in units of the differences.
+
+    Returns
+    -------
+    p_lower, p_upper : ndarray [...]
+        P-values in [0, 1] of mean <= -margin and of mean >= margin. Both at most alpha: equivalent at level alpha.
+
+    References
+    ----------
+    Schuirmann (1987), J. Pharmacokinet. Biopharm. 15, 657-680.
+
+    Examples
+    --------
+    >>> p_lower, p_upper = tost(np.array([0.001, -0.002, 0.0, 0.001]), margin=0.01)
+    >>> bool(max(p_lower, p_upper) < 0.05)
+    True
+    """
     mean, se, df = _moments(differences)
-    return _upper_tail((mean + margin) / se, df), _upper_tail((margin - mean) / se, df)
+    p_lower, p_upper = stats.t.sf(np.stack([mean + margin, margin - mean]) / se, df)
+    return p_lower, p_upper
 
 
 def minimum_effect(differences: Floats, margin: float) -> Floats:
-    """p of |mean| <= margin over the last axis [..., S]; the ordinary two-sided paired t-test at margin 0.
+    """Compute the p-value of |mean| <= margin over the last axis: the two-sided paired t-test at margin 0.
 
-    At most alpha iff the 1 - alpha interval lies wholly outside the margin.
+    The p-value is min(1, 2 P(t_{S-1} > (|mean| - margin) / SE)) with SE = sd / sqrt(S). It is at most alpha iff the
+    1 - alpha interval of the mean lies outside the margin.
+
+    Parameters
+    ----------
+    differences : ndarray [..., S]
+        Candidate minus reference for each seed.
+    margin : float
+        Largest mean difference that does not matter, in units of the differences.
+
+    Returns
+    -------
+    ndarray [...]
+        P-values in [0, 1].
     """
     mean, se, df = _moments(differences)
-    return np.minimum(1.0, 2 * _upper_tail((np.abs(mean) - margin) / se, df))
+    return np.minimum(1.0, 2 * stats.t.sf((np.abs(mean) - margin) / se, df))
 
 
 def holm(p_values: Sequence[float]) -> Floats:
-    """Holm's adjusted p-values, in the order given: the i-th smallest of m times m - i + 1, made monotone."""
+    """Adjust p-values by Holm's method: the i-th smallest of m is multiplied by m - i + 1 and made monotone.
+
+    Parameters
+    ----------
+    p_values : sequence of float
+        P-values in [0, 1].
+
+    Returns
+    -------
+    ndarray [m]
+        Adjusted p-values, in the given order.
+
+    Raises
+    ------
+    ValueError
+        A p-value is NaN or lies outside [0, 1].
+    """
     p = np.asarray(p_values, dtype=np.float64)
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"p-values must lie in [0, 1], got {p_values}")
@@ -118,11 +210,29 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(128)
 
 
 def power_of_tost(sd: float, margin: float, n: int, *, alpha: float = 0.05, mean: float = 0.0) -> float:
-    """Probability that n normal differences of the given true mean and sd come out equivalent. Exact:
+    """Compute the probability that TOST finds n normal differences equivalent.
 
-        int_0^umax [Phi((h - mean) / SE) - Phi((-h - mean) / SE)] f(u) du,  h = margin - t_{1-alpha,n-1} u SE
+    The value is the integral over u from 0 to umax of
 
-    with SE = sd / sqrt(n), u = observed sd / true sd ~ chi_{n-1} / sqrt(n-1) of density f, h(umax) = 0.
+        [Phi((h - mean) / SE) - Phi((-h - mean) / SE)] f(u),  h = margin - t_{1-alpha,n-1} u SE,
+
+    where SE = sd / sqrt(n), u = observed sd / true sd has the density f of chi_{n-1} / sqrt(n-1), and h(umax) = 0.
+
+    Parameters
+    ----------
+    sd, mean : float
+        True standard deviation and mean of the differences.
+    margin : float
+        Equivalence margin.
+    n : int
+        Number of seeds. The power is 0 for fewer than 2.
+    alpha : float
+        Significance level.
+
+    Returns
+    -------
+    float
+        Power in [0, 1], by Gauss-Legendre quadrature.
     """
     if n < 2:
         return 0.0
@@ -135,9 +245,9 @@ def power_of_tost(sd: float, margin: float, n: int, *, alpha: float = 0.05, mean
     if high <= low:
         return 0.0
     u = low + (high - low) * (_NODES + 1) / 2
-    reach = margin - t * u * se
-    inside = special.ndtr((reach - mean) / se) - special.ndtr((-reach - mean) / se)
-    return float((high - low) / 2 * np.sum(_WEIGHTS * inside * _spread_density(u, df)))
+    h = margin - t * u * se
+    p_inside = special.ndtr((h - mean) / se) - special.ndtr((-h - mean) / se)
+    return float((high - low) / 2 * np.sum(_WEIGHTS * p_inside * _spread_density(u, df)))
 
 
 def seeds_needed(
@@ -149,22 +259,39 @@ def seeds_needed(
     mean: float = 0.0,
     max_seeds: int = 1000,
 ) -> SeedCount:
-    """The fewest seeds at which TOST reaches the power; `unreachable` beyond max_seeds."""
+    """Return the smallest number of seeds for which TOST has the given power.
 
-    def suffices(n: int) -> bool:
-        return power_of_tost(sd, margin, n, alpha=alpha, mean=mean) >= power
+    Parameters
+    ----------
+    sd, mean : float
+        True standard deviation and mean of the differences.
+    margin : float
+        Equivalence margin.
+    alpha, power : float
+        Significance level, and the probability of finding equivalence.
+    max_seeds : int
+        Largest number that is tried.
 
-    sizes = range(2, max_seeds + 1)
-    first = bisect_left(sizes, True, key=suffices)
-    return sizes[first] if first < len(sizes) else "unreachable"
+    Returns
+    -------
+    int or "unreachable"
+        A number from 2 to `max_seeds`, or "unreachable".
+
+    Examples
+    --------
+    >>> seeds_needed(sd=1.0, margin=1.0)
+    11
+    """
+    return _first_size(lambda n: power_of_tost(sd, margin, n, alpha=alpha, mean=mean) >= power, max_seeds)
 
 
 def seeds_to_differ(
     sd: float, margin: float, mean: float, *, alpha: float = 0.05, power: float = 0.8, max_seeds: int = 1000
 ) -> SeedCount:
-    """The fewest seeds at which the minimum-effect test finds a mean beyond the margin, with that power.
+    """Return the smallest number of seeds for which the minimum-effect test has the given power.
 
-    P(t > t_{1-alpha/2, n-1}) for t noncentral with (mean - margin) sqrt(n) / sd; `unreachable` beyond max_seeds.
+    The power is P(t > t_{1-alpha/2,n-1}), where t is noncentral with parameter (mean - margin) sqrt(n) / sd.
+    The parameters are those of `seeds_needed`; `mean` must exceed the margin, otherwise the result is "unreachable".
     """
     if not mean > margin:
         return "unreachable"
@@ -173,18 +300,23 @@ def seeds_to_differ(
         beyond = (mean - margin) * math.sqrt(n) / sd if sd > 0 else math.inf
         return sd == 0 or 1 - float(special.nctdtr(n - 1, beyond, -special.stdtrit(n - 1, alpha / 2))) >= power
 
+    return _first_size(suffices, max_seeds)
+
+
+def sd_upper_limit(sd: float, n: int) -> float:
+    """Compute the upper 80 % confidence limit of a standard deviation that was estimated from n normal values."""
+    return sd * math.sqrt((n - 1) / float(special.chdtri(n - 1, 0.8)))
+
+
+def _first_size(suffices: Callable[[int], bool], max_seeds: int) -> SeedCount:
+    """Find the smallest n from 2 to max_seeds that suffices, by bisection: a larger n suffices too."""
     sizes = range(2, max_seeds + 1)
     first = bisect_left(sizes, True, key=suffices)
     return sizes[first] if first < len(sizes) else "unreachable"
 
 
-def sd_upper_limit(sd: float, n: int) -> float:
-    """Upper 80 % confidence limit of a standard deviation estimated from n normal values."""
-    return sd * math.sqrt((n - 1) / float(special.chdtri(n - 1, 0.8)))
-
-
 def _spread_density(u: Floats, df: int) -> Floats:
-    """Density of chi_df / sqrt(df) at u > 0: what an observed standard deviation is of the true one."""
+    """Density of chi_df / sqrt(df), the ratio of observed to true standard deviation, at u > 0."""
     log_norm = math.log(2) + df / 2 * math.log(df / 2) - math.lgamma(df / 2)
     return np.exp(log_norm + (df - 1) * np.log(u) - df * u**2 / 2)
 
@@ -203,24 +335,26 @@ def _untested(finding: MetricFinding, differences: Floats) -> MetricFinding:
 
 def _tested(finding: MetricFinding, differences: Floats) -> MetricFinding:
     margin, alpha = finding.margin, finding.level
+    mean, se, df = _moments(differences)
+    low, high = stats.t.interval([1 - 2 * alpha, 1 - alpha], df, loc=mean, scale=se)
     p_difference = float(minimum_effect(differences, margin or RESOLUTION))
     finding = replace(
         finding,
-        ci_tost=_interval(differences, tail=alpha),
-        ci_difference=_interval(differences, tail=alpha / 2),
+        different=p_difference <= alpha and (margin is not None or finding.n >= MIN_PAIRS_DIFFERENT),
+        ci_tost=(float(low[0]), float(high[0])),
+        ci_difference=(float(low[1]), float(high[1])),
         p_difference=p_difference,
         p_zero=float(minimum_effect(differences, 0.0)),
     )
     if margin is None:
-        return replace(finding, different=p_difference <= alpha and finding.n >= MIN_PAIRS_DIFFERENT)
+        return finding
     p_lower, p_upper = map(float, tost(differences, margin))
     p_tost = max(p_lower, p_upper)
-    finding = replace(finding, equivalent=p_tost <= alpha, different=p_difference <= alpha)
-    return replace(finding, p_lower=p_lower, p_upper=p_upper, p_tost=p_tost)
+    return replace(finding, equivalent=p_tost <= alpha, p_lower=p_lower, p_upper=p_upper, p_tost=p_tost)
 
 
 def _on_scale(values: ArrayLike, scale: Scale) -> Floats:
-    """Logarithms for a ratio. A mean negative log-likelihood below one ulp of 1 is rounding, as is zero."""
+    """Take logarithms for a ratio. Values below the epsilon of float64, such as an NLL of 0, count as epsilon."""
     raw = np.asarray(values, dtype=np.float64)
     return raw if scale == "difference" else np.log(np.maximum(raw, np.finfo(np.float64).eps))
 
@@ -230,18 +364,8 @@ def _moments(differences: Floats) -> tuple[Floats, Floats, int]:
     return differences.mean(axis=-1), differences.std(axis=-1, ddof=1) / math.sqrt(n), n - 1
 
 
-def _upper_tail(t: Floats, df: int) -> Floats:
-    return np.asarray(special.stdtr(df, -t), dtype=np.float64)
-
-
-def _interval(differences: Floats, tail: float) -> Interval:
-    mean, se, df = _moments(differences)
-    reach = -float(special.stdtrit(df, tail)) * float(se)
-    return float(mean) - reach, float(mean) + reach
-
-
 def _pair_correlation(values: Floats) -> float | None:
-    """Pearson's r of the arms over seeds: what pairing buys. Two points always correlate, constants never."""
+    """Pearson's r of candidate and reference; None for two points, which always correlate, and for a constant."""
     if values.shape[1] < 3 or np.ptp(values, axis=1).min() <= RESOLUTION:
         return None
     return float(np.corrcoef(values[0], values[1])[0, 1])
