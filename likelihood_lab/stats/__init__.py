@@ -1,1 +1,1 @@
-"""Did two losses train the same model? Paired equivalence tests over seeds; numpy and scipy only."""
+"""Paired equivalence tests over seeds: do two losses train the same model? Uses numpy and scipy only."""

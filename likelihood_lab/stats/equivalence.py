@@ -336,7 +336,7 @@ def _untested(finding: MetricFinding, differences: Floats) -> MetricFinding:
 def _tested(finding: MetricFinding, differences: Floats) -> MetricFinding:
     margin, alpha = finding.margin, finding.level
     mean, se, df = _moments(differences)
-    low, high = stats.t.interval([1 - 2 * alpha, 1 - alpha], df, loc=mean, scale=se)
+    low, high = np.array(stats.t.interval([1 - 2 * alpha, 1 - alpha], df, loc=mean, scale=se))
     p_difference = float(minimum_effect(differences, margin or RESOLUTION))
     finding = replace(
         finding,

@@ -1,6 +1,6 @@
-"""The outcome axis: did two losses train the same model? Yardsticks of paired seeds in, a finding out.
+"""Decision whether two losses trained the same model, from the metrics of paired seeds.
 
-A run that failed is part of the outcome, a run that is missing is a hole in it: neither is ever dropped.
+A diverged run is scored, a missing run is counted. Neither is dropped.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats
 
 from likelihood_lab.stats.equivalence import (
     MIN_PAIRS_EQUIVALENT,
@@ -32,14 +33,29 @@ MIN_PAIRS_PROVISIONAL = 5
 
 @dataclass(frozen=True)
 class OutcomeFinding:
-    """The word for one candidate, with everything that a sentence about it needs.
+    """Result for one candidate.
 
-    `reasons` says why the word is not a stronger one, or what makes it `different`. `provisional`: all tests
-    pass, on 5 to 9 pairs. `num_valid` counts the pairs in which both runs finished. `p_equivalent` and
-    `p_different` stand behind the word after the correction over metrics; None where no test decided.
-    `seeds_needed` assumes a true difference of 0, or the one seen where that many seeds have not decided;
-    `seeds_needed_shifted` assumes one of a quarter of the margin.
-    `collapse_rate_bound` is the upper 95 % limit of the rate at which the candidate diverges.
+    Attributes
+    ----------
+    word : {"identical", "equivalent", "inconclusive", "different", "not_run"}
+        The decision.
+    level : float
+        Significance level alpha.
+    num_valid : int
+        Number of pairs in which both runs finished.
+    failures : Failures
+        Counts of diverged and missing runs.
+    metrics : mapping of str to MetricFinding
+        Results of the single metrics.
+    reasons : tuple of str
+        Reasons why the word is `different`, or not stronger.
+    provisional : bool
+        All tests pass, but on 5 to 9 pairs only.
+    p_equivalent, p_different : float or None
+        P-values of the decision after the correction over metrics. None if no test decided.
+    seeds_needed : int, "unreachable" or None
+        Number of seeds for a decision if the true difference is 0. If that many seeds were inconclusive, the
+        observed difference is assumed.
     """
 
     word: Word
@@ -52,8 +68,15 @@ class OutcomeFinding:
     p_equivalent: float | None = None
     p_different: float | None = None
     seeds_needed: SeedCount | None = None
-    seeds_needed_shifted: SeedCount | None = None
-    collapse_rate_bound: float | None = None
+
+    @property
+    def collapse_rate_bound(self) -> float | None:
+        """Upper 95 % confidence limit (Clopper-Pearson) of the rate at which the candidate diverges."""
+        failed = self.failures.candidate_only + self.failures.both
+        num_pairs = self.num_valid + self.failures.reference_only + failed
+        if not num_pairs:
+            return None
+        return float(stats.binomtest(failed, num_pairs, alternative="less").proportion_ci(0.95).high)
 
 
 def compare(
@@ -70,24 +93,52 @@ def compare(
     next_alpha: float | None = None,
     max_seeds: int = 1000,
 ) -> OutcomeFinding:
-    """The outcome of a candidate against the reference over S paired seeds.
+    """Compare a candidate with the reference over S paired seeds.
 
-    Each mapping holds one value a seed, [S], seeds in the same order. A run without a result is declared by
-    its status (all `ok` when omitted) and its values are ignored. `bitwise_identical` [S]: the weights of the
-    pair are equal bit for bit. Only the primary metrics decide; the others are examined alike and shown.
-
-    * identical: weights and yardsticks are bitwise equal in every pair, whatever S; nothing is tested.
-    * different: after Holm, some primary |mean| exceeds its margin, or one arm diverges more often. Without
-      margins: some primary mean is not 0, in 6 seeds at least.
-    * equivalent: TOST passes for every primary metric (intersection-union, hence no correction), both runs
-      finished in at least 10 pairs, and no seed diverged under one arm alone.
-    * inconclusive: none of these. A missing pair rules out sameness; it does not silence a difference.
+    * identical: weights and metrics are bitwise equal in every pair, for any S. Nothing is tested.
+    * different: after Holm, a primary |mean| exceeds its margin, or one loss diverges more often. Without margins:
+      a primary mean is not 0, in at least 6 seeds.
+    * equivalent: TOST passes for every primary metric, both runs finished in at least 10 pairs, and no seed diverged
+      under one loss alone. TOST over metrics is an intersection-union test and needs no correction.
+    * inconclusive: none of these. A missing pair excludes `identical` and `equivalent`, but not `different`.
     * not_run: no pair is complete.
 
-    `seeds_needed` is for a verdict at `next_alpha`, the level of the look that would use them; alpha where omitted.
+    Parameters
+    ----------
+    candidate, reference : mapping of str to array_like [S]
+        Values of each metric, one for each seed, seeds in the same order. Keys are names of `pairs.METRICS`.
+    primary : sequence of str
+        Metrics that decide. The others are computed in the same way, but do not decide.
+    margins : mapping of str to float, or None
+        Equivalence margin of each metric, in units of its scale.
+    num_classes : int
+        Number of classes C, for the score of a diverged run.
+    candidate_status, reference_status : sequence of {"ok", "diverged", "missing"}, optional
+        Status of each run; `ok` by default. Values of a run that is not `ok` are ignored.
+    bitwise_identical : array_like of bool [S], optional
+        True where the weights of the pair are equal bit for bit.
+    alpha : float
+        Significance level, in (0, 0.5).
+    next_alpha : float, optional
+        Level of the look that `seeds_needed` is computed for; `alpha` by default.
+    max_seeds : int
+        Upper limit of `seeds_needed`.
 
-    Raises ValueError where a run declared `ok` has a value that is not finite, a primary metric lacks its
-    margin, or an argument is out of range.
+    Returns
+    -------
+    OutcomeFinding
+
+    Raises
+    ------
+    ValueError
+        A run declared `ok` has a value that is not finite, a primary metric has no margin, or an argument is out of
+        range.
+
+    Examples
+    --------
+    >>> runs = {"nll": [0.30, 0.31, 0.29]}
+    >>> compare(runs, runs, primary=["nll"], margins=None, num_classes=10, bitwise_identical=[True] * 3).word
+    'identical'
     """
     margins = margins or {}
     _check_request(candidate, primary, margins, alpha)
@@ -97,16 +148,27 @@ def compare(
     finding = _undecided(pairs, margins, alpha)
     if bitwise_identical is not None and pairs.are_identical(np.asarray(bitwise_identical, dtype=bool)):
         return _without_test(finding)
-    return _with_seeds_needed(_decided(finding, primary), primary, next_alpha or alpha, max_seeds)
+    return _add_seeds_needed(_decide(finding, primary), primary, next_alpha or alpha, max_seeds)
 
 
 def correct_for_arms(
     findings: Mapping[str, OutcomeFinding], *, claim: Literal["each", "all"] = "each"
 ) -> dict[str, OutcomeFinding]:
-    """Holm over the candidates of one reference: a word that does not survive becomes inconclusive.
+    """Correct the candidates of one reference by Holm; a word that is no longer significant becomes inconclusive.
 
-    The claim that *all* are equivalent is an intersection-union and needs no correction; a difference always
-    does. Candidates decided without a test (bitwise identity, no variance) are not part of the family.
+    Candidates that were decided without a test (bitwise identity, no variance) are not part of the family.
+
+    Parameters
+    ----------
+    findings : mapping of str to OutcomeFinding
+        Results of all candidates of one reference.
+    claim : {"each", "all"}
+        With "all", equivalence is claimed for all candidates together. This is an intersection-union test and needs
+        no correction. Differences are corrected in both cases.
+
+    Returns
+    -------
+    dict of str to OutcomeFinding
     """
     corrected = _survivors(findings, "different", {name: f.p_different for name, f in findings.items()})
     if claim == "all":
@@ -125,17 +187,16 @@ def _undecided(pairs: Pairs, margins: Mapping[str, float], alpha: float) -> Outc
         num_valid=pairs.num_valid,
         failures=pairs.failures,
         metrics=metrics,
-        collapse_rate_bound=pairs.collapse_rate_bound,
     )
 
 
 def _without_test(finding: OutcomeFinding) -> OutcomeFinding:
-    """Every complete pair is bitwise identical: only a missing one stands in the way of the word."""
+    """Decide if every complete pair is bitwise identical: `identical` unless a pair is missing."""
     blocked = _integrity_reasons(finding.failures)
     return replace(finding, word="inconclusive" if blocked else "identical", reasons=blocked)
 
 
-def _decided(finding: OutcomeFinding, primary: Sequence[str]) -> OutcomeFinding:
+def _decide(finding: OutcomeFinding, primary: Sequence[str]) -> OutcomeFinding:
     grounds, p_different = _grounds_for_different(finding, primary)
     p_tost = [p for name in primary if (p := finding.metrics[name].p_tost) is not None]
     finding = replace(finding, p_different=p_different, p_equivalent=max(p_tost, default=None))
@@ -150,10 +211,10 @@ def _decided(finding: OutcomeFinding, primary: Sequence[str]) -> OutcomeFinding:
 
 
 def _grounds_for_different(finding: OutcomeFinding, primary: Sequence[str]) -> tuple[tuple[str, ...], float | None]:
-    """What shows a difference after Holm, in words; the smallest adjusted p (None where no test is needed).
+    """Reasons for `different` after Holm, and the smallest adjusted p (None if a difference needs no test).
 
-    A metric without variance stays in the family with p = 1. Divergence joins it only when some seed diverged
-    under one arm alone: otherwise its p is 1 whatever the truth, and it raises no false alarm (Tarone 1990).
+    A metric without variance stays in the family with p = 1. Divergence is part of the family only if a seed diverged
+    under one loss alone. Otherwise its p is always 1, so that it can be left out (Tarone 1990).
     """
     metrics, failures = finding.metrics, finding.failures
     family = {name: p if (p := metrics[name].p_difference) is not None else 1.0 for name in primary}
@@ -187,30 +248,32 @@ def _holm_by_name(p_values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(p_values, holm(list(p_values.values())).tolist(), strict=True))
 
 
-def _with_seeds_needed(finding: OutcomeFinding, primary: Sequence[str], alpha: float, max_seeds: int) -> OutcomeFinding:
+def _add_seeds_needed(finding: OutcomeFinding, primary: Sequence[str], alpha: float, max_seeds: int) -> OutcomeFinding:
     metrics = [finding.metrics[name] for name in primary]
-    centred, shifted = (_advised_seeds(metrics, shift, alpha, max_seeds) for shift in (0.0, 0.25))
-    if isinstance(centred, int) and centred <= finding.num_valid and finding.word == "inconclusive":
-        centred = _advised_as_seen(metrics, alpha, max_seeds)  # a difference of 0 would have been decided by now
-    return replace(finding, seeds_needed=centred, seeds_needed_shifted=shifted)
+    needed = _seeds_at_zero(metrics, alpha, max_seeds)
+    if isinstance(needed, int) and needed <= finding.num_valid and finding.word == "inconclusive":
+        needed = _seeds_at_observed(metrics, alpha, max_seeds)  # these seeds would have decided a difference of 0
+    return replace(finding, seeds_needed=needed)
 
 
-def _advised_seeds(metrics: Sequence[MetricFinding], shift: float, alpha: float, max_seeds: int) -> SeedCount | None:
-    """Seeds for 80 % power in every metric: its sd at the upper 80 % limit, its mean at shift x margin."""
-    advised = MIN_PAIRS_EQUIVALENT
+def _seeds_at_zero(metrics: Sequence[MetricFinding], alpha: float, max_seeds: int) -> SeedCount | None:
+    """Seeds for 80 % power in every metric if the means are 0, with each sd at its upper 80 % limit."""
+    most = MIN_PAIRS_EQUIVALENT
     for m in metrics:
         if m.margin is None or m.sd is None:
             return None
-        sd = sd_upper_limit(m.sd, m.n)
-        needed = seeds_needed(sd, m.margin, alpha=alpha, mean=shift * m.margin, max_seeds=max_seeds)
+        needed = seeds_needed(sd_upper_limit(m.sd, m.n), m.margin, alpha=alpha, max_seeds=max_seeds)
         if needed == "unreachable":
             return needed
-        advised = max(advised, needed)
-    return advised
+        most = max(most, needed)
+    return most
 
 
-def _advised_as_seen(metrics: Sequence[MetricFinding], alpha: float, max_seeds: int) -> SeedCount | None:
-    """Seeds for 80 % power if the true means are those seen: for a difference where one lies beyond its margin."""
+def _seeds_at_observed(metrics: Sequence[MetricFinding], alpha: float, max_seeds: int) -> SeedCount | None:
+    """Seeds for 80 % power if the true means are the observed ones.
+
+    If a mean exceeds its margin, the seeds are those that show a difference, otherwise those that show equivalence.
+    """
     counts: list[SeedCount] = []
     beyond = [m for m in metrics if m.margin is not None and abs(m.mean_difference) > m.margin]
     for m in beyond or metrics:

@@ -1,4 +1,7 @@
-"""Yardsticks of two arms over the same seeds: what failed is scored, what is missing is counted."""
+"""Metrics of a candidate and a reference over the same seeds, with scores for diverged runs.
+
+`METRICS` is the registry of the metrics that are compared: title, scale and score of a diverged run.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
+from scipy import stats
 
 from likelihood_lab.stats.equivalence import Floats, Scale
 
@@ -19,30 +22,47 @@ STATUSES: tuple[Status, ...] = ("ok", "diverged", "missing")
 
 
 @dataclass(frozen=True)
-class Yardstick:
-    """How a metric is compared, and what a diverged run scores: (num_classes, largest observed) -> value."""
+class MetricSpec:
+    """Definition of a metric for the comparison.
 
+    Attributes
+    ----------
+    title : str
+        Name with unit, as reports show it.
+    scale : {"difference", "log_ratio"}
+        Scale on which candidate and reference are subtracted.
+    score_of_failure : callable
+        Score of a diverged run: (num_classes, worst value of the finished runs) -> value.
+    needs_truth : bool
+        True for a metric that is measured only if P(y | x) is known.
+    """
+
+    title: str
     scale: Scale
-    of_failure: Callable[[int, float], float]
-    needs_truth: bool = False  # measured only where P(y | x) is known
+    score_of_failure: Callable[[int, float], float]
+    needs_truth: bool = False
 
 
-# Intention to treat: dropping diverged runs would drop exactly the seeds that tell two losses apart, so a
-# failure scores as the uniform prediction does; its Brier score is (1 - 1/C)^2 + (C - 1)/C^2 = (C - 1)/C. NLL
-# has no upper bound, so a run that finished may be worse than ln C; a failure is never better than that one.
-# The uniform prediction has hardly any calibration error, which would flatter a failure: ECE takes its worst.
-# Its divergence from the truth is ln C less the truth's entropy: at most ln C.
-METRICS: Mapping[str, Yardstick] = {
-    "nll": Yardstick("log_ratio", lambda num_classes, worst: max(math.log(num_classes), worst)),
-    "brier": Yardstick("difference", lambda num_classes, worst: (num_classes - 1) / num_classes),
-    "accuracy": Yardstick("difference", lambda num_classes, worst: 1 / num_classes),
-    "ece": Yardstick("difference", lambda num_classes, worst: 1.0),
-    "kl_truth": Yardstick("difference", lambda num_classes, worst: max(math.log(num_classes), worst), needs_truth=True),
+def _score_in_nats(num_classes: int, worst: float) -> float:
+    return max(math.log(num_classes), worst)
+
+
+# Intention to treat: without the diverged runs, exactly the seeds would be missing in which two losses differ. A
+# diverged run therefore scores as the uniform prediction. Its Brier score is (1 - 1/C)^2 + (C - 1)/C^2 = (C - 1)/C.
+# Its KL to the truth is ln C minus the entropy of the truth, at most ln C. NLL and KL have no upper bound: a diverged
+# run is never better than the worst finished run. The ECE of the uniform prediction is close to 0, which would be too
+# good for a diverged run, so that it gets the worst ECE, 1.
+METRICS: Mapping[str, MetricSpec] = {
+    "nll": MetricSpec("NLL (nats)", "log_ratio", _score_in_nats),
+    "brier": MetricSpec("Brier score", "difference", lambda num_classes, worst: (num_classes - 1) / num_classes),
+    "accuracy": MetricSpec("accuracy", "difference", lambda num_classes, worst: 1 / num_classes),
+    "ece": MetricSpec("ECE (15 bins, shown only)", "difference", lambda num_classes, worst: 1.0),
+    "kl_truth": MetricSpec("KL to the truth (nats)", "difference", _score_in_nats, needs_truth=True),
 }
 
 
 def measured_in(runs: Iterable[Mapping[str, float]]) -> list[str]:
-    """The yardsticks that these runs are compared by: each run's test metrics, `test/<name>`, say which it has."""
+    """Return the metrics that runs are compared by; a metric of the truth needs a run that has `test/<name>`."""
     runs = list(runs)
     return [
         name for name, metric in METRICS.items() if not metric.needs_truth or any(f"test/{name}" in run for run in runs)
@@ -51,7 +71,7 @@ def measured_in(runs: Iterable[Mapping[str, float]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Failures:
-    """How many seeds diverged under which arm, and how many pairs are incomplete."""
+    """Numbers of seeds that diverged under the candidate, the reference or both, and of incomplete pairs."""
 
     candidate_only: int
     reference_only: int
@@ -60,30 +80,38 @@ class Failures:
 
     @property
     def discordant(self) -> int:
+        """Number of seeds that diverged under one loss alone."""
         return self.candidate_only + self.reference_only
 
     @property
     def p_mcnemar(self) -> float:
-        """McNemar's exact two-sided test: which arm a discordant seed fails under is a fair coin."""
-        rarer = min(self.candidate_only, self.reference_only)
-        return min(1.0, 2 * float(special.bdtr(rarer, self.discordant, 0.5)))
+        """P-value of McNemar's exact two-sided test: both losses are equally likely to diverge alone."""
+        return float(stats.binomtest(self.candidate_only, self.discordant).pvalue) if self.discordant else 1.0
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The P complete ones of S pairs: `values` [2, P], candidate first, failures scored; `present` [S]."""
+    """The P complete pairs among S.
+
+    Attributes
+    ----------
+    values : mapping of str to ndarray [2, P]
+        Each metric, candidate first, with scores for diverged runs.
+    present : ndarray of bool [S]
+        True for a complete pair.
+    failures : Failures
+        Counts of diverged and missing runs.
+    num_valid : int
+        Number of pairs in which both runs finished.
+    """
 
     values: Mapping[str, Floats]
     present: Bools
     failures: Failures
-    num_valid: int  # pairs in which both runs finished
-
-    @property
-    def collapse_rate_bound(self) -> float:
-        return collapse_rate_bound(self.failures.candidate_only + self.failures.both, int(self.present.sum()))
+    num_valid: int
 
     def are_identical(self, same_bits: Bools) -> bool:
-        """Bits and yardsticks agree in every complete pair, and both runs finished in one at least."""
+        """Tell whether weights [S] and metrics agree in every complete pair, and both runs of a pair finished."""
         same_values = all(np.array_equal(*values) for values in self.values.values())
         return (
             bool(same_bits[self.present].all()) and same_values and self.num_valid > 0 and not self.failures.discordant
@@ -97,7 +125,26 @@ def pair_up(
     reference_status: Sequence[Status] | None,
     num_classes: int,
 ) -> Pairs:
-    """Complete pairs from one value a seed [S] for each metric and arm; values are ignored unless `ok`."""
+    """Collect the complete pairs.
+
+    Parameters
+    ----------
+    candidate, reference : mapping of str to array_like [S]
+        Values of each metric, one for each seed. Values of a run that is not `ok` are ignored.
+    candidate_status, reference_status : sequence of {"ok", "diverged", "missing"}, or None
+        Status of each run; None: all are `ok`.
+    num_classes : int
+        Number of classes C.
+
+    Returns
+    -------
+    Pairs
+
+    Raises
+    ------
+    ValueError
+        A run declared `ok` has a value that is not finite, or a status is unknown or missing.
+    """
     values = {name: np.array([candidate[name], reference[name]], dtype=np.float64) for name in candidate}
     statuses = _statuses(candidate_status, reference_status, shape=next(iter(values.values())).shape)
     _check_finite(values, statuses == "ok")
@@ -109,16 +156,9 @@ def pair_up(
 
 
 def intention_to_treat(name: str, values: Floats, diverged: Bools, num_classes: int) -> Floats:
-    """The yardstick [2, S] with the score of a failure in place of every diverged run's value."""
+    """Replace the value of every diverged run in a metric [2, S] by the score of a failure."""
     worst = float(values[np.isfinite(values)].max(initial=0.0))
-    return np.where(diverged, METRICS[name].of_failure(num_classes, worst), values)
-
-
-def collapse_rate_bound(num_failures: int, num_seeds: int) -> float:
-    """Upper 95 % limit of a failure rate (Clopper-Pearson): 1 - .05^(1/S) when no seed failed."""
-    if num_failures == num_seeds:
-        return 1.0
-    return float(special.betaincinv(num_failures + 1, num_seeds - num_failures, 0.95))
+    return np.where(diverged, METRICS[name].score_of_failure(num_classes, worst), values)
 
 
 def _statuses(

@@ -1,13 +1,13 @@
-"""Tests on early weight trajectories: the envelope of the placebos, and the dithered rank test. Both take arrays.
+"""Tests on the weights of the first steps: the envelope of the placebos, and the dithered rank test.
 
-Envelope: D_X(s, t) = ||theta_X - theta_A|| / ||theta_A|| is the distance of arm X from the reference A under seed s
-after t steps. A placebo is the reference itself, computed with other roundings. A candidate that is the same function
-parts from the reference as fast as a placebo does; one that is not parts faster, from the first steps on.
+Envelope: D_X(s, t) = ||theta_X - theta_A|| / ||theta_A|| is the relative distance of run X from the reference A, under
+seed s after t steps. A placebo is the reference with different rounding. A candidate that is the same function diverges
+from the reference as fast as a placebo. A candidate that is another function diverges faster, from the first steps.
 
-Rank test, for kernel swaps in float32, where rounding is the only measure left: the gradient that leaves the loss is
-rounded at random to BITS significant bits, in the candidate and in K copies of the reference, each with draws of its
-own. If the candidate is the reference, the K + 1 arms of a seed are exchangeable, and the rank of the candidate's
-distance from the mean of all is uniform on 1 ... K + 1.
+Rank test, for kernels that differ in float32 rounding alone: the gradient that leaves the loss is rounded at random to
+BITS significant bits, in the candidate and in K copies of the reference, each with its own random numbers. If the
+candidate is the reference, the K + 1 runs of a seed are exchangeable. The rank of the candidate's distance from their
+mean is then uniform on 1 ... K + 1.
 """
 
 from __future__ import annotations
@@ -27,36 +27,41 @@ Distances = Mapping[int, Floats]  # step -> one distance a seed, [S]
 Word = Literal["identical", "inside", "outside", "not_applicable"]
 
 STEPS = (1, 3, 10)
-CLOSE = 1e-3  # placebos must stay this much nearer to the reference than two seeds are to each other
+CLOSE = 1e-3  # largest distance of placebos from the reference, relative to the distance between two seeds
 AGREEMENT = 0.5  # decades within which two placebos of one seed agree
-AGREEING = 0.8  # share of the seeds in which they do
+AGREEING = 0.8  # smallest share of the seeds in which they agree
 FEWEST_SEEDS = 2
 SMALLEST_CAUGHT = {"float32": 1e-5, "bf16_mixed": 1e-2}
-"""The smallest label smoothing and temperature that 95 % of studies of five seeds or more caught, in every recorded
+"""Smallest label smoothing and temperature that 95 % of the studies of five seeds or more detected, in every recorded
 regime of the precision (experiments/envelope)."""
-
 
 BITS = 16
 RANK_STEPS = (1, 10)
 
 
 def limit(seeds: int) -> float:
-    """Decades that a median over S seeds may lie above the placebos': .2 and .6 / sqrt(S), its sampling error.
+    """Return the largest allowed excess of a candidate's median over the placebos', in decades.
 
-    The curve behind the numbers is in experiments/envelope.
+    It is 0.2 + 0.6 / sqrt(S), where the second term is the sampling error of the median over S seeds. The constants
+    come from experiments/envelope.
     """
     return 0.2 + 0.6 / math.sqrt(seeds)
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """What the early trajectory showed of one candidate.
+    """Result of the envelope test for one candidate.
 
-    Attributes:
-        word: identical (no distance at any step), inside, outside, or not_applicable with the reason.
-        excess: step -> decades by which the candidate's median lies above the placebos'; only steps that are judged.
-        reason: why it is not applicable, or which step decided.
-        smallest: the label smoothing that studies like this one catch, where there is a record of such studies.
+    Attributes
+    ----------
+    word : {"identical", "inside", "outside", "not_applicable"}
+        `identical`: the distance is 0 at every step.
+    excess : mapping of int to float
+        Step -> decades by which the candidate's median lies above the placebos'. It has only steps that are usable.
+    reason : str
+        Reason why the test is not applicable, or the step that decided.
+    smallest : float or None
+        Smallest label smoothing that such studies detect. None if no such studies are recorded.
     """
 
     word: Word
@@ -66,11 +71,19 @@ class Envelope:
 
 
 def usable_steps(placebos: Sequence[Distances], between_seeds: Distances) -> list[int]:
-    """The steps at which placebos are near the reference, and agree with each other about how near.
+    """Select the steps at which the placebos are near the reference and have similar distances from it.
 
-    Args:
-        placebos: distances of each placebo arm from the reference, in the same seeds.
-        between_seeds: step -> relative distances between the reference under two seeds, for pairs of seeds.
+    Parameters
+    ----------
+    placebos : sequence of mapping of int to ndarray [S]
+        Step -> distances of a placebo from the reference, for each placebo, in the same seeds.
+    between_seeds : mapping of int to ndarray
+        Step -> relative distances between the reference under two seeds, for pairs of seeds.
+
+    Returns
+    -------
+    list of int
+        A subset of STEPS.
     """
     steps = []
     for step in STEPS:
@@ -88,7 +101,19 @@ def usable_steps(placebos: Sequence[Distances], between_seeds: Distances) -> lis
 
 
 def envelope(candidate: Distances, placebos: Sequence[Distances], between_seeds: Distances) -> Envelope:
-    """Judge a candidate's early distances by the placebos'; at least two placebos and two seeds are needed."""
+    """Compare a candidate's early distances with the placebos'.
+
+    Parameters
+    ----------
+    candidate : mapping of int to ndarray [S]
+        Step -> distances of the candidate from the reference. NaN: the run has diverged.
+    placebos, between_seeds
+        As in `usable_steps`. The test needs at least two placebos and two seeds.
+
+    Returns
+    -------
+    Envelope
+    """
     known = [values for step, values in candidate.items() if step in STEPS]
     if known and all((values == 0).all() for values in known):
         return Envelope("identical", reason=f"no distance in {len(known[0])} seeds")
@@ -111,8 +136,7 @@ def envelope(candidate: Distances, placebos: Sequence[Distances], between_seeds:
 def _excess(candidate: Floats, placebos: Sequence[Floats]) -> float:
     """Median over seeds of log10 D_B minus the median over seeds and placebos of log10 D_placebo.
 
-    A run that has diverged by then is infinitely far away; that it diverged is for the outcome to say. One that has not
-    parted at all counts as a tenth of the nearest placebo.
+    The distance of a diverged run is infinite. A distance of 0 counts as a tenth of the nearest placebo's.
     """
     known = np.concatenate([*placebos])
     distances = np.where(np.isfinite(candidate), np.maximum(candidate, known.min() / 10), np.inf)
@@ -121,30 +145,42 @@ def _excess(candidate: Floats, placebos: Sequence[Floats]) -> float:
 
 @dataclass(frozen=True)
 class RankFinding:
-    """What the ranks showed.
+    """Result of the rank test.
 
-    Attributes:
-        p: two-sided, the smaller of the steps' times their number (Bonferroni).
-        mean_rank: step -> the candidate's mean rank as a fraction, .5 expected; 1: always the farthest.
+    Attributes
+    ----------
+    p : float
+        Two-sided p-value: the smallest of the steps' p-values times their number (Bonferroni), at most 1.
+    mean_rank : mapping of int to float
+        Step -> mean rank of the candidate as a fraction in [0, 1]. 0.5 is expected; 1: always the farthest.
     """
 
     p: float
     mean_rank: Mapping[int, float]
 
     def rejects(self, alpha: float = 0.05) -> bool:
-        """Whether the candidate is told apart from the reference."""
+        """Tell whether the candidate differs from the reference significantly."""
         return self.p <= alpha
 
 
 def rank_test(arms: Mapping[int, Floats], rng: np.random.Generator) -> RankFinding:
-    """Judge a candidate by its ranks.
+    """Test whether the candidate is exchangeable with the copies of the reference.
 
-    Args:
-        arms: step -> weights or their sketches [S, K + 1, width], the candidate first.
-        rng: breaks ties, so that equal distances have equal chances.
+    Parameters
+    ----------
+    arms : mapping of int to ndarray [S, K + 1, width]
+        Step -> weights or their sketches, the candidate first.
+    rng : numpy.random.Generator
+        Generator that breaks ties at random.
 
-    Raises:
-        ValueError: fewer than two copies of the reference, or no seed.
+    Returns
+    -------
+    RankFinding
+
+    Raises
+    ------
+    ValueError
+        There are fewer than two copies of the reference, or no seed.
     """
     p_values, means = [], {}
     for step, values in arms.items():
@@ -159,13 +195,13 @@ def rank_test(arms: Mapping[int, Floats], rng: np.random.Generator) -> RankFindi
 
 
 def _among_ties(distances: Floats, rng: np.random.Generator) -> NDArray[np.int64]:
-    """How many of the arms at the candidate's own distance come before it, at random."""
+    """Random number of runs that precede the candidate among those at its distance, [S]."""
     ties = (distances[:, :1] == distances[:, 1:]).sum(1)
     return np.asarray(rng.integers(0, ties + 1))
 
 
 def two_sided(total: int, seeds: int, count: int) -> float:
-    """Twice the smaller tail of a sum of S ranks, each uniform on 1 ... count: the exact null distribution."""
+    """Compute the two-sided p-value of a sum of S ranks, each uniform on 1 ... count, from the exact distribution."""
     frequencies = _sums(seeds, count)
     place = total - seeds
     lower, upper = frequencies[: place + 1].sum(), frequencies[place:].sum()

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import ChainableUndefined, Environment
 
+from likelihood_lab.stats import pairs
 from pipeline.reporting.plotting import themed
 from pipeline.reporting.sensitivity import controls_of, smallest_detectable, what_was_detected
 from pipeline.text import listed, prose
@@ -20,13 +21,7 @@ Verdict = Mapping[str, Any]
 Run = tuple[str, int]  # loss, seed
 Failure = tuple[int | None, str]  # step, cause
 
-METRICS = {
-    "nll": "NLL (nats)",
-    "accuracy": "accuracy",
-    "brier": "Brier score",
-    "ece": "ECE (15 bins, shown only)",
-    "kl_truth": "KL to the truth (nats)",
-}
+METRICS = {name: metric.title for name, metric in pairs.METRICS.items()}
 PHRASES = {
     "identical": "identical to {}",
     "rounding": "the same as {} up to rounding",
