@@ -13,7 +13,15 @@ from torch import Tensor
 from likelihood_lab.audit.compare import BatchComparison, ReferenceEvaluations, compare
 from likelihood_lab.audit.evaluate import Evaluation, Loss, differentiable, evaluate
 from likelihood_lab.audit.rounding import CONSTANT
-from likelihood_lab.categorical.batches import CORE_GAP, CORE_OFFSET, WIDTH, AuditBatch, BatchShape, meant, targets_of
+from likelihood_lab.categorical.batches import (
+    CORE_GAP,
+    CORE_OFFSET,
+    WIDTH,
+    AuditBatch,
+    BatchShape,
+    avoid_ignore_index,
+    targets_of,
+)
 
 POINTS = {
     "gap": (1, 5, 10, 15, 20, 30, 40, 60, 80, 86, 90, 100, 105, 150, 300, 700, 750, 1e3, 3e3, 1e4),
@@ -183,7 +191,7 @@ def _finite(found: Evaluation) -> bool:
 def _batch(axis: str, value: float, classes: int, shape: BatchShape) -> AuditBatch:
     rows = int(value) if axis == "rows" else ROWS
     draw = torch.Generator().manual_seed(4)
-    labels = meant((torch.arange(rows) * 7 + classes - 1) % classes, classes, shape.ignore_index)
+    labels = avoid_ignore_index((torch.arange(rows) * 7 + classes - 1) % classes, classes, shape.ignore_index)
     if shape.fused:
         return _fused(axis, value, labels, classes, shape, draw)
     logits = torch.randn(rows, classes, generator=draw, dtype=torch.float64)

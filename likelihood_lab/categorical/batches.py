@@ -1,4 +1,4 @@
-"""The batches that a loss is asked about: a covering design, never a product, of numbers that float32 holds."""
+"""Batches of the audit: a covering design of families, sizes and class counts. float32 holds all inputs exactly."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ CLASSES = (2, 10, 1000, 50_000)
 VOCABULARIES = (2, 10, 1000, 128_256)
 ROWS = ((1,), (2,), (7,), (64,), (300,))
 TOKENS = ((1, 1), (2, 1), (1, 7), (8, 8), (4, 75))
-LARGEST = 2**18  # logits in one batch
-MANY = 20_000  # classes from which on only some families are asked
+LARGEST = 2**18  # most logits in one batch
+MANY = 20_000  # from this number of classes, only WIDE_FAMILIES are used, to save time
 WIDTH = 32  # D of fused batches
-UPSTREAM = 3.7  # a gradient that reaches the loss from outside, as loss scaling and sums of losses have it
+UPSTREAM = 3.7  # upstream gradient of the loss, as under loss scaling and in sums of losses
 
 CORE_GAP = 80.0
 CORE_OFFSET = 100.0
-ORDINARY = (0.1, 1.0)  # -log p_y of rows that every loss should get right
-ORDINARY_LOGITS = 20.0  # and the largest |logit| of theirs: float32's sigmoid is 1 from 17 on
+ORDINARY = (0.1, 1.0)  # surprisal -log p_y, in nats, of rows that every loss should compute correctly
+ORDINARY_LOGITS = 20.0  # largest |logit| of these rows; the sigmoid in float32 is 1 from 17
 GAPS = (5.0, 20.0, 40.0, 60.0, 79.0)
 FAMILIES = ("ordinary", "random", "mixed", "wrong", "trained", "confident", "ties", "offset")
 WIDE_FAMILIES = ("ordinary", "random", "mixed", "wrong")
@@ -35,15 +35,24 @@ WIDE_FAMILIES = ("ordinary", "random", "mixed", "wrong")
 class AuditBatch:
     """Inputs of a loss in float64.
 
-    Attributes:
-        family: what kind of rows these are; "mixed" has all kinds.
-        logits: [..., C]; of a fused batch, what hidden, weight and bias make of themselves.
-        labels: int64 [...].
-        target_probs: [..., C]; one-hot unless soft targets were asked for, zero in ignored rows.
-        valid: bool [...], false where the label is to be ignored.
-        hidden, weight, bias: [..., D], [C, D] and [C] of a fused batch.
-        layout: how the logits (or hidden and weight) lie in memory: contiguous, transposed or strided.
-        upstream: the gradient that reaches the loss from outside.
+    Attributes
+    ----------
+    family : str
+        Kind of the rows, one of FAMILIES; "mixed" has all kinds.
+    logits : Tensor [..., C]
+        Logits; in a fused batch, those of hidden, weight and bias.
+    labels : Tensor [...]
+        Labels, int64.
+    target_probs : Tensor [..., C]
+        Target probabilities: one-hot, or soft. They are zero in ignored rows.
+    valid : Tensor [...]
+        False for a row that the loss must ignore, bool.
+    hidden, weight, bias : Tensor [..., D], [C, D], [C], or None
+        Inputs of a fused batch.
+    layout : {"contiguous", "transposed", "strided"}
+        Memory layout of the logits, or of hidden and weight.
+    upstream : float
+        Upstream gradient of the loss.
     """
 
     family: str
@@ -59,23 +68,23 @@ class AuditBatch:
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number of classes C."""
         return self.logits.shape[-1]
 
     @property
     def num_rows(self) -> int:
-        """N, or B x T."""
+        """Number of rows: N, or B x T for tokens."""
         return self.labels.numel()
 
     @property
     def contiguous(self) -> bool:
-        """Whether every input is; transposed logits of one row are after all."""
+        """True if every input is contiguous. Transposed logits of one row are."""
         turned = self.layout == "transposed" and (self.hidden is not None or self.labels.shape[-1] > 1)
         return self.layout != "strided" and not turned
 
     @property
     def where(self) -> str:
-        """The batch in a few words."""
+        """Short description of the batch, for messages."""
         shape = "x".join(map(str, self.labels.shape))
         ignored = f", {self.num_rows - int(self.valid.sum())} ignored" if not self.valid.all() else ""
         outside = f", upstream {self.upstream:g}" if self.upstream != 1 else ""
@@ -83,7 +92,7 @@ class AuditBatch:
         return f"{self.family} rows, {shape} x C={self.num_classes}{ignored}{layout}{outside}"
 
     def at(self, dtype: torch.dtype) -> AuditBatch:
-        """The same batch with inputs that `dtype` holds exactly."""
+        """Round the inputs to values that `dtype` holds exactly."""
         if dtype in (torch.float32, torch.float64):
             return self
         if self.hidden is None:
@@ -94,7 +103,7 @@ class AuditBatch:
         return replace(self, logits=logits, hidden=hidden, weight=weight, bias=bias)
 
     def rows(self, kept: Tensor) -> AuditBatch:
-        """The rows of a flat batch that a mask or an index keeps."""
+        """Select rows of a flat batch by a mask or an index."""
         return replace(
             self,
             logits=self.logits[kept],
@@ -107,15 +116,24 @@ class AuditBatch:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What the batches of an audit have in common.
+    """Properties that the batches of an audit share.
 
-    Attributes:
-        num_classes: the C, or V, to cover.
-        tokens: rows come as [B, T] rather than [N].
-        fused: logits are made of hidden, weight and, where `bias`, a bias.
-        soft: target_probs are distributions, not one-hot.
-        ignore_index: the label of rows to ignore, some in every other batch; None for none. No other row bears it.
-        ignoring: whether any row is ignored.
+    Attributes
+    ----------
+    num_classes : tuple of int
+        Numbers of classes, or sizes of vocabularies, to cover.
+    tokens : bool
+        Rows have the shape [B, T] instead of [N].
+    fused : bool
+        Logits are computed from hidden and weight.
+    bias : bool
+        A fused batch has a bias.
+    soft : bool
+        `target_probs` are distributions instead of one-hot.
+    ignore_index : int or None
+        Label of ignored rows. No other row has it.
+    ignoring : bool
+        Every other batch has ignored rows, if there is an `ignore_index`.
     """
 
     num_classes: tuple[int, ...]
@@ -128,22 +146,33 @@ class BatchShape:
 
 
 def grid(shape: BatchShape) -> list[AuditBatch]:
-    """Every pair of (family, size), (family, C) and (size, C) at least once, layouts and upstreams among them."""
-    draw = torch.Generator().manual_seed(0)
+    """Build batches that cover every pair of (family, size), (family, C) and (size, C), in all layouts.
+
+    Parameters
+    ----------
+    shape : BatchShape
+        Properties that the batches share.
+
+    Returns
+    -------
+    list of AuditBatch
+        The batches, smallest first. They are the same in every call.
+    """
+    generator = torch.Generator().manual_seed(0)
     sizes = TOKENS if shape.tokens else ROWS
     batches = []
     for (i, family), (j, lead) in itertools.product(enumerate(FAMILIES), enumerate(sizes)):
         classes = shape.num_classes[(i + j) % len(shape.num_classes)]
         if classes >= MANY and family not in WIDE_FAMILIES:
             classes = shape.num_classes[(i + j + 1) % len(shape.num_classes)]
-        batch = make_batch(family, _fitting(lead, classes), classes, shape, draw, first=i + j)
+        batch = make_batch(family, _fit_size(lead, classes), classes, shape, generator, first=i + j)
         layout = ("contiguous", "transposed", "contiguous", "strided")[(i + 2 * j + j // 2) % 4]
         batches.append(replace(batch, layout=layout, upstream=UPSTREAM if (i + j // 2) % 3 == 1 else 1.0))
     return sorted(batches, key=lambda batch: batch.logits.numel())
 
 
-def _fitting(lead: tuple[int, ...], classes: int) -> tuple[int, ...]:
-    """The size itself, or the largest that keeps a batch within `LARGEST` logits."""
+def _fit_size(lead: tuple[int, ...], classes: int) -> tuple[int, ...]:
+    """Reduce a size so that the batch has at most `LARGEST` logits."""
     most = max(1, LARGEST // classes)
     if math.prod(lead) <= most:
         return lead
@@ -151,23 +180,43 @@ def _fitting(lead: tuple[int, ...], classes: int) -> tuple[int, ...]:
 
 
 def make_batch(
-    family: str, lead: Sequence[int], classes: int, shape: BatchShape, draw: torch.Generator, first: int = 0
+    family: str, lead: Sequence[int], classes: int, shape: BatchShape, generator: torch.Generator, first: int = 0
 ) -> AuditBatch:
-    """A batch of one family; `first` varies which labels, gaps and ignored rows it begins with."""
+    """Build a batch of one family.
+
+    Parameters
+    ----------
+    family : str
+        One of FAMILIES.
+    lead : sequence of int
+        Shape of the rows: (N,) or (B, T).
+    classes : int
+        Number of classes C.
+    shape : BatchShape
+        Properties of the batch; its `num_classes` is not used.
+    generator : torch.Generator
+        Source of all random numbers.
+    first : int
+        Offset that varies the labels, gaps and ignored rows.
+
+    Returns
+    -------
+    AuditBatch
+    """
     rows = math.prod(lead)
-    labels = meant(_labels(rows, classes, draw, first), classes, shape.ignore_index)
-    odds = torch.stack([_log_odds(kind, classes, first + i, draw) for i, kind in enumerate(_kinds(family, rows))])
+    labels = avoid_ignore_index(_labels(rows, classes, generator, first), classes, shape.ignore_index)
+    odds = torch.stack([_log_odds(kind, classes, first + i, generator) for i, kind in enumerate(_kinds(family, rows))])
     kinds = list(_kinds(family, rows))
     if shape.fused:
-        hidden, weight, bias = _fused(kinds, odds, labels, classes, shape.bias, draw)
+        hidden, weight, bias = _fused(kinds, odds, labels, classes, shape.bias, generator)
         logits = F.linear(hidden, weight, bias)
         fused = {"hidden": hidden.unflatten(0, tuple(lead)), "weight": weight, "bias": bias}
     else:
-        logits, fused = _logits(kinds, odds, labels, classes, draw, first), {}
+        logits, fused = _logits(kinds, odds, labels, classes, generator, first), {}
     valid = torch.ones(rows, dtype=torch.bool)
     if shape.ignoring and shape.ignore_index is not None and rows > 1 and first % 2 == 0:
         valid = torch.arange(rows) % 3 != 1
-    targets = targets_of(labels, classes, shape.soft, draw) * valid[:, None]
+    targets = targets_of(labels, classes, shape.soft, generator) * valid[:, None]
     if shape.ignore_index is not None:
         labels = labels.where(valid, torch.tensor(shape.ignore_index))
     flat = {"logits": logits, "labels": labels, "target_probs": targets, "valid": valid}
@@ -179,32 +228,34 @@ def _kinds(family: str, rows: int) -> Iterator[str]:
     return itertools.islice(itertools.cycle(kinds), rows)
 
 
-def meant(labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
-    """The labels, none of which is ignored by accident: where the index to ignore is a class, the next one instead."""
+def avoid_ignore_index(labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
+    """Replace labels that equal the index to ignore by the next class, so that no row is ignored by accident."""
     return labels if ignore_index is None else labels.where(labels != ignore_index, (labels + 1) % classes)
 
 
-def _labels(rows: int, classes: int, draw: torch.Generator, first: int) -> Tensor:
-    """Some classes more often than others; the last class in every batch, or the first in every other single row."""
-    labels = (torch.rand(rows, generator=draw, dtype=torch.float32).square() * classes).long().clamp(max=classes - 1)
+def _labels(rows: int, classes: int, generator: torch.Generator, first: int) -> Tensor:
+    """Random labels, unevenly spread. Each batch has the last class; every other batch of one row has class 0."""
+    labels = (
+        (torch.rand(rows, generator=generator, dtype=torch.float32).square() * classes).long().clamp(max=classes - 1)
+    )
     labels[-1] = 0 if rows == 1 and first % 2 else classes - 1
     return labels
 
 
-def _log_odds(kind: str, classes: int, place: int, draw: torch.Generator) -> Tensor:
-    """log(p_y / (1 - p_y)) that a row of this kind is given; NaN where it comes as it comes."""
+def _log_odds(kind: str, classes: int, place: int, generator: torch.Generator) -> Tensor:
+    """Log-odds log(p_y / (1 - p_y)) of a row of this kind; NaN for kinds that do not prescribe them."""
     if kind in ("ordinary", "offset"):
-        surprisal = 0.12 + 0.83 * torch.rand((), generator=draw, dtype=torch.float64)
+        surprisal = 0.12 + 0.83 * torch.rand((), generator=generator, dtype=torch.float64)
         return -surprisal - torch.log(-torch.expm1(-surprisal))
     gap = torch.tensor(min(GAPS[place % len(GAPS)], CORE_GAP - 1 - math.log(classes)), dtype=torch.float64)
     return {"wrong": -gap - math.log(classes), "confident": gap}.get(kind, torch.tensor(math.nan, dtype=torch.float64))
 
 
 def _logits(
-    kinds: Sequence[str], odds: Tensor, labels: Tensor, classes: int, draw: torch.Generator, first: int
+    kinds: Sequence[str], odds: Tensor, labels: Tensor, classes: int, generator: torch.Generator, first: int
 ) -> Tensor:
     rows = len(kinds)
-    noise = torch.randn(rows, classes, generator=draw, dtype=torch.float64)
+    noise = torch.randn(rows, classes, generator=generator, dtype=torch.float64)
     spread = torch.tensor([{"trained": 10.0, "random": 3.0}.get(kind, 1.0) for kind in kinds], dtype=torch.float64)
     logits = (noise * spread[:, None]).clamp(-30, 30)
     for i, kind in enumerate(kinds):
@@ -222,24 +273,26 @@ def _logits(
 
 @lru_cache(maxsize=8)
 def _weight(classes: int) -> Tensor:
-    """Directions on the unit sphere [C, WIDTH], as float32 holds them; one tensor for all batches of that C."""
-    draw = torch.Generator().manual_seed(classes)
-    return _rounded(F.normalize(torch.randn(classes, WIDTH, generator=draw, dtype=torch.float64)), torch.float32)
+    """Return unit vectors [C, WIDTH], rounded to float32; one cached tensor for all batches of that C."""
+    generator = torch.Generator().manual_seed(classes)
+    return _rounded(F.normalize(torch.randn(classes, WIDTH, generator=generator, dtype=torch.float64)), torch.float32)
 
 
 def _fused(
-    kinds: Sequence[str], odds: Tensor, labels: Tensor, classes: int, bias: bool, draw: torch.Generator
+    kinds: Sequence[str], odds: Tensor, labels: Tensor, classes: int, bias: bool, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden, weight and bias whose logits are of the kinds asked for: each row lies along its label's weights."""
+    """Hidden, weight and bias with logits of the given kinds. Each hidden row points along its label's weights."""
     weight = _weight(classes)
-    noise = torch.randn(len(kinds), WIDTH, generator=draw, dtype=torch.float64)
+    noise = torch.randn(len(kinds), WIDTH, generator=generator, dtype=torch.float64)
     noise[[kind == "ties" for kind in kinds]] = 0.0
-    shift = _rounded(0.1 * torch.randn(classes, generator=draw, dtype=torch.float64), torch.float32) if bias else None
+    shift = (
+        _rounded(0.1 * torch.randn(classes, generator=generator, dtype=torch.float64), torch.float32) if bias else None
+    )
     along = weight[labels]
     others = torch.ones(len(kinds), classes, dtype=torch.bool).scatter(1, labels[:, None], False)
     low, high = torch.full_like(odds, -400.0), torch.full_like(odds, 400.0)
     base, slope = F.linear(noise, weight, shift), along @ weight.T
-    for _ in range(30):  # the log-odds of the label grow with the length along its weights
+    for _ in range(30):  # bisection: the log-odds of the label grow with the length along its weights
         middle = (low + high) / 2
         logits = base + middle[:, None] * slope
         reached = logits.gather(1, labels[:, None])[:, 0] - logits.where(others, -math.inf).logsumexp(1)
@@ -249,13 +302,33 @@ def _fused(
     return hidden, weight, shift
 
 
-def targets_of(labels: Tensor, classes: int, soft: bool, draw: torch.Generator) -> Tensor:
-    """One-hot, or half the mass on the label and the rest drawn in 64ths, which every precision holds exactly."""
+def targets_of(labels: Tensor, classes: int, soft: bool, generator: torch.Generator) -> Tensor:
+    """Build one-hot or soft targets.
+
+    Soft targets have half of the mass on the label and the rest on random classes, in steps of 1/64. Every precision
+    holds these numbers exactly.
+
+    Parameters
+    ----------
+    labels : Tensor [N]
+        Labels, int64.
+    classes : int
+        Number of classes C.
+    soft : bool
+        True for soft targets.
+    generator : torch.Generator
+        Source of the random classes; not used for one-hot targets.
+
+    Returns
+    -------
+    Tensor [N, C]
+        Probabilities in float64.
+    """
     one_hot = F.one_hot(labels, classes).double()
     if not soft:
         return one_hot
-    drawn = torch.randint(classes, (len(labels), 32), generator=draw)
-    counts = torch.zeros_like(one_hot).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    others = torch.randint(classes, (len(labels), 32), generator=generator)
+    counts = torch.zeros_like(one_hot).scatter_add_(1, others, torch.ones_like(others, dtype=torch.float64))
     return (one_hot * 32 + counts) / 64
 
 

@@ -1,6 +1,7 @@
-"""Losses that are wrong by a known amount: how small a difference the audit would have caught.
+"""Losses that are wrong by a known amount d, to measure the detection limit of the audit.
 
-Each takes logits [..., C] and target_probs [..., C], zero in ignored rows, and is the mean cross-entropy at d = 0.
+Each mutant takes `logits` [..., C], `target_probs` [..., C] (zero in ignored rows) and d, and returns a scalar in nats.
+At d = 0 it is the mean cross-entropy.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from torch import Tensor
 
 
 class Mutant(Protocol):
-    """A loss that is wrong by d."""
+    """Loss that is wrong by d."""
 
-    def __call__(self, logits: Tensor, target_probs: Tensor, d: float) -> Tensor: ...
+    def __call__(self, logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
+        """Compute the loss."""
+        ...
 
 
 FAULT_SIZES = tuple(m * 10.0**-k for k in range(1, 18) for m in (1.0, 0.3))  # from 1e-1 down
@@ -23,12 +26,12 @@ _NEWTON_STEPS = 8
 
 
 def cross_entropies(logits: Tensor, target_probs: Tensor) -> Tensor:
-    """-sum_c y_c log p_c of every row, [...]."""
+    """Compute -sum_c y_c log p_c of every row, [...], in nats."""
     return -(target_probs * F.log_softmax(logits, -1)).sum(-1)
 
 
 def mean_cross_entropy(logits: Tensor, target_probs: Tensor) -> Tensor:
-    """What every mutant is at d = 0."""
+    """Compute the mean cross-entropy over the rows that are not ignored, in nats."""
     return _mean(cross_entropies(logits, target_probs), target_probs)
 
 
@@ -37,50 +40,50 @@ def _mean(losses: Tensor, target_probs: Tensor) -> Tensor:
 
 
 def label_smoothing(logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
-    """Targets mixed with d of the uniform distribution."""
+    """Replace the targets y by (1 - d) y + d / C."""
     valid = target_probs.sum(-1, keepdim=True)
     mixed = (1 - d) * target_probs + d * valid / logits.shape[-1]
     return _mean(cross_entropies(logits, mixed), target_probs)
 
 
 def temperature(logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
-    """Logits times 1 + d."""
+    """Multiply the logits by 1 + d."""
     return _mean(cross_entropies(logits * (1 + d), target_probs), target_probs)
 
 
 def scale(logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
-    """The loss times 1 + d."""
+    """Multiply the loss by 1 + d."""
     return _mean(cross_entropies(logits, target_probs), target_probs) * (1 + d)
 
 
 def z_loss(logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
-    """d times the squared log-normaliser added."""
+    """Add d (log sum_c exp z_c)^2 to every row."""
     added = d * logits.logsumexp(-1).square() * target_probs.sum(-1)
     return _mean(cross_entropies(logits, target_probs) + added, target_probs)
 
 
 def class_weight(logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
-    """The last class weighs 1 + d."""
+    """Give the last class the weight 1 + d."""
     weights = torch.ones_like(logits[..., 0]) + d * target_probs[..., -1]
     return _mean(cross_entropies(logits, target_probs) * weights, target_probs)
 
 
 def focal_gamma(logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
-    """(1 - p_y)^d times the loss, 1 - p_y taken of the log-probability, so that it is exact near 1 too."""
+    """Multiply every row by (1 - p_y)^d. 1 - p_y is computed from log p_y, which is exact for p_y near 1."""
     losses = cross_entropies(logits, target_probs)
     surprisal = losses.clamp_min(torch.finfo(losses.dtype).tiny)
     return _mean((d * torch.log(-torch.expm1(-surprisal))).exp() * losses, target_probs)
 
 
 def epsilon_in_log(logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
-    """log(p + d) for log p, with no rounding of p."""
+    """Replace log p by log(p + d), computed without rounding p."""
     log_probs = F.log_softmax(logits, -1)
     shifted = torch.logaddexp(log_probs, torch.full_like(log_probs, d).log())
     return _mean(-(target_probs * shifted).sum(-1), target_probs)
 
 
 class _Entmax(torch.autograd.Function):
-    """The Fenchel-Young loss of (1 + d)-entmax; its gradient is p - y. Softmax cross-entropy as d goes to 0."""
+    """Fenchel-Young loss of (1 + d)-entmax, with the gradient p - y. Its limit for d -> 0 is the cross-entropy."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
@@ -102,13 +105,18 @@ class _Entmax(torch.autograd.Function):
 
 
 def entmax(logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
-    """(1 + d)-entmax in place of softmax (Peters, Niculae and Martins 2019); right in its gradient, not its value."""
+    """Replace softmax by (1 + d)-entmax. The gradient is correct; the value is still the cross-entropy.
+
+    References
+    ----------
+    Peters, Niculae and Martins (2019), arXiv:1905.05702.
+    """
     losses: Tensor = _Entmax.apply(logits, target_probs, d)
     return _mean(losses, target_probs)
 
 
 class _Noise(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by 1 + d r, r a fixed pattern of standard normal numbers."""
+    """Identity whose gradient is multiplied by 1 + d r, where r is a fixed pattern of standard normal numbers."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, d: float) -> Tensor:
@@ -122,7 +130,7 @@ class _Noise(torch.autograd.Function):
 
 
 def gradient_noise(logits: Tensor, target_probs: Tensor, d: float) -> Tensor:
-    """Every entry of the gradient off by a relative d, at random but the same each time."""
+    """Multiply every entry of the gradient by 1 + d r, where r is standard normal and the same in every call."""
     noisy: Tensor = _Noise.apply(logits, d)
     return _mean(cross_entropies(noisy, target_probs), target_probs)
 
