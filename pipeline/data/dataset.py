@@ -1,7 +1,7 @@
-"""Datasets: one pool of examples and three index splits, from which `take` gathers tensors.
+"""Dataset: a pool of examples with three index splits. `take` gathers tensors from it.
 
-A loader is a plain function that ends in `make_dataset`, where every check lives; so can a user's own.
-The shipped ones are in `loaders` and `pictures`.
+A loader is a function that returns the result of `make_dataset`, which checks the data. The shipped loaders are in
+`loaders`, `image_folder` and `soft_labels`; users can add their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from likelihood_lab.errors import UsageError
 
-FLOAT_POOL_BYTES = 2**30  # a pool that is larger than this as floats stays as it was loaded; take() converts
+FLOAT_POOL_BYTES = 2**30  # a pool that would be larger as floats stays as loaded, and take() converts each batch
 CHUNK_BYTES = 2**26  # working memory of a pass over the pool
 SPLITS = ("train", "val", "test")
 
@@ -39,7 +39,7 @@ class Normalisation(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A pool of examples and three index splits into it; `make_dataset` builds it, `to` places it."""
+    """Pool of examples with three index splits. `make_dataset` builds it; `to` moves it to a device."""
 
     name: str
     classes: tuple[str, ...]
@@ -50,8 +50,8 @@ class Dataset:
     truth: Tensor | None = field(repr=False)  # P(y | x) [N, K], float64
     images: Tensor = field(repr=False)  # [N, C, H, W] as loaded, on the host, possibly a memory map
     statistics: Normalisation = field(repr=False)  # float64 on the host
-    pool: Tensor = field(repr=False)  # what take() gathers from: normalised floats, or `images`
-    normalisation: Normalisation | None = field(repr=False)  # None where the pool is already normalised
+    pool: Tensor = field(repr=False)  # source of take(): normalised floats, or `images`
+    normalisation: Normalisation | None = field(repr=False)  # None if the pool is already normalised
     dtype: torch.dtype = torch.float32
 
     @property
@@ -64,7 +64,7 @@ class Dataset:
         return channels, height, width
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Dataset:
-        """The same data on `device`, inputs and targets in `dtype`; always made from the host's pixels."""
+        """Return the data on `device`, with inputs and targets in `dtype`, computed from the pixels on the host."""
         device = torch.device(device)
         pool, normalisation = _place(self.images, self.statistics, device, dtype)
         return replace(
@@ -79,7 +79,7 @@ class Dataset:
         )
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs [*I, C, H, W] and labels [*I] of the examples `indices` [*I]."""
+        """Gather inputs [*I, C, H, W] and labels [*I] of the examples `indices` [*I]."""
         device, flat = self.labels.device, indices.reshape(-1)
         inputs = self.pool.index_select(0, flat.to(self.pool.device))
         if self.normalisation is not None:
@@ -88,7 +88,7 @@ class Dataset:
         return inputs.view(*indices.shape, *self.input_shape), labels.view(indices.shape)
 
     def target_probs(self, indices: Tensor) -> Tensor:
-        """Target distributions [*I, K]: soft where the dataset has them, else the labels one-hot."""
+        """Return target distributions [*I, K]: soft if the dataset has them, otherwise the labels as one-hot."""
         indices = indices.to(self.labels.device)
         if self.soft_targets is not None:
             return self.soft_targets[indices].to(self.dtype)
@@ -96,7 +96,7 @@ class Dataset:
         return labels.new_zeros(*indices.shape, self.num_classes, dtype=self.dtype).scatter_(-1, labels, 1.0)
 
     def true_probs(self, indices: Tensor) -> Tensor | None:
-        """P(y | x) of the examples [*I, K] in float64, where it is known."""
+        """Return P(y | x) of the examples [*I, K] in float64, or None if it is unknown."""
         return None if self.truth is None else self.truth[indices.to(self.truth.device)]
 
 
@@ -109,19 +109,24 @@ def make_dataset(
     target_probs: ArrayLike | None = None,
     truth: ArrayLike | None = None,
 ) -> Dataset:
-    """Check the data and make a dataset of it, on the CPU in float32.
+    """Check the data and build a dataset on the CPU in float32.
 
-    `images` [N, C, H, W] are uint8 or floats, not normalised, and are not copied: a memory map stays one.
-    `labels` [N] count from 0 in the order of `classes`; `splits` holds the indices of train, val and test;
-    `target_probs` [N, K] are the targets where these are not simply the labels; `truth` [N, K] is P(y | x) where it is
-    known, to measure models by, never to train on.
+    Args:
+        images: [N, C, H, W], uint8 or floats, not normalised. They are not copied: a memory map stays one.
+        labels: [N], counted from 0 in the order of `classes`.
+        splits: indices of train, val and test.
+        target_probs: targets [N, K], if they are not the labels.
+        truth: P(y | x) [N, K], if it is known. It serves to evaluate models, not to train them.
+
+    Raises:
+        UsageError: the data are inconsistent.
     """
-    images = _shared(images)
-    labels, splits = checked_labels(name, labels, splits, classes)
+    images = _as_tensor(images)
+    labels, splits = check_labels(name, labels, splits, classes)
     _check_images(name, images, len(labels))
     shape = [len(labels), len(classes)]
-    soft = None if target_probs is None else _distributions(name, "target_probs", target_probs, shape)
-    known = None if truth is None else _distributions(name, "truth", truth, shape)
+    soft = None if target_probs is None else _check_distributions(name, "target_probs", target_probs, shape)
+    known = None if truth is None else _check_distributions(name, "truth", truth, shape)
     statistics = _statistics(images, splits["train"])
     parts = {"images": images, "labels": labels, "targets": soft, **splits, **statistics._asdict(), "truth": known}
     pool, normalisation = _place(images, statistics, torch.device("cpu"), torch.float32)
@@ -140,14 +145,14 @@ def make_dataset(
     )
 
 
-def checked_labels(
+def check_labels(
     name: str, labels: ArrayLike, splits: Mapping[str, ArrayLike], classes: Sequence[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Labels and splits as int64 tensors, or one line on what is wrong with them."""
+    """Check labels and splits and return them as int64 tensors."""
     require(len(classes) > 1, name, f"only {len(classes)} class(es): a classifier needs two or more")
-    labels = _integers(name, "labels", labels, len(classes))
+    labels = _check_integers(name, "labels", labels, len(classes))
     require(set(splits) == set(SPLITS), name, f"splits are {sorted(splits)}, not train, val and test")
-    indices = {part: _integers(name, f"the {part} split", splits[part], len(labels)) for part in SPLITS}
+    indices = {part: _check_integers(name, f"the {part} split", splits[part], len(labels)) for part in SPLITS}
     for part, members in indices.items():
         require(len(members) > 0, name, f"the {part} split is empty")
     uses = torch.cat(list(indices.values())).bincount()
@@ -175,18 +180,18 @@ def _check_images(name: str, images: Tensor, count: int) -> None:
         require(bool(finite.all()), name, f"image {int(finite.int().argmin())} has NaN or infinite pixels")
 
 
-def _distributions(name: str, what: str, values: ArrayLike, shape: list[int]) -> Tensor:
-    """`values` as float64 [N, K] whose rows are probabilities."""
+def _check_distributions(name: str, what: str, values: ArrayLike, shape: list[int]) -> Tensor:
+    """Check that the rows are probabilities and return `values` as float64 [N, K]."""
     probs = torch.as_tensor(np.array(values, dtype=np.float64))
     require(list(probs.shape) == shape, name, f"{what} are {list(probs.shape)}, not {shape}")
-    good = (probs >= 0).all(1) & ((probs.sum(1) - 1).abs() <= 1e-5)  # false for NaN
+    good = (probs >= 0).all(1) & ((probs.sum(1) - 1).abs() <= 1e-5)  # False for NaN
     bad = int(good.int().argmin())
     require(bool(good.all()), name, f"{what} of example {bad} are not probabilities that sum to 1")
     return probs
 
 
-def _integers(name: str, what: str, values: ArrayLike, limit: int) -> Tensor:
-    """`values` as an int64 vector with entries in [0, limit)."""
+def _check_integers(name: str, what: str, values: ArrayLike, limit: int) -> Tensor:
+    """Check that all entries lie in [0, limit) and return `values` as an int64 vector."""
     array = np.asarray(values)
     require(array.dtype.kind in "iu" or array.size == 0, name, f"{what} are {array.dtype}, not integers")
     require(array.ndim == 1, name, f"{what} have shape {list(array.shape)}, not [N]")
@@ -195,30 +200,30 @@ def _integers(name: str, what: str, values: ArrayLike, limit: int) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def require(holds: bool, name: str, complaint: str) -> None:
-    """Refuse a dataset in one line unless the condition holds."""
-    if not holds:
-        raise UsageError(f"dataset {name}: {complaint}")
+def require(condition: bool, name: str, message: str) -> None:
+    """Raise a UsageError about the dataset unless the condition holds."""
+    if not condition:
+        raise UsageError(f"dataset {name}: {message}")
 
 
-def _shared(images: Tensor | NDArray[np.generic]) -> Tensor:
-    """The array's memory as a tensor; nothing writes to it, so that it may be read-only."""
+def _as_tensor(images: Tensor | NDArray[np.generic]) -> Tensor:
+    """Return a tensor that shares the array's memory. The memory may be read-only, as nothing writes to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.as_tensor(images)
 
 
 def _chunks(images: Tensor, count: int) -> Iterator[slice]:
-    """`count` rows in slices whose images take CHUNK_BYTES as float64."""
+    """Split `count` rows into slices whose images take CHUNK_BYTES as float64."""
     rows = max(1, CHUNK_BYTES // (8 * images[0].numel()))
     return (slice(start, start + rows) for start in range(0, count, rows))
 
 
 def _statistics(images: Tensor, train: Tensor) -> Normalisation:
-    """Per-channel mean and population standard deviation over `train`, [C, 1, 1], in float64.
+    """Compute mean and population standard deviation of each channel over `train`, [C, 1, 1], in float64.
 
-    Of uint8 pixels both sums are exact (integers below 2^53 in float64), hence the same everywhere.
-    A constant channel is divided by 1.
+    For uint8 pixels both sums are exact (integers below 2^53) and hence the same on every machine. The standard
+    deviation of a constant channel is replaced by 1.
     """
     total, squares = np.zeros(images.shape[1]), np.zeros(images.shape[1])
     for rows in _chunks(images, len(train)):
@@ -235,7 +240,7 @@ def _statistics(images: Tensor, train: Tensor) -> Normalisation:
 def _place(
     images: Tensor, statistics: Normalisation, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Normalisation | None]:
-    """The pool on `device`, normalised if small; else as loaded, on the host if the device is too full."""
+    """Move the pool to `device` and normalise it if it is small. A pool that does not fit on the device stays."""
     normalisation = statistics.to(device, dtype)
     if images.numel() * dtype.itemsize <= FLOAT_POOL_BYTES:
         return normalisation.apply_(images.to(device).to(dtype, copy=True)), None

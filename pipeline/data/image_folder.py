@@ -1,4 +1,4 @@
-"""A folder of pictures as a dataset: decoded once into a memory map, whatever its size."""
+"""Loader of a folder of pictures, which are decoded once into a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from likelihood_lab.errors import UsageError, first_line
-from pipeline.data.dataset import Dataset, checked_labels, make_dataset, require
-from pipeline.data.loaders import inside, three_way, with_val
+from pipeline.data.dataset import Dataset, check_labels, make_dataset, require
+from pipeline.data.loaders import check_inside, split_pool, split_training_set
 from pipeline.runtime import cache_dir, home_expanded, writing
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-LARGEST_SIDE = 4096  # of the pictures that a model gets
+LARGEST_SIDE = 4096  # pixels; limit for `size`
 
 Files = Mapping[str, Sequence[Path]]  # class -> its pictures
 
@@ -40,9 +40,9 @@ def image_folder(
     test_fraction: float = 0.1,
     cache: str | None = None,
 ) -> Dataset:
-    """Pictures in root/train/<class>/ and root/test/<class>/, or in root/<class>/ and split by `data_seed`.
+    """Load pictures from root/train/<class>/ and root/test/<class>/, or from root/<class>/, split by `data_seed`.
 
-    Each is decoded once, to RGB [3, size, size], into a file under `cache` that is memory-mapped ever after.
+    Each picture is decoded once to RGB [3, size, size]. The pixels stay in a memory-mapped file under `cache`.
     """
     name, folder = "image_folder", home_expanded(root).resolve()
     require(folder.is_dir(), name, f"there is no folder {folder}: set dataset.root")
@@ -57,17 +57,17 @@ def image_folder(
     labels = np.array([number[file.parent.name] for file in files])
     if "test" in parts:
         train = sum(map(len, parts["train"].values()))
-        splits = with_val(labels, train, round(val_fraction * train), data_seed)
+        splits = split_training_set(labels, train, round(val_fraction * train), data_seed)
     else:
         val, test = round(val_fraction * len(files)), round(test_fraction * len(files))
-        splits = three_way(labels, val, test, data_seed)
-    checked_labels(name, labels, splits, classes)  # before the long decoding
-    return make_dataset(name, _decoded(files, size, cache_dir(cache)), labels, splits, classes)
+        splits = split_pool(labels, val, test, data_seed)
+    check_labels(name, labels, splits, classes)  # before the long decoding
+    return make_dataset(name, _load_pixels(files, size, cache_dir(cache)), labels, splits, classes)
 
 
 def _parts(root: Path) -> dict[str, Files]:
-    """The pictures of train/ and test/ where `root` has these two, else of all its folders as "all"."""
-    names = {entry.name for entry in _visible(root, root)}
+    """List the pictures of train/ and test/ if `root` has both, otherwise those of all folders as "all"."""
+    names = {entry.name for entry in _list_visible(root, root)}
     if not {"train", "test"} <= names:
         return {"all": _classes(root, root)}
     for extra in sorted(names - {"train", "test"}):
@@ -77,10 +77,10 @@ def _parts(root: Path) -> dict[str, Files]:
 
 def _classes(folder: Path, root: Path) -> Files:
     found = {}
-    for entry in _visible(folder, root):
+    for entry in _list_visible(folder, root):
         if not entry.is_dir():
             raise UsageError(f"{entry} is not a class folder: move it out of {folder}")
-        found[entry.name] = _visible(entry, root)
+        found[entry.name] = _list_visible(entry, root)
         if not found[entry.name]:
             raise UsageError(f"{entry} is a class folder without pictures: fill or remove it")
         for file in found[entry.name]:
@@ -89,17 +89,17 @@ def _classes(folder: Path, root: Path) -> Files:
     return found
 
 
-def _visible(folder: Path, root: Path) -> list[Path]:
-    """What `folder` holds, sorted by name, without hidden entries; a link must not lead out of `root`."""
+def _list_visible(folder: Path, root: Path) -> list[Path]:
+    """List the entries of `folder` by name, without hidden ones. A link must not lead out of `root`."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     for entry in entries:
         if entry.is_symlink():
-            inside(entry, root)
+            check_inside(entry, root)
     return entries
 
 
-def _decoded(files: Sequence[Path], size: int, cache: Path) -> NDArray[np.uint8]:
-    """The pictures [N, 3, size, size] as a read-only memory map; decoded unless the cache has them."""
+def _load_pixels(files: Sequence[Path], size: int, cache: Path) -> NDArray[np.uint8]:
+    """Return the pictures [N, 3, size, size] as a read-only memory map. Decode them if they are not in the cache."""
     import PIL
 
     stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
@@ -107,13 +107,13 @@ def _decoded(files: Sequence[Path], size: int, cache: Path) -> NDArray[np.uint8]
     pixels, shape = cache / f"pictures-{key}.u8", (len(files), 3, size, size)
     if not pixels.is_file() or pixels.stat().st_size != math.prod(shape):
         log.info("decoding %d pictures into %s", len(files), pixels)
-        with writing(cache), bombs_refused():
+        with writing(cache), refuse_bombs():
             _decode_all(files, size, pixels)
     return np.memmap(pixels, np.uint8, "r", shape=shape)
 
 
 def _decode_all(files: Sequence[Path], size: int, pixels: Path) -> None:
-    """Write the pictures one after another, a few in memory at a time; the file appears when it is whole."""
+    """Decode the pictures in groups of 64 into a temporary file, then rename it."""
     threads = min(4, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory(dir=pixels.parent) as scratch, ThreadPoolExecutor(threads) as pool:
         partial = Path(scratch) / pixels.name
@@ -127,10 +127,10 @@ def _decode_all(files: Sequence[Path], size: int, pixels: Path) -> None:
 
 
 @contextmanager
-def bombs_refused() -> Iterator[None]:
-    """Where Pillow warns of a decompression bomb it raises; of the oddities of metadata it does not speak.
+def refuse_bombs() -> Iterator[None]:
+    """Make Pillow raise for a decompression bomb, and silence its warnings about metadata.
 
-    To be entered before threads are started: filters of warnings belong to the process.
+    Enter it before starting threads: warning filters belong to the process.
     """
     from PIL import Image
 
@@ -141,24 +141,24 @@ def bombs_refused() -> Iterator[None]:
 
 
 def decode(file: Path, size: int) -> NDArray[np.uint8]:
-    """One picture as RGB [3, size, size]: upright by its EXIF, centre square, antialiased, alpha dropped."""
+    """Decode a picture to RGB [3, size, size]: rotated by EXIF, centre square, antialiased, without alpha."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as picture:
             if picture.mode[0] in "IF":
                 raise ValueError(f"more than 8 bits a channel, mode {picture.mode}")
-            picture.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
+            picture.draft("RGB", (2 * size, 2 * size))  # decode a large JPEG at a fraction of its size
             upright = ImageOps.exif_transpose(picture)
             opaque = (upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB")
             square = ImageOps.fit(opaque, (size, size), Image.Resampling.BILINEAR)
-    except unreadable() as error:
+    except picture_errors() as error:
         raise UsageError(f"unreadable picture {file} ({first_line(error)}): replace or remove it") from error
     return np.asarray(square).transpose(2, 0, 1)
 
 
-def unreadable() -> tuple[type[Exception], ...]:
-    """What Pillow raises about a file that is damaged, no picture, or a bomb."""
+def picture_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of Pillow for a damaged file, a file that is no picture and a decompression bomb."""
     from PIL import Image
 
     bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)

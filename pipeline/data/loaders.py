@@ -1,4 +1,4 @@
-"""The shipped datasets but for pictures: digits, Fashion-MNIST, MNIST, CIFAR-10; how a pool is split."""
+"""Loaders of digits, Fashion-MNIST, MNIST and CIFAR-10, and functions that split a pool."""
 
 from __future__ import annotations
 
@@ -18,49 +18,51 @@ from pipeline.data.dataset import Dataset, make_dataset, require
 from pipeline.runtime import cache_dir, home_expanded, writing
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-IDX_BYTES = 2**30  # no IDX file may unpack to more; EMNIST's largest has 0.64 GB
+IDX_BYTES = 2**30  # limit for an unpacked IDX file; the largest of EMNIST has 0.64 GB
 ARTICLES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 
 Indices = NDArray[np.int64]
 
 
-def draws_of(data_seed: int) -> np.random.RandomState:
-    """NumPy froze this generator's stream: a data_seed names the same split under every version."""
+def random_state(data_seed: int) -> np.random.RandomState:
+    """Return NumPy's legacy generator. Its stream is the same in every version of NumPy, and so is the split."""
     if not 0 <= data_seed < 2**32:
         raise UsageError(f"data_seed={data_seed}: give an integer from 0 to {2**32 - 1}")
     return np.random.RandomState(data_seed)
 
 
-def carve(pool: Indices, labels: Indices, size: int, draws: np.random.RandomState) -> tuple[Indices, Indices]:
-    """Draw `size` of the indices in `pool`, each class in its share (largest remainders): (rest, drawn)."""
+def split_off(pool: Indices, labels: Indices, size: int, generator: np.random.RandomState) -> tuple[Indices, Indices]:
+    """Draw `size` indices from `pool`, stratified by class (largest remainders). Return (rest, drawn)."""
     if not 0 < size < len(pool):
         raise UsageError(f"cannot set {size} of {len(pool)} examples apart: change the size or the fraction")
     members = [pool[labels[pool] == label] for label in np.unique(labels[pool])]
     counts, remainders = np.divmod(size * np.array([len(group) for group in members]), len(pool))
     counts[np.argsort(-remainders, kind="stable")[: size - counts.sum()]] += 1
-    drawn = np.concatenate([draws.permutation(group)[:count] for group, count in zip(members, counts, strict=True)])
+    drawn = np.concatenate([generator.permutation(group)[:count] for group, count in zip(members, counts, strict=True)])
     return np.setdiff1d(pool, drawn), np.sort(drawn)
 
 
-def three_way(labels: Indices, val: int, test: int, data_seed: int) -> dict[str, Indices]:
-    """Splits of a pool that comes without any."""
-    draws = draws_of(data_seed)
-    rest, drawn = carve(np.arange(len(labels)), labels, test, draws)
-    train, held_out = carve(rest, labels, val, draws)
+def split_pool(labels: Indices, val: int, test: int, data_seed: int) -> dict[str, Indices]:
+    """Split a pool without official splits into train, val and test."""
+    generator = random_state(data_seed)
+    rest, drawn = split_off(np.arange(len(labels)), labels, test, generator)
+    train, held_out = split_off(rest, labels, val, generator)
     return {"train": train, "val": held_out, "test": drawn}
 
 
-def with_val(labels: Indices, train: int, val: int, data_seed: int) -> dict[str, Indices]:
-    """Splits of a pool that begins with the `train` official training examples and ends with the test's."""
-    rest, drawn = carve(np.arange(train), labels, val, draws_of(data_seed))
+def split_training_set(labels: Indices, train: int, val: int, data_seed: int) -> dict[str, Indices]:
+    """Draw val from the first `train` examples of a pool, the official training set. The others are the test set."""
+    rest, drawn = split_off(np.arange(train), labels, val, random_state(data_seed))
     return {"train": rest, "val": drawn, "test": np.arange(train, len(labels))}
 
 
-def inside(path: Path, root: Path) -> Path:
-    """The path, which must not lead out of a dataset's folder by a link: whoever made the folder has no say over that.
+def check_inside(path: Path, root: Path) -> Path:
+    """Return the path if it lies inside `root` after links are resolved.
+
+    Data of other people may contain links to private files.
 
     Raises:
-        UsageError: it does.
+        UsageError: a link leads out of `root`.
     """
     try:
         if path.resolve().is_relative_to(root.resolve()):
@@ -71,17 +73,17 @@ def inside(path: Path, root: Path) -> Path:
 
 
 def digits(data_seed: int = 0) -> Dataset:
-    """1797 grey 8 x 8 digits bundled with scikit-learn: 1137 train, 300 val, 360 test."""
+    """Load 1797 grey 8 x 8 digits, bundled with scikit-learn: 1137 train, 300 val, 360 test."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = bunch.images[:, None].astype(np.uint8)  # integers from 0 to 16
-    splits = three_way(bunch.target, val=300, test=360, data_seed=data_seed)
+    splits = split_pool(bunch.target, val=300, test=360, data_seed=data_seed)
     return make_dataset("digits", images, bunch.target, splits, "0123456789")
 
 
 def fashion_mnist(root: str | None = None, data_seed: int = 0, val: int = 5000) -> Dataset:
-    """70 000 grey 28 x 28 articles of clothing: from `root`, else Debian's package, else a download."""
+    """Load 70 000 grey 28 x 28 articles of clothing from `root`, Debian's package or a download."""
     name = "fashion_mnist"
     debian = None if root or not DEBIAN_FASHION_MNIST.is_dir() else DEBIAN_FASHION_MNIST
     remedy = "run `apt-get install dataset-fashion-mnist`, "
@@ -90,19 +92,19 @@ def fashion_mnist(root: str | None = None, data_seed: int = 0, val: int = 5000) 
 
 
 def mnist(root: str | None = None, data_seed: int = 0, val: int = 5000) -> Dataset:
-    """70 000 grey 28 x 28 digits: from `root`, else torchvision's download."""
+    """Load 70 000 grey 28 x 28 digits from `root` or torchvision's download."""
     folder = _mnist_folder("mnist", "MNIST", root)
     return _mnist("mnist", folder, "0123456789", data_seed, val)
 
 
 def cifar10(root: str | None = None, data_seed: int = 0, val: int = 5000) -> Dataset:
-    """60 000 colour 32 x 32 pictures of ten classes: from `root`, else torchvision's download."""
+    """Load 60 000 colour 32 x 32 pictures of ten classes from `root` or torchvision's download."""
     from torchvision.datasets import CIFAR10
 
     folder = home_expanded(root) if root else _download("cifar10", "CIFAR10", "cifar-10-batches-py").parent
     for file in folder.glob("cifar-10-batches-py/*"):
-        inside(file, folder)
-    try:  # torchvision unpickles these files only where their digests are those of the published ones
+        check_inside(file, folder)
+    try:  # torchvision unpickles these files only if they have the published digests
         train, test = CIFAR10(folder, train=True), CIFAR10(folder, train=False)
     except (OSError, RuntimeError) as error:
         raise UsageError(
@@ -110,20 +112,19 @@ def cifar10(root: str | None = None, data_seed: int = 0, val: int = 5000) -> Dat
         ) from error
     images = np.concatenate([train.data, test.data]).transpose(0, 3, 1, 2)
     labels = np.array(train.targets + test.targets)
-    splits = with_val(labels, len(train.targets), val, data_seed)
+    splits = split_training_set(labels, len(train.targets), val, data_seed)
     return make_dataset("cifar10", np.ascontiguousarray(images), labels, splits, train.classes)
 
 
 def _mnist(name: str, folder: Path, classes: Sequence[str], data_seed: int, val: int) -> Dataset:
     images = [_read_idx(folder, f"{part}-images-idx3-ubyte") for part in ("train", "t10k")]
     labels = [_read_idx(folder, f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")]
-    for pictures, answers in zip(images, labels, strict=True):
-        found = f"{len(pictures)} images but {len(answers)} labels"
-        require(len(pictures) == len(answers), name, f"{found} in {folder}")
+    for num_images, num_labels in zip(map(len, images), map(len, labels), strict=True):
+        require(num_images == num_labels, name, f"{num_images} images but {num_labels} labels in {folder}")
     sizes = [list(pictures.shape[1:]) for pictures in images]
     require(sizes[0] == sizes[1], name, f"train has images of {sizes[0]} and t10k of {sizes[1]} pixels in {folder}")
     pooled = np.concatenate(labels).astype(np.int64)
-    splits = with_val(pooled, len(labels[0]), val, data_seed)
+    splits = split_training_set(pooled, len(labels[0]), val, data_seed)
     return make_dataset(name, np.concatenate(images)[:, None], pooled, splits, classes)
 
 
@@ -131,18 +132,18 @@ def _mnist_folder(name: str, source: str, root: str | None, remedy: str = "") ->
     if root is None:
         return _download(name, source, source, remedy) / "raw"
     given = home_expanded(root)
-    raw = given / source / "raw"  # where torchvision puts it
+    raw = given / source / "raw"  # the folder that torchvision uses
     return raw if raw.is_dir() else given
 
 
 def _download(name: str, source: str, folder: str, remedy: str = "") -> Path:
-    """`folder` of torchvision's dataset `source`, in the cache: fetched once, renamed into place whole."""
+    """Download `folder` of torchvision's dataset `source` once into the cache. A failed download leaves nothing."""
     import torchvision.datasets
 
     cache = cache_dir()
-    kept = cache / folder
-    if kept.is_dir():
-        return kept
+    target = cache / folder
+    if target.is_dir():
+        return target
     with writing(cache), tempfile.TemporaryDirectory(dir=cache) as scratch:
         try:
             getattr(torchvision.datasets, source)(scratch, download=True)
@@ -152,16 +153,19 @@ def _download(name: str, source: str, folder: str, remedy: str = "") -> Path:
                 f"dataset {name} is not here: {remedy}connect to the network once for the download, "
                 f"or set dataset.root to a folder that has its files ({reason})"
             ) from error
-        (Path(scratch) / folder).replace(kept)
-    return kept
+        (Path(scratch) / folder).replace(target)
+    return target
 
 
 def _read_idx(folder: Path, stem: str) -> NDArray[np.uint8]:
-    """An IDX file of bytes, plain or gzipped: zero, zero, type 8, rank; big-endian uint32 shape; the data."""
+    """Read an IDX file of bytes, plain or gzipped.
+
+    Its format: two zero bytes, type 8, rank, the shape in big-endian uint32, the data.
+    """
     path = next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
     if path is None:
         raise UsageError(f"{folder} has no {stem} or {stem}.gz: put the four IDX files there")
-    inside(path, folder)
+    check_inside(path, folder)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             zeros, kind, rank = struct.unpack(">HBB", file.read(4))

@@ -1,4 +1,4 @@
-"""Datasets whose labels are distributions: people's on CIFAR-10's test pictures, and those of a known teacher."""
+"""Datasets with distributions as labels: CIFAR-10H, and a synthetic teacher whose P(y | x) is known."""
 
 from __future__ import annotations
 
@@ -19,49 +19,49 @@ from scipy.special import softmax
 
 from likelihood_lab.errors import UsageError, first_line
 from pipeline.data.dataset import Dataset, make_dataset, require
-from pipeline.data.image_folder import bombs_refused, unreadable
-from pipeline.data.loaders import draws_of, inside, three_way
+from pipeline.data.image_folder import picture_errors, refuse_bombs
+from pipeline.data.loaders import check_inside, random_state, split_pool
 from pipeline.runtime import home_expanded
 
-CIFAR10H = "LIKELIHOOD_LAB_CIFAR10H"  # the environment variable that may stand for `root`
+CIFAR10H = "LIKELIHOOD_LAB_CIFAR10H"  # environment variable used if `root` is null
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ANNOTATIONS = "test_annotations.csv"
 WHERE = (
     f"set dataset.root or {CIFAR10H} to a folder, or its .tar.gz, that has CIFAR-10's test pictures as "
     f"test/<class>/*.jpg and {ANNOTATIONS}: a path and ten counts a line, from github.com/jcpeterson/cifar-10h"
 )
-UNPACKED_BYTES = 2**28  # no archive may unpack to more; the published pictures take 0.03 GB
-SIDE = 8  # a teacher's input is a Gaussian "picture", SIDE x SIDE, so that every model takes it
+UNPACKED_BYTES = 2**28  # limit for an unpacked archive; the published one has 0.03 GB
+SIDE = 8  # the input of the teacher is a Gaussian image, SIDE x SIDE, which every model accepts
 HIDDEN = 32
-TEACHER_NUMBERS = 2**29  # inputs or probabilities that a teacher may make: 4 GB
+TEACHER_NUMBERS = 2**29  # limit for the inputs and for the probabilities of a teacher: 4 GB
 
 # --- CIFAR-10H
 
 
 def cifar10h(root: str | None = None, data_seed: int = 0, val: int = 500, test: int = 2000) -> Dataset:
-    """CIFAR-10's 10 000 test pictures with the choices of about 51 people each (Peterson et al. 2019).
+    """Load CIFAR-10's 10 000 test pictures with the choices of about 51 people each (Peterson et al. 2019).
 
-    Targets are the shares of people that chose each class, and so is the truth, of which they are an estimate. Labels
-    are CIFAR-10's own, whatever the majority says.
+    Targets are the shares of people that chose each class. The shares also serve as an estimate of P(y | x). Labels are
+    those of CIFAR-10, even if the majority of people disagrees.
     """
     name, source = "cifar10h", root or os.environ.get(CIFAR10H)
     if not source:
         raise UsageError(f"dataset {name} is not here: {WHERE}")
-    files = _files(name, home_expanded(source))
-    paths, counts = _annotations(name, files)
-    with bombs_refused():
-        pictures = np.stack([_pixels(name, path, files[path]) for path in paths])
+    files = _read_files(name, home_expanded(source))
+    paths, counts = _read_annotations(name, files)
+    with refuse_bombs():
+        pictures = np.stack([_decode(name, path, files[path]) for path in paths])
     labels = np.array([CIFAR10_CLASSES.index(PurePosixPath(path).parent.name) for path in paths])
     shares = counts / counts.sum(1, keepdims=True)
-    splits = three_way(labels, val, test, data_seed)
+    splits = split_pool(labels, val, test, data_seed)
     return make_dataset(name, pictures, labels, splits, CIFAR10_CLASSES, target_probs=shares, truth=shares)
 
 
-def _files(name: str, root: Path) -> Mapping[str, bytes]:
-    """The test pictures and their annotations by path; an archive is read in memory, so that nothing is unpacked."""
+def _read_files(name: str, root: Path) -> Mapping[str, bytes]:
+    """Read the test pictures and the annotations by path. An archive is read in memory and not unpacked to disk."""
     require(root.exists(), name, f"there is no {root}: {WHERE}")
     try:
-        files = dict(_folder(root) if root.is_dir() else _archive(name, root))
+        files = dict(_read_folder(root) if root.is_dir() else _read_archive(name, root))
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise UsageError(
             f"dataset {name}: {root} is unreadable or no .tar.gz ({first_line(error)}): {WHERE}"
@@ -70,13 +70,13 @@ def _files(name: str, root: Path) -> Mapping[str, bytes]:
     return files
 
 
-def _folder(root: Path) -> Iterator[tuple[str, bytes]]:
+def _read_folder(root: Path) -> Iterator[tuple[str, bytes]]:
     for path in filter(Path.is_file, (*root.glob(ANNOTATIONS), *root.glob("test/*/*.jpg"))):
-        yield path.relative_to(root).as_posix(), inside(path, root).read_bytes()
+        yield path.relative_to(root).as_posix(), check_inside(path, root).read_bytes()
 
 
-def _archive(name: str, path: Path) -> Iterator[tuple[str, bytes]]:
-    """Members by the end of their path, whatever folder they are in; links are none."""
+def _read_archive(name: str, path: Path) -> Iterator[tuple[str, bytes]]:
+    """Read members of the archive, in any parent folder. Links are skipped."""
     with gzip.open(path) as stream:
         unpacked = stream.read(UNPACKED_BYTES + 1)
     require(len(unpacked) <= UNPACKED_BYTES, name, f"{path} unpacks to more than {UNPACKED_BYTES} bytes: {WHERE}")
@@ -88,8 +88,8 @@ def _archive(name: str, path: Path) -> Iterator[tuple[str, bytes]]:
                 yield "/".join(parts[-1:] if parts[-1] == ANNOTATIONS else parts[-3:]), content.read()
 
 
-def _annotations(name: str, files: Mapping[str, bytes]) -> tuple[list[str], NDArray[np.int64]]:
-    """Paths, and how many people chose each class, [N, 10]."""
+def _read_annotations(name: str, files: Mapping[str, bytes]) -> tuple[list[str], NDArray[np.int64]]:
+    """Read the paths, and the numbers of people that chose each class [N, 10]."""
     try:
         table = list(csv.reader(io.StringIO(files[ANNOTATIONS].decode("utf-8", "replace"))))
     except csv.Error as error:
@@ -104,24 +104,24 @@ def _annotations(name: str, files: Mapping[str, bytes]) -> tuple[list[str], NDAr
         kind = PurePosixPath(path).parent.name
         require(kind in CIFAR10_CLASSES, name, f"{ANNOTATIONS}: {path} is in no class folder of CIFAR-10's")
         require(path in files, name, f"{ANNOTATIONS} names {path}, which is not there")
-    return paths, np.array([_counts(name, *line) for line in lines])
+    return paths, np.array([_parse_counts(name, *line) for line in lines])
 
 
-def _counts(name: str, path: str, *counts: str) -> list[int]:
+def _parse_counts(name: str, path: str, *counts: str) -> list[int]:
     whole = len(counts) == len(CIFAR10_CLASSES) and all(count.isdecimal() and len(count) < 7 for count in counts)
     require(whole, name, f"{ANNOTATIONS}: {path} has {','.join(counts)[:80] or 'nothing'}, not ten counts")
     require(any(map(int, counts)), name, f"{ANNOTATIONS}: nobody has annotated {path}; remove its line")
     return list(map(int, counts))
 
 
-def _pixels(name: str, path: str, content: bytes) -> NDArray[np.uint8]:
-    """One picture as RGB [3, 32, 32]."""
+def _decode(name: str, path: str, content: bytes) -> NDArray[np.uint8]:
+    """Decode a picture to RGB [3, 32, 32]."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content)) as picture:
             size, pixels = picture.size, np.asarray(picture.convert("RGB"))
-    except unreadable() as error:
+    except picture_errors() as error:
         raise UsageError(f"dataset {name}: unreadable picture {path} ({first_line(error)}): replace it") from error
     require(size == (32, 32), name, f"{path} is {size[0]} x {size[1]}, not 32 x 32")
     return pixels.transpose(2, 0, 1)
@@ -139,10 +139,10 @@ def teacher(
     val: int = 500,
     test: int = 2000,
 ) -> Dataset:
-    """Gaussian inputs, and a random network's softmax as P(y | x), all from `data_seed`.
+    """Generate Gaussian inputs with P(y | x) = softmax(sharpness * V tanh(W x)), all random numbers from `data_seed`.
 
-    P(y | x) = softmax(sharpness * V tanh(W x)), so that the truth is known. Targets are P itself where `labels` are
-    soft, and the label is its most probable class; else labels are drawn from P, and targets are one-hot.
+    With soft labels, the targets are P and the label is its most probable class. With sampled labels, labels are drawn
+    from P and targets are one-hot.
     """
     require(labels in ("soft", "sampled"), "teacher", f"labels={labels}: choose soft or sampled")
     require(math.isfinite(sharpness), "teacher", f"sharpness={sharpness}: give a finite number")
@@ -150,12 +150,12 @@ def teacher(
     require(min(train, val, test) > 0, "teacher", "train, val and test have to be 1 or more")
     most = TEACHER_NUMBERS // max(SIDE * SIDE, num_classes)
     require(train + val + test <= most, "teacher", f"train, val and test may be {most} together, not more")
-    draws, count, pixels = draws_of(data_seed), train + val + test, SIDE * SIDE
-    inner = draws.standard_normal((pixels, HIDDEN)) / np.sqrt(pixels)
-    outer = draws.standard_normal((HIDDEN, num_classes)) / np.sqrt(HIDDEN)
-    inputs = draws.standard_normal((count, pixels))
+    generator, count, pixels = random_state(data_seed), train + val + test, SIDE * SIDE
+    inner = generator.standard_normal((pixels, HIDDEN)) / np.sqrt(pixels)
+    outer = generator.standard_normal((HIDDEN, num_classes)) / np.sqrt(HIDDEN)
+    inputs = generator.standard_normal((count, pixels))
     truth = softmax(sharpness * np.tanh(inputs @ inner) @ outer, axis=1)
-    below = truth.cumsum(1)[:, :-1] < draws.random_sample((count, 1))
+    below = truth.cumsum(1)[:, :-1] < generator.random_sample((count, 1))
     return make_dataset(
         "teacher",
         inputs.reshape(count, 1, SIDE, SIDE).astype(np.float32),

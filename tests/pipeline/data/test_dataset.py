@@ -19,7 +19,7 @@ from pipeline.data import image_folder as pictures
 from pipeline.data import loaders
 from pipeline.data.dataset import Dataset, make_dataset
 from pipeline.data.image_folder import image_folder
-from pipeline.data.loaders import carve, digits, fashion_mnist
+from pipeline.data.loaders import digits, fashion_mnist, split_off
 from tests.laboratory import refused
 
 TINY_SPLITS = {"train": range(8), "val": [8, 9], "test": [10, 11]}
@@ -87,7 +87,7 @@ def test_the_split_of_a_data_seed_never_changes() -> None:
 @pytest.mark.parametrize("size", [1, 2, 7, 10, 11])
 def test_carve_gives_every_class_its_share_and_exactly_the_size(size: int) -> None:
     labels = np.array([0] * 6 + [1] * 3 + [2] * 3)
-    rest, drawn = carve(np.arange(12), labels, size, np.random.RandomState(0))
+    rest, drawn = split_off(np.arange(12), labels, size, np.random.RandomState(0))
     assert len(drawn) == size
     assert sorted([*rest, *drawn]) == list(range(12))
     assert (np.abs(np.bincount(labels[drawn], minlength=3) - size * np.array([6, 3, 3]) / 12) < 1).all()
