@@ -1,4 +1,4 @@
-"""Size and power of the dithered rank test on real training of the digits MLP, beside the envelope's.
+"""Size and power of the dithered rank test on real training of the digits MLP, compared with the envelope test.
 
 python -m experiments.envelope.ranks             as recorded: 200 seeds, three regimes, 9 copies of the reference
 python -m experiments.envelope.ranks --seeds 40  a fifth of it
@@ -33,7 +33,7 @@ FLOAT32 = ("calm SGD", "chaotic SGD", "Adam")
 
 
 def arms() -> list[Formulation]:
-    """The copies of the reference, then every candidate, each dithered with draws of its own."""
+    """List the copies of the reference and every candidate, each dithered with its own random numbers."""
     candidates = [REFERENCE]
     candidates += [Formulation(name, args, partial(given, fn)) for name, (args, fn) in HONEST.items()]
     candidates += [
@@ -46,7 +46,7 @@ def arms() -> list[Formulation]:
 
 
 def rejected(found: Mapping[Replica, Tensor], seeds: Sequence[int], studies: int) -> dict[tuple[str, int], float]:
-    """{(candidate, S): share of studies that reject}."""
+    """Compute {(candidate, S): share of studies that reject}."""
     names = [formulation.name for formulation in arms()]
     copies = [name for name in names if name.startswith("copy")]
     rng = np.random.default_rng(0)

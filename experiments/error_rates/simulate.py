@@ -1,10 +1,10 @@
-"""How often the outcome axis is wrong, by simulation through the functions that decide.
+"""Error rates of the decision `compare` on training outcomes, by simulation.
 
-python -m experiments.error_rates.simulate                 the full table, as recorded: 20 000 studies a cell
-python -m experiments.error_rates.simulate --studies 500   the same in a minute
+python -m experiments.error_rates.simulate                 the full table, as recorded: 20 000 studies for each cell
+python -m experiments.error_rates.simulate --studies 500   a short version of about a minute
 
-Everything is in margin units: margin 1, a true mean difference mu, a standard deviation sigma of the differences. The
-exit code is 1 where a rate that the protocol bounds lies more than three Monte Carlo standard errors above its bound.
+All quantities are in units of the margin: margin 1, true mean difference mu, standard deviation sigma of the
+differences. The exit code is 1 if a rate exceeds the bound of the protocol by more than three Monte Carlo standard errors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Draw = Callable[[Generator, int], "Study"]
 
 @dataclass(frozen=True)
 class Study:
-    """Differences [arms, metrics, S] in margin units, and how each run ended."""
+    """Differences [arms, metrics, S] in margin units, and the status of each run."""
 
     differences: NDArray[np.float64]
     candidate: Sequence[Sequence[Status]] | None = None
@@ -47,13 +47,14 @@ class Study:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is true, what is counted, and what the protocol promises.
+    """Simulated truth, counted word, and bound of the protocol.
 
     Attributes:
-        counted: the word whose frequency is counted, for any arm.
-        bound: the most that it may be, in per cent; None where it is power, or a weak spot that is stated.
-        looks: the fractions of S at which the data are looked at.
-        declared: how many of them were declared; 0: each is judged at the full alpha, as if there were no protocol.
+        counted: the word whose frequency is counted, for any candidate.
+        bound: upper limit of the frequency in per cent; None for power, and for known weaknesses.
+        looks: interim looks, as fractions of S.
+        declared: number of declared looks; 0: every look uses the full alpha, as without a protocol.
+        smallest: smallest S of the scenario.
     """
 
     name: str
@@ -62,26 +63,26 @@ class Scenario:
     bound: float | None = None
     looks: tuple[float, ...] = (1.0,)
     declared: int = 1
-    smallest: int = 0  # the smallest S at which it makes sense
+    smallest: int = 0
 
 
-# --- what may be true
+# --- distributions of the differences
 
 
 def normal(mu: Sequence[float], sigma: float, arms: int = 1) -> Draw:
-    """Normal differences; `mu` for each primary metric, the same in every arm."""
+    """Normal differences with mean `mu` for each primary metric, the same for every candidate."""
     means = np.asarray(mu)[None, :, None]
     return lambda rng, seeds: Study(means + sigma * rng.standard_normal((arms, len(mu), seeds)))
 
 
 def arms_at(mus: Sequence[float], sigma: float) -> Draw:
-    """One metric; a true mean for each arm."""
+    """One metric, with a true mean for each candidate."""
     means = np.asarray(mus)[:, None, None]
     return lambda rng, seeds: Study(means + sigma * rng.standard_normal((len(mus), 1, seeds)))
 
 
 def correlated(mu: Sequence[float], sigma: float, rho: float) -> Draw:
-    """Two metrics that move together."""
+    """Two correlated metrics."""
     root = np.linalg.cholesky(np.array([[1.0, rho], [rho, 1.0]]))
 
     def draw(rng: Generator, seeds: int) -> Study:
@@ -91,19 +92,19 @@ def correlated(mu: Sequence[float], sigma: float, rho: float) -> Draw:
 
 
 def skewed(rng: Generator, seeds: int) -> Study:
-    """Mean at the margin, sigma 1/2, an exponential tail outwards: most seeds lie inside."""
+    """Mean at the margin, sigma 1/2, exponential tail outwards. Most seeds lie inside the margin."""
     return Study(1 + 0.5 * (rng.standard_exponential((1, 1, seeds)) - 1))
 
 
 def jumping(rng: Generator, seeds: int) -> Study:
-    """Mean at the margin, one seed in twenty four sigma further out than the others."""
+    """Mean at the margin. One seed in twenty lies four sigma further outside than the others."""
     jumps = JUMP * (rng.random((1, 1, seeds)) < JUMP_RATE)
     spread = math.sqrt(1 + JUMP**2 * JUMP_RATE * (1 - JUMP_RATE))
     return Study(1 + 0.5 / spread * (rng.standard_normal((1, 1, seeds)) + jumps - JUMP * JUMP_RATE))
 
 
 def collapsing(rate: float) -> Draw:
-    """The candidate's seeds collapse at a rate; those that do not hardly differ."""
+    """Runs of the candidate diverge at the given rate. The others hardly differ."""
 
     def draw(rng: Generator, seeds: int) -> Study:
         ended: list[Status] = ["diverged" if failed else "ok" for failed in rng.random(seeds) < rate]
@@ -113,7 +114,7 @@ def collapsing(rate: float) -> Draw:
 
 
 def both_collapsing(rate: float) -> Draw:
-    """Seeds that collapse under both losses, at a rate."""
+    """Seeds diverge under both losses at the given rate."""
 
     def draw(rng: Generator, seeds: int) -> Study:
         ended: list[Status] = ["diverged" if failed else "ok" for failed in rng.random(seeds) < rate]
@@ -123,7 +124,7 @@ def both_collapsing(rate: float) -> Draw:
 
 
 def one_missing(rng: Generator, seeds: int) -> Study:
-    """Hardly a difference, and one run without a result."""
+    """Small differences, and one run without a result."""
     ended: list[Status] = ["missing", *["ok"] * (seeds - 1)]
     return Study(0.1 * rng.standard_normal((1, 1, seeds)), [ended])
 
@@ -156,11 +157,11 @@ SCENARIOS = (
 )
 
 
-# --- one study, through the functions that decide
+# --- one study
 
 
 def words(study: Study, level: float) -> list[str]:
-    """The word for each arm."""
+    """Decide for each candidate."""
     seeds = study.differences.shape[-1]
     names = METRICS[: study.differences.shape[1]]
     found: dict[str, OutcomeFinding] = {}
@@ -174,20 +175,20 @@ def words(study: Study, level: float) -> list[str]:
             candidate_status=None if study.candidate is None else study.candidate[i],
             reference_status=study.reference,
             alpha=level,
-            max_seeds=2,  # no advice is asked for
+            max_seeds=2,  # the number of seeds needed is not used
         )
     return [finding.word for finding in correct_for_arms(found).values()]
 
 
 def first(study: Study, seeds: int) -> Study:
-    """The study as it was after so many seeds."""
+    """Restrict the study to its first seeds."""
     candidate = None if study.candidate is None else [ended[:seeds] for ended in study.candidate]
     reference = None if study.reference is None else study.reference[:seeds]
     return Study(study.differences[..., :seeds], candidate, reference)
 
 
-def said(scenario: Scenario, study: Study) -> bool:
-    """Whether the word that is counted was said of any arm at any look."""
+def is_counted(scenario: Scenario, study: Study) -> bool:
+    """Tell whether any candidate gets the counted word at any look."""
     seeds = study.differences.shape[-1]
     for number, fraction in enumerate(scenario.looks, 1):
         level = level_of(ALPHA, scenario.declared, number) if scenario.declared else ALPHA
@@ -197,13 +198,13 @@ def said(scenario: Scenario, study: Study) -> bool:
 
 
 def rate(scenario: Scenario, seeds: int, studies: int) -> float:
-    """How often it was said, in per cent."""
+    """Compute the frequency of the counted word, in per cent."""
     rng = np.random.default_rng([SCENARIOS.index(scenario), seeds])
-    return 100 * sum(said(scenario, scenario.draw(rng, seeds)) for _ in range(studies)) / studies
+    return 100 * sum(is_counted(scenario, scenario.draw(rng, seeds)) for _ in range(studies)) / studies
 
 
 def standard_error(percent: float, studies: int) -> float:
-    """Monte Carlo standard error of a rate, in per cent."""
+    """Compute the Monte Carlo standard error of a rate, in per cent."""
     return math.sqrt(max(percent * (100 - percent), 0.0) / studies)
 
 
@@ -212,13 +213,13 @@ def standard_error(percent: float, studies: int) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One scenario at every S."""
+    """Result of one scenario for every S."""
 
     scenario: Scenario
     percents: dict[int, float]
 
     def exceeded(self, studies: int) -> list[int]:
-        """The S at which the bound is exceeded by more than three standard errors."""
+        """List the S at which the rate exceeds the bound by more than three standard errors."""
         bound = self.scenario.bound
         if bound is None:
             return []
@@ -232,7 +233,7 @@ def _cell(job: tuple[int, int, int]) -> float:
 
 
 def table(studies: int, sizes: Sequence[int] = SIZES, processes: int = 1) -> list[Row]:
-    """Every scenario at every S."""
+    """Simulate every scenario for every S."""
     jobs = [
         (index, seeds, studies)
         for index, scenario in enumerate(SCENARIOS)
@@ -251,7 +252,7 @@ def table(studies: int, sizes: Sequence[int] = SIZES, processes: int = 1) -> lis
 
 
 def markdown(rows: Sequence[Row], studies: int) -> str:
-    """The table as documentation."""
+    """Format the table as Markdown."""
     sizes = sorted({seeds for row in rows for seeds in row.percents})
     error = 50 / math.sqrt(studies)
     lines = [f"Per cent of {studies} simulated studies; Monte Carlo standard error at most {error:.2g}.", ""]
@@ -265,15 +266,15 @@ def markdown(rows: Sequence[Row], studies: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; write it beside this file where the run is a full one."""
-    parser = argparse.ArgumentParser(description="error rates of the outcome axis")
+    """Print the table. Write it beside this file if the number of studies is the full one."""
+    parser = argparse.ArgumentParser(description="error rates of the decision on training outcomes")
     parser.add_argument("--studies", type=int, default=STUDIES)
     parser.add_argument("--processes", type=int, default=2)
-    asked = parser.parse_args(arguments)
-    rows = table(asked.studies, processes=asked.processes)
-    text = markdown(rows, asked.studies)
+    options = parser.parse_args(arguments)
+    rows = table(options.studies, processes=options.processes)
+    text = markdown(rows, options.studies)
     print(text)
-    if asked.studies >= STUDIES:
+    if options.studies >= STUDIES:
         (HERE / "error_rates.md").write_text(text + "\n")
         with (HERE / "error_rates.csv").open("w", newline="") as file:
             writer = csv.writer(file)
@@ -281,8 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in rows:
                 for seeds, percent in row.percents.items():
                     s = row.scenario
-                    writer.writerow([s.name, s.counted, s.bound, seeds, f"{percent:.4g}", asked.studies])
-    exceeded = [(row.scenario.name, seeds) for row in rows for seeds in row.exceeded(asked.studies)]
+                    writer.writerow([s.name, s.counted, s.bound, seeds, f"{percent:.4g}", options.studies])
+    exceeded = [(row.scenario.name, seeds) for row in rows for seeds in row.exceeded(options.studies)]
     for name, seeds in exceeded:
         print(f"above its bound: {name}, S={seeds}", file=sys.stderr)
     return 1 if exceeded else 0

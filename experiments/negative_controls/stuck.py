@@ -1,4 +1,4 @@
-"""How many seeds of each loss end below an accuracy of .9 on the test set.
+"""Number of seeds of each loss that end below a test accuracy of 0.9.
 
 python -m experiments.negative_controls.stuck
 
@@ -20,7 +20,7 @@ LOW = 0.9
 
 
 def counts(history: pd.DataFrame) -> pd.Series[int]:
-    """Loss -> seeds whose last test accuracy is low."""
+    """Return loss -> seeds whose last test accuracy is low."""
     accuracy = history[history["metric"] == "test/accuracy"].sort_values("step")
     last = accuracy.groupby(["loss", "seed"])["value"].last()
     return (last < LOW).groupby("loss").sum()

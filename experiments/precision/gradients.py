@@ -1,10 +1,9 @@
-"""How far each loss's gradient is from the exact one, at logits that the reference met while it trained in bfloat16,
-and how far the first step parts the weights in every precision.
+"""Errors of the losses' gradients, and distances of the weights after the first step in every precision.
 
-python -m experiments.precision.gradients   after the README's other commands, which leave the logits behind
+python -m experiments.precision.gradients   run the README's other commands first: they record the logits
 
-g is a loss's gradient to the logits of a batch in bfloat16, G that of cross-entropy in float64 at the same logits.
-Means over the ten seeds.
+g is the gradient of a loss with respect to the logits of a batch in bfloat16, recorded during the reference's training.
+G is the gradient of cross-entropy in float64 at the same logits. The table shows means over the ten seeds.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def gradient(loss: str, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def rows(trial: Path = TRIAL) -> Iterator[tuple[int, str, float, float, float]]:
-    """Step, loss, |g - G| / |G|, <g, G> / <G, G>, and the share of rows whose label gets no gradient at all."""
+    """Compute step, loss, |g - G| / |G|, <g, G> / <G, G>, and the share of rows whose label gets no gradient at all."""
     for seed in SEEDS:
         cell = TrialFolder(trial).read(Replica("ce", seed))
         if cell is None:
@@ -54,7 +53,7 @@ def rows(trial: Path = TRIAL) -> Iterator[tuple[int, str, float, float, float]]:
 
 
 def first_steps(outputs: Path = TRIAL.parent) -> Iterator[str]:
-    """A row a precision and loss: the weights' relative distance from ce's after the first step, median over seeds."""
+    """Format a row for each precision and loss: median over seeds of the distance from ce after one step."""
     for trial in sorted(path.name for path in outputs.iterdir() if (path / "history.parquet").exists()):
         history = pd.read_parquet(outputs / trial / "history.parquet")
         first = history[(history["metric"] == "gap/parameters") & (history["step"] == 1)]

@@ -52,7 +52,7 @@ def test_a_table_is_cut_out_of_what_a_command_prints() -> None:
 def test_a_loss_is_said_by_the_first_sentence_of_its_file() -> None:
     assert (
         said_of("kl_mean")
-        == "torch's default reduction divides by batch x classes: the gradient is 1/C of the right one"
+        == "KL with the default reduction of torch, which divides by batch x classes: 1/C of the correct gradient"
     )
     assert said_of("kl") == "D_KL(labels \\|\\| model)"  # a pipe would end the table's cell
 
