@@ -3,8 +3,8 @@
 python -m experiments.error_rates.simulate                 the full table, as recorded: 20 000 studies for each cell
 python -m experiments.error_rates.simulate --studies 500   a short version of about a minute
 
-All quantities are in units of the margin: margin 1, true mean difference mu, standard deviation sigma of the
-differences. The exit code is 1 if a rate exceeds the bound of the protocol by more than three Monte Carlo standard errors.
+Quantities are in units of the margin: margin 1, true mean difference mu, standard deviation sigma of the differences.
+ The exit code is 1 if a rate exceeds the bound of the protocol by more than three Monte Carlo standard errors.
 """
 
 from __future__ import annotations

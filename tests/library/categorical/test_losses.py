@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from likelihood_lab.categorical.losses import (
 )
 from tests.laboratory import CPU, shipped
 
-# What the article says: these are one function of the logits, up to rounding and a factor of the batch size.
+# These are one function of the logits, up to rounding and a factor of the batch size.
 SAME = ("ce", "ce_one_hot", "ce_soft", "ce_soft_logsumexp", "kl", "nll", "nll_logsumexp", "nll_softmax")
 SUMS = ("likelihood_product", "log_likelihood")
 CONTROLS = ("brier", "double_softmax", "kl_mean", "label_smoothing", "nll_on_probs", "reverse_kl")
@@ -45,11 +44,8 @@ def value(name: str, logits: Tensor, labels: Tensor, target_probs: Tensor | None
     """A shipped formulation on one batch."""
     (formulation,) = shipped(name)
     one_hot = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-    given: dict[str, Any] = {
-        "labels": labels,
-        "target_probs": one_hot if target_probs is None else target_probs,
-    }
-    inputs = derive(formulation.args, logits) | given
+    inputs = derive(formulation.args, logits)
+    inputs |= {"labels": labels, "target_probs": one_hot if target_probs is None else target_probs}
     fn = formulation.instance(CPU, logits.dtype)
     return formulation.objective(fn, [inputs[arg] for arg in formulation.args])
 
@@ -65,12 +61,12 @@ def nll_by_hand(logits: Tensor, labels: Tensor) -> float:
     return sum(math.log(sum(map(math.exp, row))) - row[label] for row, label in rows) / len(labels)
 
 
-def test_every_shipped_loss_is_among_those_tested_here() -> None:
+def test_every_shipped_loss_is_tested_here() -> None:
     assert {f.name for f in shipped()} == {*SAME, *SUMS, *CONTROLS, "kl_literal"}
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_likelihood_cross_entropy_and_divergence_are_one_function(name: str) -> None:
+def test_equal_losses_have_the_textbook_value_and_gradient(name: str) -> None:
     logits, labels = batch()
     objective, gradient = value_and_gradient(name, logits, labels)
     assert objective.item() == pytest.approx(nll_by_hand(logits, labels), rel=1e-14)
@@ -80,7 +76,7 @@ def test_likelihood_cross_entropy_and_divergence_are_one_function(name: str) -> 
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_the_likelihood_of_a_batch_is_a_sum_over_it(name: str) -> None:
+def test_sums_are_the_batch_size_times_the_mean(name: str) -> None:
     logits, labels = batch()
     objective, gradient = value_and_gradient(name, logits, labels)
     assert objective.item() == pytest.approx(6 * nll_by_hand(logits, labels), rel=1e-14)
@@ -88,16 +84,13 @@ def test_the_likelihood_of_a_batch_is_a_sum_over_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_a_control_has_another_gradient(name: str) -> None:
+def test_controls_have_another_gradient(name: str) -> None:
     logits, labels = batch()
-    gradient, reference = (
-        value_and_gradient(name, logits, labels)[1],
-        value_and_gradient("ce", logits, labels)[1],
-    )
+    gradient, reference = (value_and_gradient(loss, logits, labels)[1] for loss in (name, "ce"))
     assert (gradient - reference).abs().max() > 0.05 * reference.abs().max()
 
 
-def test_a_uniform_model_among_ten_classes_has_the_values_of_the_textbook() -> None:
+def test_losses_of_a_uniform_model_have_closed_forms() -> None:
     logits, labels = torch.zeros(8, 10, dtype=torch.float64), torch.arange(8)
     uniform = math.log(10)
     expected = dict.fromkeys([*SAME, "double_softmax", "label_smoothing"], uniform) | dict.fromkeys(SUMS, 8 * uniform)
@@ -106,7 +99,7 @@ def test_a_uniform_model_among_ten_classes_has_the_values_of_the_textbook() -> N
     assert {name: value(name, logits, labels).item() for name in expected} == pytest.approx(expected, rel=1e-14)
 
 
-def test_the_log_likelihood_is_what_is_maximised() -> None:
+def test_log_likelihood_grows_with_better_predictions() -> None:
     logits, labels = batch()
     log_probs = logits.log_softmax(1)
     assert log_likelihood(log_probs, labels).item() < 0
@@ -118,29 +111,23 @@ def test_the_log_likelihood_is_what_is_maximised() -> None:
 # --- the divergence
 
 
-def test_the_divergence_of_a_distribution_from_itself_is_zero() -> None:
+def test_divergence_from_itself_is_zero() -> None:
     targets = soft_targets()
     labels = targets.argmax(1)
     for name in ("kl", "kl_mean", "kl_literal", "reverse_kl"):
         assert value(name, targets.log(), labels, targets).item() == pytest.approx(0, abs=1e-15), name
 
 
-def test_the_divergence_is_scipys_entropy_of_two_distributions() -> None:
+def test_divergences_match_scipys_entropy() -> None:
     logits, labels = batch()
     targets = soft_targets()
-    expected = entropy(targets.numpy(), logits.softmax(1).numpy(), axis=1).mean()
-    for name in ("kl", "kl_literal"):
-        assert value(name, logits, labels, targets).item() == pytest.approx(expected, rel=1e-12)
+    p, q = targets.numpy(), logits.softmax(1).numpy()
+    for name, expected in (("kl", (p, q)), ("kl_literal", (p, q)), ("reverse_kl", (q, p))):
+        divergence = entropy(*expected, axis=1).mean()
+        assert value(name, logits, labels, targets).item() == pytest.approx(divergence, rel=1e-12), name
 
 
-def test_the_reverse_divergence_is_scipys_with_the_arguments_swapped() -> None:
-    logits, labels = batch()
-    targets = soft_targets()
-    expected = entropy(logits.softmax(1).numpy(), targets.numpy(), axis=1).mean()
-    assert value("reverse_kl", logits, labels, targets).item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_the_reverse_divergence_to_one_hot_targets_is_held_finite_by_its_floor() -> None:
+def test_reverse_divergence_is_finite_by_its_floor() -> None:
     one_hot = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     log_probs = torch.tensor([[0.25, 0.75]], dtype=torch.float64).log()
     expected = 0.25 * math.log(0.25) + 0.75 * (math.log(0.75) - math.log(1e-3))
@@ -148,7 +135,7 @@ def test_the_reverse_divergence_to_one_hot_targets_is_held_finite_by_its_floor()
     assert math.isinf(reverse_kl_divergence(log_probs, one_hot, floor=0.0).item())
 
 
-def test_the_articles_own_divergence_is_nan_for_every_one_hot_label() -> None:
+def test_literal_divergence_is_nan_for_one_hot_labels() -> None:
     logits, labels = batch()
     objective, gradient = value_and_gradient("kl_literal", logits, labels)
     assert objective.isnan()
@@ -156,7 +143,7 @@ def test_the_articles_own_divergence_is_nan_for_every_one_hot_label() -> None:
     assert literal_kl_divergence(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]])).isnan()
 
 
-def test_the_default_reduction_of_torchs_divergence_divides_by_the_classes_too() -> None:
+def test_kl_mean_divides_by_the_classes_too() -> None:
     logits, labels = batch()
     (mean, mean_gradient), (right, gradient) = (value_and_gradient(name, logits, labels) for name in ("kl_mean", "kl"))
     torch.testing.assert_close(mean, right / 4, rtol=1e-14, atol=0)
@@ -166,7 +153,7 @@ def test_the_default_reduction_of_torchs_divergence_divides_by_the_classes_too()
 # --- where the spellings break
 
 
-def test_the_product_of_64_guesses_underflows_in_float32_and_not_in_float64() -> None:
+def test_product_of_64_guesses_underflows_in_float32_only() -> None:
     labels = torch.arange(64) % 10
     for dtype, expected in ((torch.float32, math.inf), (torch.float64, 64 * math.log(10))):
         probs = torch.full((64, 10), 0.1, dtype=dtype)
@@ -174,7 +161,7 @@ def test_the_product_of_64_guesses_underflows_in_float32_and_not_in_float64() ->
 
 
 @pytest.mark.parametrize(("gap", "finite"), [(80.0, True), (103.0, True), (105.0, False)])
-def test_the_logarithm_of_a_rounded_probability_is_infinite_beyond_a_gap_of_103(gap: float, finite: bool) -> None:
+def test_log_of_softmax_is_infinite_beyond_a_gap_of_103(gap: float, finite: bool) -> None:
     logits, labels = torch.tensor([[gap, 0.0]]), torch.tensor([1])
     assert value("nll_softmax", logits, labels).isfinite().item() is finite
     for name in ("nll", "ce", "nll_logsumexp"):
@@ -182,7 +169,7 @@ def test_the_logarithm_of_a_rounded_probability_is_infinite_beyond_a_gap_of_103(
 
 
 @pytest.mark.parametrize("num_classes", [3, 10])
-def test_a_second_softmax_has_a_floor_that_no_model_can_pass(num_classes: int) -> None:
+def test_double_softmax_has_a_positive_minimum(num_classes: int) -> None:
     labels = torch.arange(num_classes)
     perfect = 1e4 * torch.eye(num_classes, dtype=torch.float64)
     floor = math.log(1 + (num_classes - 1) / math.e)
@@ -193,31 +180,24 @@ def test_a_second_softmax_has_a_floor_that_no_model_can_pass(num_classes: int) -
 # --- the Brier score
 
 
-def test_the_brier_score_is_the_squared_distance_to_the_targets() -> None:
-    logits, _ = batch()
-    probs, targets = logits.softmax(1), soft_targets()
-    expected = np.mean(np.sum((probs.numpy() - targets.numpy()) ** 2, 1))
-    assert brier_score(probs, targets).item() == pytest.approx(expected, rel=1e-14)
-
-
-def test_the_brier_score_of_two_classes_is_twice_scikit_learns() -> None:
+def test_brier_score_matches_its_definition_and_scikit_learn() -> None:
+    """The score of two classes is twice scikit-learn's; the range is 0 to 2."""
     from sklearn.metrics import brier_score_loss
 
+    probs, targets = batch()[0].softmax(1), soft_targets()
+    expected = np.mean(np.sum((probs.numpy() - targets.numpy()) ** 2, 1))
+    assert brier_score(probs, targets).item() == pytest.approx(expected, rel=1e-14)
     logits, labels = batch(num_classes=2)
     expected = 2 * brier_score_loss(labels, logits.softmax(1)[:, 1], labels=[0, 1])
     assert value("brier", logits, labels).item() == pytest.approx(expected, rel=1e-14)
-
-
-def test_the_brier_score_lies_between_0_and_2() -> None:
     sure = torch.eye(2)
-    assert brier_score(sure, sure).item() == 0
-    assert brier_score(sure, sure.flip(0)).item() == 2
+    assert (brier_score(sure, sure).item(), brier_score(sure, sure.flip(0)).item()) == (0, 2)
 
 
 # --- gradients
 
 
 @pytest.mark.parametrize("name", [*SAME, *SUMS, *CONTROLS])
-def test_the_gradient_is_that_of_finite_differences(name: str) -> None:
+def test_gradients_match_finite_differences(name: str) -> None:
     logits, labels = batch(scale=1.0)
     assert torch.autograd.gradcheck(lambda z: value(name, z, labels), logits.requires_grad_())

@@ -42,7 +42,7 @@ def ece_by_hand(probs: Tensor, labels: Tensor) -> float:
     return error
 
 
-def test_the_yardsticks_are_those_of_scikit_learn_and_of_the_definitions() -> None:
+def test_metrics_match_scikit_learn_and_the_definitions() -> None:
     logits, labels, one_hot = examples()
     found = measured(logits, labels, one_hot)
     assert list(found) == NAMES
@@ -56,22 +56,14 @@ def test_the_yardsticks_are_those_of_scikit_learn_and_of_the_definitions() -> No
         assert {name: found[name][replica].item() for name in NAMES} == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_brier_score_of_two_classes_is_twice_scikit_learns() -> None:
-    from sklearn.metrics import brier_score_loss
-
-    logits, labels, one_hot = examples(num_classes=2, replicas=1)
-    expected = 2 * brier_score_loss(labels, logits[0].double().softmax(1)[:, 1])
-    assert measured(logits, labels, one_hot)["brier"].item() == pytest.approx(expected, rel=1e-12)
-
-
 @pytest.mark.parametrize("sizes", [[1] * 200, [199, 1], [64, 64, 64, 8]])
-def test_how_the_examples_are_batched_does_not_matter(sizes: list[int]) -> None:
+def test_metrics_do_not_depend_on_the_batching(sizes: list[int]) -> None:
     whole, batched = measured(*examples()), measured(*examples(), sizes=sizes)
     for name in NAMES:
         torch.testing.assert_close(batched[name], whole[name], rtol=1e-12, atol=0)
 
 
-def test_the_definitions_hold_on_an_example_worked_by_hand() -> None:
+def test_metrics_of_a_hand_worked_example() -> None:
     """Probabilities (3/4, 1/4) and (1/2, 1/2), labels 0 and 1; a tie goes to the first class."""
     logits = torch.tensor([[[math.log(3), 0.0], [0.0, 0.0]]], dtype=torch.float64)
     found = measured(logits, torch.tensor([0, 1]), torch.eye(2))
@@ -81,7 +73,7 @@ def test_the_definitions_hold_on_an_example_worked_by_hand() -> None:
     assert found["ece"].item() == pytest.approx((1 / 4 + 1 / 2) / 2, rel=1e-15)
 
 
-def test_a_sure_and_right_model_has_no_loss_and_a_sure_and_wrong_one_a_finite_loss() -> None:
+def test_metrics_of_sure_models_are_finite() -> None:
     logits = torch.tensor([[[1e4, 0.0]], [[-1e4, 0.0]]])
     found = measured(logits, torch.tensor([0]), torch.tensor([[1.0, 0.0]]))
     assert found["nll"].tolist() == [0.0, 1e4]
@@ -90,12 +82,12 @@ def test_a_sure_and_right_model_has_no_loss_and_a_sure_and_wrong_one_a_finite_lo
     assert found["ece"].tolist() == [0.0, 1.0]
 
 
-def test_the_most_probable_class_has_the_largest_logit_even_where_probabilities_round_to_a_tie() -> None:
+def test_accuracy_uses_logits_if_probabilities_tie() -> None:
     logits = torch.tensor([[[0.0, 1e-20]]])
     assert measured(logits, torch.tensor([1]), torch.tensor([[0.0, 1.0]]))["accuracy"].item() == 1.0
 
 
-def test_soft_targets_give_the_cross_entropy_and_the_distance_to_them() -> None:
+def test_metrics_of_soft_targets() -> None:
     logits, labels, _ = examples()
     targets = torch.rand(200, 5, generator=torch.Generator().manual_seed(1)).softmax(1).double()
     found = measured(logits, labels, targets)
@@ -106,7 +98,7 @@ def test_soft_targets_give_the_cross_entropy_and_the_distance_to_them() -> None:
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_a_replica_with_a_logit_that_is_not_finite_is_nan_and_the_others_keep_their_bits(
+def test_non_finite_replica_is_nan_and_leaves_the_others(
     poison: float,
 ) -> None:
     logits, labels, one_hot = examples()
@@ -118,7 +110,7 @@ def test_a_replica_with_a_logit_that_is_not_finite_is_nan_and_the_others_keep_th
         assert torch.equal(sick[name][[0, 2]], healthy[name][[0, 2]])
 
 
-def test_logits_of_low_precision_are_measured_in_float64() -> None:
+def test_metrics_of_low_precision_are_float64() -> None:
     logits, labels, one_hot = examples()
     low = logits.bfloat16()
     found, exact = measured(low, labels, one_hot), measured(low.double(), labels, one_hot)
@@ -129,7 +121,7 @@ def test_logits_of_low_precision_are_measured_in_float64() -> None:
 
 
 def to_the_truth(logits: Tensor, truth: Tensor, sizes: list[int] | None = None) -> Tensor:
-    """kl_truth of each replica; targets are of no account."""
+    """kl_truth of each replica; targets do not matter."""
     labels, targets = truth.argmax(1), torch.full_like(truth, 1 / truth.shape[1])
     metrics = MetricSums(len(logits), torch.device("cpu"))
     for rows in torch.arange(len(truth)).split(sizes or [len(truth)]):
@@ -145,7 +137,7 @@ def truths(count: int = 200, num_classes: int = 5) -> Tensor:
     return truth
 
 
-def test_the_divergence_from_the_truth_is_scipys() -> None:
+def test_kl_truth_matches_scipy() -> None:
     from scipy.stats import entropy
 
     logits, truth = examples()[0], truths()
@@ -153,7 +145,7 @@ def test_the_divergence_from_the_truth_is_scipys() -> None:
         assert found.item() == pytest.approx(entropy(truth.numpy(), probs.numpy(), axis=1).mean(), rel=1e-13)
 
 
-def test_the_divergence_from_the_truth_holds_in_fifty_digits_where_it_is_tiny_and_where_it_is_large() -> None:
+def test_kl_truth_matches_mpmath_for_extreme_values() -> None:
     import mpmath
 
     truth = torch.tensor([[0.2, 0.8], [0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)
@@ -168,13 +160,16 @@ def test_the_divergence_from_the_truth_holds_in_fifty_digits_where_it_is_tiny_an
     assert to_the_truth(logits[:, :1], truth[:1]).item() == pytest.approx(0.2 * 0.8 * 1e-6 / 2, rel=1e-3)
 
 
-def test_the_truth_itself_is_at_no_distance_and_nothing_is_nearer() -> None:
+def test_kl_truth_is_zero_for_the_truth_only() -> None:
     truth = truths()
     assert to_the_truth(truth.clamp_min(1e-300).log()[None], truth).item() == pytest.approx(0, abs=1e-15)
-    assert (to_the_truth(examples()[0], truth) > 0).all()
+    logits = examples()[0]
+    assert (to_the_truth(logits, truth) > 0).all()
+    logits[1, 3, 2] = math.inf
+    assert to_the_truth(logits, truth).isnan().tolist() == [False, True, False]
 
 
-def test_the_truth_is_weighted_by_counts_and_leaves_the_other_yardsticks_their_bits() -> None:
+def test_kl_truth_is_weighted_and_leaves_other_metrics() -> None:
     logits, labels, one_hot = examples()
     torch.testing.assert_close(
         to_the_truth(logits, truths(), [199, 1]), to_the_truth(logits, truths()), rtol=1e-12, atol=0
@@ -184,9 +179,3 @@ def test_the_truth_is_weighted_by_counts_and_leaves_the_other_yardsticks_their_b
     found, without = metrics.result(), measured(logits, labels, one_hot)
     assert list(found) == [*NAMES, "kl_truth"]
     assert all(torch.equal(found[name], without[name]) for name in NAMES)
-
-
-def test_a_replica_that_is_not_finite_has_no_distance_to_the_truth() -> None:
-    logits = examples()[0]
-    logits[1, 3, 2] = math.inf
-    assert to_the_truth(logits, truths()).isnan().tolist() == [False, True, False]

@@ -1,5 +1,3 @@
-"""The oracle in 50 digits: against closed forms, against torch, and the audit's reference against it."""
-
 from __future__ import annotations
 
 import math
@@ -27,7 +25,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
-def test_equal_logits_cost_the_logarithm_of_the_number_of_classes(classes: int) -> None:
+def test_cross_entropy_of_equal_logits_is_log_of_classes(classes: int) -> None:
     logits = torch.full((2, classes), 7.25, dtype=torch.float64)
     targets = F.one_hot(torch.tensor([0, classes - 1]), classes).double()
     found = oracle(logits, targets)
@@ -36,7 +34,7 @@ def test_equal_logits_cost_the_logarithm_of_the_number_of_classes(classes: int) 
 
 
 @pytest.mark.parametrize("gap", [0.5, 40.0, 79.0])
-def test_two_classes_are_the_logistic_loss_on_both_sides(gap: float) -> None:
+def test_cross_entropy_of_two_classes_is_the_logistic_loss(gap: float) -> None:
     """l = log(1 + e^g) at the wrong class and log(1 + e^-g) at the right one: no digit of a tiny gradient is lost."""
     tail = math.exp(-gap) / (1 + math.exp(-gap))
     wrong, right = (oracle(torch.tensor([[gap, 0.0]]), torch.tensor([y])) for y in ([0.0, 1.0], [1.0, 0.0]))
@@ -46,14 +44,14 @@ def test_two_classes_are_the_logistic_loss_on_both_sides(gap: float) -> None:
     torch.testing.assert_close(right.gradient, torch.tensor([[-tail, tail]], dtype=torch.float64), rtol=1e-14, atol=0)
 
 
-def test_targets_of_another_mass_weigh_the_probabilities() -> None:
+def test_cross_entropy_of_targets_of_another_mass() -> None:
     logits = normal(1, 4)
     targets = torch.tensor([[0.5, 0.5, 1.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(oracle(logits, targets).gradient, 2 * logits.softmax(1) - targets)
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_torch_in_float64_agrees_to_its_last_digits(soft: bool) -> None:
+def test_cross_entropy_matches_torch_in_float64(soft: bool) -> None:
     logits = 5 * normal(6, 7)
     targets = normal(6, 7, seed=1).softmax(1) if soft else F.one_hot(torch.arange(6), 7).double()
     leaf = logits.clone().requires_grad_()
@@ -64,7 +62,7 @@ def test_torch_in_float64_agrees_to_its_last_digits(soft: bool) -> None:
     torch.testing.assert_close(gradient, found.gradient, rtol=1e-13, atol=1e-16)
 
 
-def test_the_oracle_does_not_depend_on_the_precision_that_mpmath_is_left_in() -> None:
+def test_cross_entropy_ignores_the_precision_of_mpmath() -> None:
     import mpmath
 
     logits, targets = torch.tensor([[40.0, 0.0]]), torch.tensor([[1.0, 0.0]])
@@ -76,20 +74,20 @@ def test_the_oracle_does_not_depend_on_the_precision_that_mpmath_is_left_in() ->
 
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("soft_targets", [False, True])
-def test_the_reference_is_within_rounding_of_the_oracle_in_float64(tokens: bool, soft_targets: bool) -> None:
+def test_reference_is_within_rounding_of_the_oracle(tokens: bool, soft_targets: bool) -> None:
     reference = Loss(F.cross_entropy, ON_TARGETS) if soft_targets else MEAN_CROSS_ENTROPY
     audit = audit_of(reference, reference.args, soft_targets=soft_targets, tokens=tokens, num_classes=(2, 10))
     assert audit.oracle_units is not None
     assert 0 < audit.oracle_units < CONSTANT / 2
 
 
-def test_a_reference_that_is_off_by_a_millionth_is_far_from_the_oracle() -> None:
+def test_reference_off_by_a_millionth_is_far_from_the_oracle() -> None:
     smoothed = Loss(lambda z, y: F.cross_entropy(z, y, label_smoothing=1e-6), ("logits", "labels"))
     units = audit_of(smoothed, smoothed.args, num_classes=(2, 10)).oracle_units
     assert units is not None
     assert units > 1e6
 
 
-def test_a_finding_carries_the_oracles_word_on_the_reference() -> None:
+def test_finding_has_the_oracle_units_of_the_reference() -> None:
     units = check(F.cross_entropy, num_classes=(2, 10)).evidence["oracle_units"]
     assert 0 < units < CONSTANT
