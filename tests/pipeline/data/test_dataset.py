@@ -1,5 +1,3 @@
-"""Datasets: what is taken is what was loaded, splits are what they say, and bad data dies in one line."""
-
 from __future__ import annotations
 
 import gzip
@@ -60,6 +58,10 @@ def fresh(path: Path) -> Path:
     return path
 
 
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
 # splits
 
 
@@ -74,18 +76,17 @@ def test_digits_splits_are_disjoint_covering_and_stratified() -> None:
         assert ((counts - share * len(indices)).abs() < 1.5).all()
 
 
-def test_data_seed_alone_decides_the_split() -> None:
+def test_split_depends_on_the_data_seed_alone() -> None:
     assert digits(data_seed=3).digest == digits(data_seed=3).digest
-    assert not torch.equal(digits(data_seed=0).splits["test"], digits(data_seed=1).splits["test"])
-
-
-def test_the_split_of_a_data_seed_never_changes() -> None:
-    assert digits(data_seed=0).splits["val"][:6].tolist() == [22, 25, 26, 45, 49, 50]
-    assert digits(data_seed=0).splits["test"][:6].tolist() == [3, 7, 13, 19, 36, 38]
+    refused(lambda: digits(data_seed=-1), "data_seed=-1")
+    first = digits(data_seed=0).splits
+    assert not torch.equal(first["test"], digits(data_seed=1).splits["test"])
+    assert first["val"][:6].tolist() == [22, 25, 26, 45, 49, 50]
+    assert first["test"][:6].tolist() == [3, 7, 13, 19, 36, 38]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 10, 11])
-def test_carve_gives_every_class_its_share_and_exactly_the_size(size: int) -> None:
+def test_split_off_is_stratified_and_has_the_size(size: int) -> None:
     labels = np.array([0] * 6 + [1] * 3 + [2] * 3)
     rest, drawn = split_off(np.arange(12), labels, size, np.random.RandomState(0))
     assert len(drawn) == size
@@ -108,55 +109,45 @@ def test_carve_gives_every_class_its_share_and_exactly_the_size(size: int) -> No
         {"images": np.zeros((12, 3, 4, 5), np.float32)},
     ],
 )
-def test_any_difference_in_the_data_changes_the_digest(change: dict[str, Any]) -> None:
+def test_digest_changes_with_any_part_of_the_data(change: dict[str, Any]) -> None:
     assert tiny(**change).digest != tiny().digest
 
 
-def test_a_dataset_without_soft_targets_or_truth_keeps_the_digest_that_it_always_had() -> None:
-    assert digits().digest == "b9f9394e0132c2ccdb100d9963feef432070d788940c19f39d7d34ef472c1fc9"
+def test_digest_of_digits_never_changes() -> None:
+    data = digits()
+    assert data.digest == "b9f9394e0132c2ccdb100d9963feef432070d788940c19f39d7d34ef472c1fc9"
+    assert data.to("cpu", torch.float64).digest == data.digest
 
 
-def test_one_pixel_of_one_test_example_changes_the_digest() -> None:
+def test_digest_changes_with_one_pixel_of_a_test_example() -> None:
     images = tiny().images.clone()
     assert tiny(images=images).digest == tiny().digest
     images[11, 2, 3, 4] ^= 1
     assert tiny(images=images).digest != tiny().digest
 
 
-def test_the_digest_survives_placement() -> None:
-    assert digits().to("cpu", torch.float64).digest == digits().digest
-
-
 # take
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("limit", [0, 2**30], ids=["converted in take", "float pool"])
-def test_take_of_any_shape_equals_row_by_row_take(
-    dtype: torch.dtype, limit: int, monkeypatch: pytest.MonkeyPatch
+def test_take_gives_the_same_bits_for_any_shape_and_storage(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "FLOAT_POOL_BYTES", limit)
-    data = tiny().to("cpu", dtype)
-    for indices in (torch.tensor(3), torch.tensor([5, 5, 0]), torch.tensor([[1, 2], [11, 4], [7, 7]])):
-        inputs, labels = data.take(indices)
-        assert inputs.dtype == dtype
-        assert labels.dtype == torch.int64
-        assert inputs.shape == (*indices.shape, 3, 4, 5)
-        rows = [data.take(index.view(1)) for index in indices.view(-1)]
-        assert torch.equal(inputs.view(-1, 3, 4, 5), torch.cat([row for row, _ in rows]))
-        assert torch.equal(labels.view(-1), torch.cat([label for _, label in rows]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_both_storages_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    pooled, _ = tiny().to("cpu", dtype).take(torch.arange(12))
+    pooled = tiny().to("cpu", dtype)
     monkeypatch.setattr(datasets, "FLOAT_POOL_BYTES", 0)
-    data = tiny().to("cpu", dtype)
-    assert data.pool.dtype == torch.uint8
-    assert torch.equal(data.take(torch.arange(12))[0], pooled)
+    converted = tiny().to("cpu", dtype)
+    assert converted.pool.dtype == torch.uint8
+    for data in (pooled, converted):
+        for indices in (torch.tensor(3), torch.tensor([5, 5, 0]), torch.tensor([[1, 2], [11, 4], [7, 7]])):
+            inputs, labels = data.take(indices)
+            assert (inputs.dtype, labels.dtype) == (dtype, torch.int64)
+            assert inputs.shape == (*indices.shape, 3, 4, 5)
+            rows = [pooled.take(index.view(1)) for index in indices.view(-1)]
+            assert torch.equal(inputs.view(-1, 3, 4, 5), torch.cat([row for row, _ in rows]))
+            assert torch.equal(labels.view(-1), torch.cat([label for _, label in rows]))
 
 
-def test_take_leaves_the_pool_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_take_does_not_change_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "FLOAT_POOL_BYTES", 0)
     data = tiny(images=np.random.default_rng(0).normal(size=(12, 3, 4, 5)).astype(np.float32))
     first, _ = data.take(torch.arange(12))
@@ -179,7 +170,7 @@ def test_a_constant_channel_becomes_zero_not_nan() -> None:
     assert (tiny(images=images).take(torch.arange(12))[0][:, 1] == 0).all()
 
 
-def test_float64_inputs_come_from_the_pixels_not_from_float32() -> None:
+def test_float64_inputs_are_computed_from_the_pixels() -> None:
     single, double = tiny(), tiny().to("cpu", torch.float64)
     assert not torch.equal(single.take(torch.arange(12))[0].double(), double.take(torch.arange(12))[0])
     assert torch.equal(double.to("cpu", torch.float32).pool, single.pool)
@@ -194,7 +185,7 @@ def test_target_probs_are_one_hot_or_the_soft_targets() -> None:
     assert torch.equal(data.target_probs(indices), torch.from_numpy(soft)[indices])
 
 
-def test_the_truth_stays_in_float64_and_is_no_target() -> None:
+def test_true_probs_are_float64_and_no_targets() -> None:
     truth = np.full((12, 2), [0.3, 0.7])
     data = tiny(truth=truth).to("cpu", torch.float32)
     indices = torch.tensor([[0, 1], [3, 2]])
@@ -208,7 +199,7 @@ def test_the_truth_stays_in_float64_and_is_no_target() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("limit", [0, 2**30], ids=["uint8 pool", "float pool"])
-def test_a_gpu_takes_the_bits_that_the_cpu_takes(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_take_on_a_gpu_gives_the_bits_of_the_cpu(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "FLOAT_POOL_BYTES", limit)
     host, device = tiny(), tiny().to("cuda", torch.float32)
     for indices in (torch.arange(12), torch.arange(12, device="cuda")):
@@ -221,7 +212,7 @@ def test_a_gpu_takes_the_bits_that_the_cpu_takes(limit: int, monkeypatch: pytest
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_pool_that_the_gpu_cannot_hold_stays_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pool_too_large_for_the_gpu_stays_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "FLOAT_POOL_BYTES", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1))
     device = tiny().to("cuda", torch.float32)
@@ -260,23 +251,19 @@ def test_a_pool_that_the_gpu_cannot_hold_stays_on_the_host(monkeypatch: pytest.M
         ({"truth": np.full((11, 2), 0.5)}, ["truth are [11, 2]", "[12, 2]"]),
     ],
 )
-def test_bad_data_are_refused_in_one_line(change: dict[str, Any], words: list[str]) -> None:
+def test_make_dataset_refuses_bad_data(change: dict[str, Any], words: list[str]) -> None:
     refused(lambda: tiny(**change), "dataset tiny", *words)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_the_first_image_that_is_not_finite_is_named(value: float) -> None:
+def test_make_dataset_names_the_first_non_finite_image(value: float) -> None:
     images = np.zeros((12, 3, 4, 5), np.float32)
     images[9, 1, 2, 3] = value
     refused(lambda: tiny(images=images), "image 9", "NaN or infinite")
 
 
-def test_an_impossible_data_seed_is_refused() -> None:
-    refused(lambda: digits(data_seed=-1), "data_seed=-1")
-
-
 @pytest.mark.parametrize("loader", [digits, fashion_mnist, loaders.mnist, loaders.cifar10, image_folder])
-def test_a_loader_can_be_checked_against_its_signature(loader: Callable[..., Dataset]) -> None:
+def test_loaders_can_be_checked_against_their_signature(loader: Callable[..., Dataset]) -> None:
     with pytest.raises(ValidationError, match="data_sed"):
         TypeAdapter(loader).validate_python({"data_sed": 1, "root": "x"})
 
@@ -302,7 +289,7 @@ def idx(tmp_path: Path) -> Path:
     return tmp_path / "idx"
 
 
-def test_val_is_drawn_from_train_and_test_stays_the_official_one(idx: Path) -> None:
+def test_fashion_mnist_draws_val_from_train(idx: Path) -> None:
     data = fashion_mnist(root=str(idx), val=20)
     assert data.input_shape == (1, 3, 2)
     assert data.splits["test"].tolist() == list(range(60, 80))
@@ -336,22 +323,19 @@ def test_a_damaged_idx_file_is_named(idx: Path, name: str, damage: Callable[[byt
     refused(lambda: fashion_mnist(root=str(idx), val=20), name, "truncated")
 
 
-def test_a_missing_idx_file_is_named(idx: Path) -> None:
+def test_missing_and_unequal_idx_files_are_refused(idx: Path) -> None:
+    write_idx(idx, "train", 60, label_missing=True)
+    refused(lambda: fashion_mnist(root=str(idx), val=20), "60 images but 59 labels")
     (idx / "t10k-labels-idx1-ubyte.gz").unlink()
     refused(lambda: fashion_mnist(root=str(idx), val=20), "t10k-labels-idx1-ubyte", str(idx))
 
 
-def test_idx_files_of_different_lengths_are_refused(idx: Path) -> None:
-    write_idx(idx, "train", 60, label_missing=True)
-    refused(lambda: fashion_mnist(root=str(idx), val=20), "60 images but 59 labels")
-
-
 @pytest.mark.parametrize("val", [0, 60, -1])
-def test_val_must_leave_something_on_both_sides(idx: Path, val: int) -> None:
+def test_fashion_mnist_refuses_an_empty_split(idx: Path, val: int) -> None:
     refused(lambda: fashion_mnist(root=str(idx), val=val), f"{val} of 60")
 
 
-def test_offline_names_the_package_and_the_download(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_loaders_offline_say_what_to_do(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise OSError("Name or service\nnot known")
 
@@ -364,7 +348,7 @@ def test_offline_names_the_package_and_the_download(monkeypatch: pytest.MonkeyPa
     assert list(cache.iterdir()) == []
 
 
-def test_a_download_is_kept_whole_and_fetched_once(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_download_is_done_once(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     def fetch(root: str, download: bool) -> None:
         write_idx(Path(root) / "MNIST" / "raw", "train", 60)
         write_idx(Path(root) / "MNIST" / "raw", "t10k", 20)
@@ -376,18 +360,14 @@ def test_a_download_is_kept_whole_and_fetched_once(monkeypatch: pytest.MonkeyPat
     assert [path.name for path in cache.iterdir()] == ["MNIST"]
 
 
-def test_cifar10_from_a_folder_without_it_is_refused(tmp_path: Path) -> None:
+def test_cifar10_refuses_a_folder_without_it(tmp_path: Path) -> None:
     refused(lambda: loaders.cifar10(root=str(tmp_path)), "cifar10", str(tmp_path))
 
 
 @pytest.mark.skipif(not loaders.DEBIAN_FASHION_MNIST.is_dir(), reason="needs `apt-get install dataset-fashion-mnist`")
 def test_debians_fashion_mnist_is_the_published_one() -> None:
     data = fashion_mnist()
-    assert {part: len(indices) for part, indices in data.splits.items()} == {
-        "train": 55_000,
-        "val": 5_000,
-        "test": 10_000,
-    }
+    assert [len(data.splits[part]) for part in ("train", "val", "test")] == [55_000, 5_000, 10_000]
     assert torch.bincount(data.labels[60_000:]).tolist() == [1000] * 10
     assert torch.bincount(data.labels[data.splits["val"]]).tolist() == [500] * 10
     mean, std = data.statistics.mean.item() / 255, data.statistics.std.item() / 255
@@ -397,7 +377,7 @@ def test_debians_fashion_mnist_is_the_published_one() -> None:
 # picture folders
 
 
-def test_a_folder_of_classes_is_split_by_data_seed(tmp_path: Path) -> None:
+def test_image_folder_is_split_by_data_seed(tmp_path: Path) -> None:
     data = image_folder(str(folder_of(tmp_path / "p", count=10)), size=8)
     assert data.classes == ("cat", "horse")
     assert data.input_shape == (3, 8, 8)
@@ -408,7 +388,7 @@ def test_a_folder_of_classes_is_split_by_data_seed(tmp_path: Path) -> None:
     assert torch.equal(other.images, data.images)
 
 
-def test_train_and_test_folders_keep_their_pictures(tmp_path: Path) -> None:
+def test_image_folder_keeps_train_and_test_folders(tmp_path: Path) -> None:
     folder_of(tmp_path / "train", count=10)
     folder_of(tmp_path / "test", kinds=("horse",), count=2)
     data = image_folder(str(tmp_path), size=8, cache=str(tmp_path.parent / "elsewhere"))
@@ -422,7 +402,7 @@ def test_train_and_test_folders_keep_their_pictures(tmp_path: Path) -> None:
     [("png", "RGB"), ("png", "L"), ("png", "LA"), ("png", "RGBA"), ("png", "P"), ("png", "1"),
      ("jpg", "CMYK"), ("gif", "P"), ("webp", "RGB"), ("tif", "RGB"), ("bmp", "RGB"), ("JPEG", "L")],
 )  # fmt: skip
-def test_every_mode_becomes_the_same_rgb(tmp_path: Path, suffix: str, mode: str) -> None:
+def test_decode_converts_every_mode_to_rgb(tmp_path: Path, suffix: str, mode: str) -> None:
     path = tmp_path / f"x.{suffix}"
     Image.new("RGB", (30, 17), (255, 255, 255)).convert(mode).save(path)
     decoded = pictures.decode(path, 8)
@@ -430,13 +410,13 @@ def test_every_mode_becomes_the_same_rgb(tmp_path: Path, suffix: str, mode: str)
     assert (decoded >= 250).all()
 
 
-def test_transparency_in_a_palette_is_dropped(tmp_path: Path) -> None:
+def test_decode_drops_transparency_in_a_palette(tmp_path: Path) -> None:
     palette = Image.new("RGB", (9, 9), (200, 10, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
     palette.save(tmp_path / "x.png", transparency=bytes([0]))
     assert pictures.decode(tmp_path / "x.png", 4)[:, 0, 0].tolist() == [200, 10, 30]
 
 
-def test_a_picture_is_resized_by_its_shorter_side_and_cut_to_its_centre(tmp_path: Path) -> None:
+def test_decode_resizes_and_cuts_to_the_centre(tmp_path: Path) -> None:
     pixels = np.zeros((8, 24, 3), np.uint8)
     pixels[:, 8:16] = 255  # a white square between two black ones
     Image.fromarray(pixels).save(tmp_path / "x.png")
@@ -445,7 +425,7 @@ def test_a_picture_is_resized_by_its_shorter_side_and_cut_to_its_centre(tmp_path
     assert (decoded > 200).all()  # at the cut the antialiasing sees a little of what lies beyond
 
 
-def test_exif_orientation_is_respected(tmp_path: Path) -> None:
+def test_decode_respects_exif_orientation(tmp_path: Path) -> None:
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:8] = 255  # white above black
     exif = Image.Exif()
@@ -456,7 +436,7 @@ def test_exif_orientation_is_respected(tmp_path: Path) -> None:
     assert (decoded[:, :, :8] == 0).all()
 
 
-def test_a_large_jpeg_keeps_its_content(tmp_path: Path) -> None:
+def test_decode_of_a_large_jpeg_keeps_its_content(tmp_path: Path) -> None:
     pixels = np.zeros((640, 640, 3), np.uint8)
     pixels[:, 320:] = (250, 120, 10)
     Image.fromarray(pixels).save(tmp_path / "x.jpg", quality=95)
@@ -465,7 +445,7 @@ def test_a_large_jpeg_keeps_its_content(tmp_path: Path) -> None:
     assert (decoded[:, 4, 3] <= 4).all()
 
 
-def test_pictures_of_all_sizes_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_folder_decodes_every_picture_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folder_of(tmp_path / "p", count=70)  # more than are decoded at a time
     first = image_folder(str(root), size=8)
     for row, (kind, number) in {0: ("cat", "0"), 69: ("cat", "9"), 139: ("horse", "9")}.items():
@@ -477,7 +457,7 @@ def test_pictures_of_all_sizes_are_decoded_once(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
-def test_large_pictures_are_taken_from_the_memory_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_folder_takes_large_pools_from_the_memory_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(folder_of(tmp_path / "p"))
     pooled = image_folder(root, size=8)
     monkeypatch.setattr(datasets, "FLOAT_POOL_BYTES", 0)
@@ -487,31 +467,22 @@ def test_large_pictures_are_taken_from_the_memory_map(tmp_path: Path, monkeypatc
     assert torch.equal(mapped.take(torch.arange(10))[0], pooled.take(torch.arange(10))[0])
 
 
-def test_a_changed_picture_or_size_is_decoded_again(tmp_path: Path, cache: Path) -> None:
+def test_image_folder_decodes_again_after_changes(tmp_path: Path, cache: Path) -> None:
+    """After a change of a picture or of the size, and if the cache file is too short. A failure leaves no cache."""
     root = folder_of(tmp_path / "p")
     first = image_folder(str(root), size=8)
+    (pixels,) = cache.iterdir()
+    pixels.write_bytes(pixels.read_bytes()[:-1])
+    assert image_folder(str(root), size=8).digest == first.digest
     picture(root / "cat" / "0.png", size=(33, 12))
     assert image_folder(str(root), size=8).digest != first.digest
     assert image_folder(str(root), size=9).input_shape == (3, 9, 9)
+    (root / "horse" / "4.png").write_bytes(b"")
+    refused(lambda: image_folder(str(root), size=8), "horse/4.png")
     assert len(list(cache.iterdir())) == 3
 
 
-def test_a_shortened_cache_is_made_again(tmp_path: Path, cache: Path) -> None:
-    root = folder_of(tmp_path / "p")
-    digest = image_folder(str(root), size=8).digest
-    (pixels,) = cache.iterdir()
-    pixels.write_bytes(pixels.read_bytes()[:-1])
-    assert image_folder(str(root), size=8).digest == digest
-
-
-def test_an_interrupted_decoding_leaves_no_cache(tmp_path: Path, cache: Path) -> None:
-    root = folder_of(tmp_path / "p")
-    (root / "horse" / "4.png").write_bytes(b"")
-    refused(lambda: image_folder(str(root), size=8), "horse/4.png")
-    assert list(cache.iterdir()) == []
-
-
-def test_hidden_files_are_ignored(tmp_path: Path) -> None:
+def test_image_folder_ignores_hidden_files(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "p")
     fresh(root / ".DS_Store")
     fresh(root / "cat" / ".thumbs")
@@ -524,6 +495,7 @@ def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     [
         (lambda root: fresh(root / "cat" / "0.png"), ["cat/0.png", "unreadable"]),
         (lambda root: (root / "cat" / "0.png").write_text("no picture"), ["cat/0.png", "unreadable"]),
+        (lambda root: truncate(picture(root / "cat" / "z.jpg", size=(64, 64))), ["cat/z.jpg", "unreadable"]),
         (lambda root: Image.new("I;16", (9, 9)).save(root / "cat" / "0.png"), ["cat/0.png", "8 bits"]),
         (lambda root: fresh(root / "cat" / "notes.txt"), ["cat/notes.txt", "not a picture"]),
         (lambda root: fresh(root / "notes.txt"), ["notes.txt", "not a class folder"]),
@@ -533,42 +505,37 @@ def test_hidden_files_are_ignored(tmp_path: Path) -> None:
         (lambda root: (root / "etc").symlink_to("/etc"), ["etc", "link out of"]),
         (lambda root: (root / "cat" / "x.png").symlink_to("gone.png"), ["cat/x.png", "not a picture"]),
     ],
-    ids=["zero bytes", "text", "16 bit", "not an image", "stray file", "folder", "empty class", "link",
-         "linked class", "dangling"],
+    ids=["zero bytes", "text", "truncated", "16 bit", "not an image", "stray file", "folder", "empty class",
+         "link", "linked class", "dangling"],
 )  # fmt: skip
-def test_a_bad_file_is_refused_by_name(tmp_path: Path, spoil: Callable[[Path], object], words: list[str]) -> None:
+def test_image_folder_refuses_a_bad_file_by_name(
+    tmp_path: Path, spoil: Callable[[Path], object], words: list[str]
+) -> None:
     root = folder_of(tmp_path / "p")
     spoil(root)
     refused(lambda: image_folder(str(root), size=8), *words)
 
 
-def test_a_truncated_picture_is_refused_by_name(tmp_path: Path) -> None:
-    root = folder_of(tmp_path / "p")
-    path = picture(root / "cat" / "z.jpg", size=(64, 64))
-    path.write_bytes(path.read_bytes()[:-200])
-    refused(lambda: image_folder(str(root), size=8), "cat/z.jpg", "unreadable")
-
-
-def test_a_decompression_bomb_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_folder_refuses_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folder_of(tmp_path / "p")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     refused(lambda: image_folder(str(root), size=8), ".png", "decompression bomb")
 
 
-def test_a_class_that_only_test_has_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_folder_refuses_a_class_of_test_alone_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder_of(tmp_path / "p" / "train", count=10)
     folder_of(tmp_path / "p" / "test", kinds=("cat", "dog"), count=1)
     monkeypatch.setattr(pictures, "decode", lambda *_: pytest.fail("decoded"))
     refused(lambda: image_folder(str(tmp_path / "p"), size=8), "'dog'", "in test", "not in train")
 
 
-def test_a_third_folder_beside_train_and_test_is_refused(tmp_path: Path) -> None:
+def test_image_folder_refuses_a_third_split_folder(tmp_path: Path) -> None:
     for part in ("train", "test", "val"):
         folder_of(tmp_path / "p" / part)
     refused(lambda: image_folder(str(tmp_path / "p"), size=8), "val", "neither train/ nor test/")
 
 
-def test_absent_empty_and_one_class_folders_are_refused(tmp_path: Path) -> None:
+def test_image_folder_refuses_absent_empty_and_one_class(tmp_path: Path) -> None:
     refused(lambda: image_folder(str(tmp_path / "absent")), "absent", "dataset.root")
     (tmp_path / "empty").mkdir()
     refused(lambda: image_folder(str(tmp_path / "empty")), "empty", "no class folders")
@@ -576,7 +543,7 @@ def test_absent_empty_and_one_class_folders_are_refused(tmp_path: Path) -> None:
     refused(lambda: image_folder(str(tmp_path / "one"), size=8), "only 1 class")
 
 
-def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_image_folder_refuses_an_unwritable_cache(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "p")
     blocked = fresh(tmp_path / "file") / "cache"
     refused(lambda: image_folder(str(root), size=8, cache=str(blocked)), str(blocked), "LIKELIHOOD_LAB_CACHE")

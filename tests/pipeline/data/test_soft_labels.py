@@ -1,5 +1,3 @@
-"""Labels that are distributions: where they come from, and that trials, audit and yardsticks use them."""
-
 from __future__ import annotations
 
 import io
@@ -73,7 +71,7 @@ def rewritten(folder: Path, old: str, new: str) -> None:
 # --- CIFAR-10H
 
 
-def test_targets_are_the_shares_of_people_and_stand_for_the_truth(folder: Path) -> None:
+def test_cifar10h_targets_and_truth_are_the_shares(folder: Path) -> None:
     data = small(folder)
     assert data.classes == CIFAR10_CLASSES
     assert {part: len(rows) for part, rows in data.splits.items()} == {"train": 20, "val": 10, "test": 10}
@@ -88,28 +86,22 @@ def test_targets_are_the_shares_of_people_and_stand_for_the_truth(folder: Path) 
     assert torch.equal(data.truth, data.soft_targets)
 
 
-def test_the_label_is_cifar_10_s_whatever_the_majority_says(folder: Path) -> None:
+def test_cifar10h_labels_are_those_of_cifar10(folder: Path) -> None:
     rewritten(folder, "test/cat/0002.jpg,0,0,0,50,3", "test/cat/0002.jpg,0,0,0,3,50")
     data = small(folder)
     assert data.labels[14] == CIFAR10_CLASSES.index("cat")
     assert data.target_probs(torch.tensor(14)).argmax() == CIFAR10_CLASSES.index("deer")
 
 
-def test_an_archive_gives_the_data_of_its_folder(folder: Path, tmp_path: Path) -> None:
+def test_cifar10h_archive_equals_its_folder_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "packed.tar.gz", "w:gz") as archive:
         archive.add(folder, "anything/at/all")
-    assert small(tmp_path / "packed.tar.gz").digest == small(folder).digest
-
-
-def test_an_archive_writes_nothing_wherever_its_members_point(folder: Path, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "packed.tar.gz", "w:gz") as archive:
-        archive.add(folder, "cifar10h")
         for name in ("../../outside.jpg", "/tmp/absolute/test/cat/9999.jpg", "x/test/cat/../../../up.jpg"):  # noqa: S108
             content = b"not a picture"
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-        link = tarfile.TarInfo("cifar10h/test/cat/9998.jpg")
+        link = tarfile.TarInfo("anything/test/cat/9998.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         archive.addfile(link)
     before = sorted(tmp_path.rglob("*"))
@@ -117,12 +109,12 @@ def test_an_archive_writes_nothing_wherever_its_members_point(folder: Path, tmp_
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_environment_may_name_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10h_reads_the_folder_of_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CIFAR10H, str(folder))
     assert cifar10h(val=10, test=10).digest == small(folder).digest
 
 
-def test_where_it_is_not_a_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10h_without_data_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CIFAR10H, raising=False)
     refused(cifar10h, "cifar10h is not here", "dataset.root", CIFAR10H, "github.com/jcpeterson/cifar-10h")
     refused(lambda: cifar10h(str(tmp_path / "absent")), "there is no", "absent", "dataset.root")
@@ -152,12 +144,12 @@ VOTES = "0,0,0,50,2,0,0,0,0,0"
         ("airplane,automobile", "automobile,airplane", ["begins with 'path,automobile"]),
     ],
 )
-def test_bad_annotations_are_refused_in_one_line(folder: Path, old: str, new: str, words: list[str]) -> None:
+def test_cifar10h_refuses_bad_annotations(folder: Path, old: str, new: str, words: list[str]) -> None:
     rewritten(folder, old, new)
     refused(lambda: small(folder), "dataset cifar10h", *words)
 
 
-def test_annotations_without_a_picture_are_refused(folder: Path) -> None:
+def test_cifar10h_refuses_annotations_without_pictures(folder: Path) -> None:
     text = (folder / ANNOTATIONS).read_text()
     (folder / ANNOTATIONS).write_text(text.splitlines()[0] + "\n")
     refused(lambda: small(folder), "has no picture")
@@ -175,13 +167,13 @@ def test_annotations_without_a_picture_are_refused(folder: Path) -> None:
     ],
     ids=["missing", "empty", "truncated", "size"],
 )
-def test_a_bad_picture_is_refused_by_name(folder: Path, spoil: Callable[[Path], Any], words: list[str]) -> None:
+def test_cifar10h_refuses_a_bad_picture_by_name(folder: Path, spoil: Callable[[Path], Any], words: list[str]) -> None:
     spoil(folder / CAT)
     refused(lambda: small(folder), "dataset cifar10h", *words)
 
 
 @pytest.mark.skipif(not ARCHIVE.exists(), reason=f"CIFAR-10H is not here: set {CIFAR10H}")
-def test_the_published_annotations_are_read() -> None:
+def test_cifar10h_reads_the_published_annotations() -> None:
     data = cifar10h(str(ARCHIVE))
     assert {part: len(rows) for part, rows in data.splits.items()} == {"train": 7500, "val": 500, "test": 2000}
     assert data.input_shape == (3, 32, 32)
@@ -194,13 +186,13 @@ def test_the_published_annotations_are_read() -> None:
 # --- a teacher
 
 
-def test_a_teacher_is_its_data_seed_s() -> None:
+def test_teacher_depends_on_the_data_seed_alone() -> None:
     assert teacher().digest == teacher().digest != teacher(data_seed=1).digest
     with pytest.raises(UsageError, match="data_seed=-1"):
         teacher(data_seed=-1)
 
 
-def test_soft_and_sampled_labels_have_the_inputs_truth_and_splits_in_common() -> None:
+def test_teacher_labels_share_inputs_truth_and_splits() -> None:
     soft, sampled = teacher("soft"), teacher("sampled")
     assert soft.truth is not None
     assert sampled.truth is not None
@@ -214,7 +206,7 @@ def test_soft_and_sampled_labels_have_the_inputs_truth_and_splits_in_common() ->
     assert sampled.digest != soft.digest
 
 
-def test_sampled_labels_have_the_frequencies_that_the_truth_says() -> None:
+def test_teacher_samples_labels_from_the_truth() -> None:
     """Pearson's statistic of labels against P, class by class, stays below chi-square's 99.9 % point of 10 degrees."""
     data = teacher("sampled", train=20_000)
     assert data.truth is not None
@@ -225,7 +217,7 @@ def test_sampled_labels_have_the_frequencies_that_the_truth_says() -> None:
     assert hit.item() == pytest.approx(data.truth.square().sum(1).mean().item(), abs=0.005)
 
 
-def test_the_sharper_the_teacher_the_surer_it_is() -> None:
+def test_teacher_entropy_falls_with_sharpness() -> None:
     truths = [np.asarray(teacher(sharpness=sharpness).truth) for sharpness in (0.01, 1.0, 5.0, 50.0)]
     surprisal = [entropy(truth, axis=1).mean() for truth in truths]
     assert surprisal[0] == pytest.approx(np.log(10), rel=1e-4)
@@ -237,7 +229,7 @@ def test_the_sharper_the_teacher_the_surer_it_is() -> None:
     ("options", "word"),
     [({"labels": "hard"}, "labels=hard"), ({"num_classes": 1}, "num_classes=1"), ({"val": 0}, "val")],
 )
-def test_an_impossible_teacher_is_refused(options: dict[str, Any], word: str) -> None:
+def test_teacher_refuses_impossible_arguments(options: dict[str, Any], word: str) -> None:
     refused(lambda: teacher(**options), "dataset teacher", word)
 
 
@@ -264,7 +256,7 @@ def soft_batch() -> tuple[Tensor, Tensor]:
     return 3 * torch.randn(16, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), targets
 
 
-def test_the_divergence_is_the_cross_entropy_less_the_targets_entropy(soft_batch: tuple[Tensor, Tensor]) -> None:
+def test_kl_is_ce_soft_minus_the_entropy_of_the_targets(soft_batch: tuple[Tensor, Tensor]) -> None:
     logits, targets = soft_batch
     (kl, gradient), (ce, reference) = (on_soft_labels(name, logits, targets) for name in ("kl", "ce_soft"))
     assert (ce - kl).item() == pytest.approx(entropy(targets.numpy(), axis=1).mean(), rel=1e-13)
@@ -272,15 +264,13 @@ def test_the_divergence_is_the_cross_entropy_less_the_targets_entropy(soft_batch
     torch.testing.assert_close(gradient, (logits.softmax(1) - targets) / 16, rtol=1e-12, atol=1e-15)
 
 
-def test_the_definition_by_logsumexp_holds_on_soft_labels(soft_batch: tuple[Tensor, Tensor]) -> None:
-    (value, gradient), (ce, reference) = (on_soft_labels(n, *soft_batch) for n in ("ce_soft_logsumexp", "ce_soft"))
+def test_losses_on_soft_labels_match_ce_soft_or_differ(soft_batch: tuple[Tensor, Tensor]) -> None:
+    ce, reference = on_soft_labels("ce_soft", *soft_batch)
+    value, gradient = on_soft_labels("ce_soft_logsumexp", *soft_batch)
     assert value.item() == pytest.approx(ce.item(), rel=1e-14)
     torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-16)
-
-
-def test_hard_cross_entropy_pulls_elsewhere_on_soft_labels(soft_batch: tuple[Tensor, Tensor]) -> None:
-    (_, gradient), (_, reference) = (on_soft_labels(name, *soft_batch) for name in ("ce", "ce_soft"))
-    assert (gradient - reference).abs().max() > 0.1 * reference.abs().max()
+    _, hard = on_soft_labels("ce", *soft_batch)
+    assert (hard - reference).abs().max() > 0.1 * reference.abs().max()
 
 
 # --- trials
@@ -288,7 +278,7 @@ def test_hard_cross_entropy_pulls_elsewhere_on_soft_labels(soft_batch: tuple[Ten
 
 @pytest.fixture(scope="module")
 def soft_trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three losses on a teacher's soft labels; the audit is asked."""
+    """Trial of three losses on a teacher's soft labels, with an audit."""
     path = tmp_path_factory.mktemp("soft") / "trial"
     expect = "expect={kl: offset, ce: different}"
     code = trial(path, *SMALL, "loss=[ce_soft,kl,ce]", "seed=[0,1]", "audit=true", "epochs=3", "batch_size=48", expect)
@@ -296,7 +286,15 @@ def soft_trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_divergence_is_off_by_a_constant_and_trains_the_same_bits(soft_trial: Path) -> None:
+def soft_truth(part: str) -> Tensor:
+    """P(y | x) of a split of the trial's data."""
+    data = teacher(train=200, val=50, test=400)
+    truth = data.true_probs(data.splits[part])
+    assert truth is not None
+    return truth
+
+
+def test_trial_finds_kl_offset_and_identical(soft_trial: Path) -> None:
     kl, ce = verdict(soft_trial)["comparisons"]
     assert (kl["objective"], kl["outcome"], kl["verdict"]) == ("offset", "identical", "identical")
     assert "moves with the targets" in kl["sentence"]
@@ -307,19 +305,17 @@ def test_the_divergence_is_off_by_a_constant_and_trains_the_same_bits(soft_trial
     )
 
 
-def test_the_objectives_differ_by_the_mean_entropy_of_the_training_targets(soft_trial: Path) -> None:
+def test_objectives_differ_by_the_entropy_of_the_targets(soft_trial: Path) -> None:
     history = pd.read_parquet(soft_trial / "history.parquet")
     values = history[history["metric"] == "train/objective"].pivot(
         index=["seed", "step"], columns="loss", values="value"
     )
-    data = teacher(train=200, val=50, test=400)
-    assert data.truth is not None
-    exact = entropy(data.truth[data.splits["train"]], axis=1).mean()
+    exact = entropy(soft_truth("train"), axis=1).mean()
     assert (values["ce_soft"] - values["kl"]).to_numpy() == pytest.approx(exact, rel=1e-6)  # float32 objectives
     assert len(values) == 6
 
 
-def test_the_experiment_s_tables_are_made_from_the_cells_and_their_data(soft_trial: Path) -> None:
+def test_experiment_tables_match_the_cells(soft_trial: Path) -> None:
     cells = cells_of(soft_trial)
     data = data_of(cells)
     exact = entropy(np.asarray(data.truth)[data.splits["train"]], axis=1).mean()
@@ -336,28 +332,25 @@ def test_the_experiment_s_tables_are_made_from_the_cells_and_their_data(soft_tri
     assert rows[1][3].startswith("+0 ")
 
 
-def test_the_losses_are_asked_at_the_weights_with_the_targets_that_they_met(soft_trial: Path) -> None:
+def test_audit_at_weights_uses_the_training_targets(soft_trial: Path) -> None:
     audit = json.loads((soft_trial / "audit.json").read_text())
     assert audit["settings"]["soft_targets"] is True
     assert audit["losses"]["kl"]["at_weights"]["objective"] == "offset"
     assert audit["losses"]["ce"]["at_weights"]["objective"] == "different"
     cell = TrialFolder(soft_trial).read(Replica("ce_soft", 0))
     assert cell is not None
-    truth = teacher(train=200, val=50, test=400).truth
-    assert truth is not None
+    truth = soft_truth("train")
     for batch in cell.batches:
         assert batch["target_probs"].dtype == torch.float64
-        assert (batch["target_probs"][:, None] == truth[:200]).all(2).any(1).all()  # each is a training example's
+        assert (batch["target_probs"][:, None] == truth).all(2).any(1).all()  # each is a training example's
         assert torch.equal(batch["target_probs"].argmax(1), batch["labels"])
 
 
-def test_the_distance_to_the_truth_is_measured_everywhere_and_ends_where_the_definition_says(soft_trial: Path) -> None:
+def test_kl_truth_is_recorded_and_matches_its_definition(soft_trial: Path) -> None:
     history = pd.read_parquet(soft_trial / "history.parquet")
     assert {f"{part}/kl_truth" for part in ("train", "val", "test")} < set(history["metric"])
     last = history.groupby(["loss", "seed", "metric"])["value"].last()
-    data = teacher(train=200, val=50, test=400)
-    assert data.truth is not None
-    surprisal = entropy(data.truth[data.splits["test"]], axis=1).mean()
+    surprisal = entropy(soft_truth("test"), axis=1).mean()
     for loss in ("ce_soft", "ce"):  # targets are the truth: KL(P || q) = -sum P log q - H(P)
         found = last[loss, 0]
         assert found["test/kl_truth"] == pytest.approx(found["test/nll"] - surprisal, rel=1e-6)
@@ -367,16 +360,14 @@ def test_the_distance_to_the_truth_is_measured_everywhere_and_ends_where_the_def
     assert "KL to the truth" in (soft_trial / "report.html").read_text()
 
 
-def test_a_model_is_measured_against_what_the_classes_soft_frequencies_say(soft_trial: Path) -> None:
+def test_label_entropy_is_that_of_the_soft_frequencies(soft_trial: Path) -> None:
     import yaml
 
-    data = teacher(train=200, val=50, test=400)
-    assert data.truth is not None
     facts = yaml.safe_load((soft_trial / "request.yaml").read_text())["facts"]
-    assert facts["label_entropy"] == pytest.approx(entropy(data.truth[data.splits["train"]].mean(0)), rel=1e-12)
+    assert facts["label_entropy"] == pytest.approx(entropy(soft_truth("train").mean(0)), rel=1e-12)
 
 
-def test_losses_that_see_labels_alone_are_audited_on_soft_labels_too(tmp_path: Path) -> None:
+def test_audit_of_label_losses_on_soft_labels(tmp_path: Path) -> None:
     request = (*SMALL[:-1], "audit=true", "seed=[0]", "epochs=1")
     trial(tmp_path / "t", *request, "loss=[ce,nll]")
     assert verdict(tmp_path / "t")["comparisons"][0]["objective"] == "identical"
@@ -387,7 +378,7 @@ def test_losses_that_see_labels_alone_are_audited_on_soft_labels_too(tmp_path: P
     }
 
 
-def test_on_sampled_labels_the_divergence_has_nothing_to_be_off_by(tmp_path: Path) -> None:
+def test_trial_on_sampled_labels_finds_kl_identical(tmp_path: Path) -> None:
     request = (*SMALL, "dataset.labels=sampled", "loss=[ce_soft,kl,ce]", "seed=[0]", "audit=true", "expect=identical")
     assert trial(tmp_path / "t", *request) == ExitCode.HOLDS
     history = pd.read_parquet(tmp_path / "t" / "history.parquet")
@@ -395,7 +386,7 @@ def test_on_sampled_labels_the_divergence_has_nothing_to_be_off_by(tmp_path: Pat
     assert 0 < last["test/kl_truth"] < last["test/nll"]
 
 
-def test_a_trial_without_a_truth_has_no_distance_to_it(tmp_path: Path) -> None:
+def test_trial_without_a_truth_has_no_kl_truth(tmp_path: Path) -> None:
     trial(tmp_path / "t", "loss=[ce,nll]", "seed=[0]")
     assert not pd.read_parquet(tmp_path / "t" / "history.parquet")["metric"].str.contains("kl_truth").any()
     assert "kl_truth" not in verdict(tmp_path / "t")["comparisons"][0]["metrics"]
@@ -403,22 +394,20 @@ def test_a_trial_without_a_truth_has_no_distance_to_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["dataset.primary=[nll,kl_truth]", "dataset.primary=[nll]"])
-def test_a_margin_for_a_truth_that_is_not_known_is_refused(tmp_path: Path, key: str) -> None:
+def test_trial_refuses_a_margin_for_an_unknown_truth(tmp_path: Path, key: str) -> None:
     margins = "+dataset.margins.kl_truth=0.01"
     refused(lambda: trial(tmp_path / "t", "loss=[ce,nll]", margins, key), "kl_truth", "digits does not know")
     assert not (tmp_path / "t" / "cells").exists()
 
 
-def test_batches_that_were_kept_without_their_soft_targets_are_not_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As cells of older versions have them: to ask with one-hot targets would be to ask about other data."""
+def test_audit_skips_batches_without_soft_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of older versions have such batches. One-hot targets would be other data."""
     monkeypatch.setattr(StackTrainingModule, "_targets", lambda self, indices: {"labels": self.data.labels[indices]})
     trial(tmp_path / "t", *SMALL, "loss=[ce_soft,kl]", "seed=[0]", "audit=true", "epochs=1")
     assert "at_weights" not in json.loads((tmp_path / "t" / "audit.json").read_text())["losses"]["kl"]
 
 
-def test_an_audit_of_soft_targets_that_no_loss_sees_is_refused(tmp_path: Path) -> None:
+def test_audit_refuses_soft_targets_that_no_loss_uses(tmp_path: Path) -> None:
     from hydra import compose, initialize_config_dir
 
     from pipeline.config import schema as conf
