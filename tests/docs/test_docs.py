@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -278,3 +279,34 @@ def test_the_workflow_installs_what_this_package_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert str(torch) in [str(Requirement(line)) for line in project["dependencies"]]
     assert (lab.name, lab.extras) == (project["name"], set())
+
+
+# --- the argument in two languages
+
+ENGLISH, CHINESE = ROOT / "docs" / "argument.md", ROOT / "README.zh-CN.md"
+NUMBER = re.compile(r"(?<![A-Za-z0-9_.])[-+]?\d[\d.]*(?: \d{3})*(?:e-?\d+)?(?![A-Za-z0-9])")
+
+
+def sections(page: Path) -> list[str]:
+    return re.split(r"^#+ .*$", page.read_text(encoding="utf-8").replace("−", "-"), flags=re.MULTILINE)
+
+
+def numbers(section: str) -> Counter[str]:
+    prose = re.sub(r"\]\([^)]*\)", "]", FENCED.sub("", section))
+    return Counter(number.rstrip(".") for number in NUMBER.findall(prose))
+
+
+def test_the_argument_in_both_languages_has_the_same_code() -> None:
+    """Comments are translated; every other line of every block is the same."""
+    english, chinese = (
+        [(block.language, re.sub(r" *#.*", "", block.body)) for block in blocks(page)] for page in (ENGLISH, CHINESE)
+    )
+    assert english == chinese
+    assert len(english) == 10
+
+
+def test_the_argument_in_both_languages_has_the_same_numbers() -> None:
+    english, chinese = ([numbers(section) for section in sections(page)] for page in (ENGLISH, CHINESE))
+    for number, (here, there) in enumerate(zip(english, chinese, strict=True)):
+        assert here == there, (number, here - there, there - here)
+    assert english[4]["0.69"] == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from experiments.readme import AUDITED, BLOCKS, FIGURE, README, ROOT, cut, said_of, verdicts, with_block, write
+from experiments.readme import FIGURE_LOSSES, BLOCKS, FIGURE, README, ROOT, cut, description_of, verdicts, with_block, write
 from likelihood_lab.errors import UsageError
 from pipeline.loss_audit.losses import AuditSettings, audit_losses
 
@@ -30,7 +30,7 @@ def test_the_words_of_the_audit_s_block_are_those_that_an_audit_finds_now() -> N
     text = README.read_text(encoding="utf-8")
     block = text.split("<!-- generated: audit -->")[1].split("<!-- end: audit -->")[0]
     rows = [line.split() for line in block.splitlines() if line.startswith("  ") and "objective" not in line]
-    losses = {name: yaml.safe_load((ROOT / f"conf/loss/{name}.yaml").read_text())[name] for name in AUDITED}
+    losses = {name: yaml.safe_load((ROOT / f"conf/loss/{name}.yaml").read_text())[name] for name in FIGURE_LOSSES}
     found = audit_losses(losses, "ce", AuditSettings())["losses"]
     assert {row[0]: row[1] for row in rows} == {name: entry["objective"] for name, entry in found.items()}
 
@@ -51,10 +51,10 @@ def test_a_table_is_cut_out_of_what_a_command_prints() -> None:
 
 def test_a_loss_is_said_by_the_first_sentence_of_its_file() -> None:
     assert (
-        said_of("kl_mean")
+        description_of("kl_mean")
         == "torch's default reduction divides by batch x classes: the gradient is 1/C of the right one"
     )
-    assert said_of("kl") == "D_KL(labels \\|\\| model)"  # a pipe would end the table's cell
+    assert description_of("kl") == "D_KL(labels \\|\\| model)"  # a pipe would end the table's cell
 
 
 @pytest.mark.parametrize(
