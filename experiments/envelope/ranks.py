@@ -1,4 +1,4 @@
-"""Size and power of the dithered rank test on real training of the digits MLP, beside the envelope's.
+"""Measure size and power of the dithered rank test on real training of the digits MLP.
 
 python -m experiments.envelope.ranks             as recorded: 200 seeds, three regimes, 9 copies of the reference
 python -m experiments.envelope.ranks --seeds 40  a fifth of it
@@ -33,7 +33,7 @@ FLOAT32 = ("calm SGD", "chaotic SGD", "Adam")
 
 
 def arms() -> list[Formulation]:
-    """The copies of the reference, then every candidate, each dithered with draws of its own."""
+    """Return the copies of the reference, then every candidate, each with its own dithering."""
     candidates = [REFERENCE]
     candidates += [Formulation(name, args, partial(given, fn)) for name, (args, fn) in HONEST.items()]
     candidates += [
@@ -46,7 +46,7 @@ def arms() -> list[Formulation]:
 
 
 def rejected(found: Mapping[Replica, Tensor], seeds: Sequence[int], studies: int) -> dict[tuple[str, int], float]:
-    """{(candidate, S): share of studies that reject}."""
+    """Return {(candidate, S): share of studies that reject}."""
     names = [formulation.name for formulation in arms()]
     copies = [name for name in names if name.startswith("copy")]
     rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def rejected(found: Mapping[Replica, Tensor], seeds: Sequence[int], studies: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; write it beside this file where the run is a full one."""
+    """Print the table; after a full run also write it beside this file."""
     parser = argparse.ArgumentParser(description="size and power of the dithered rank test")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--studies", type=int, default=STUDIES)

@@ -1,9 +1,9 @@
-"""How often the envelope of early trajectories is wrong, on real training of the digits MLP.
+"""Measure the error rates of the envelope of early trajectories, on real training of the digits MLP.
 
 python -m experiments.envelope.study             the full study, as recorded: 300 seeds, six regimes
 python -m experiments.envelope.study --seeds 60  a fifth of it
 
-Every arm trains 18 steps under every seed; a study is a subset of S seeds, judged by the function that trials use.
+Every arm trains 18 steps under every seed. A study is a subset of S seeds, judged by the function that trials use.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ MUTANTS = {"label smoothing": _smoothed, "temperature 1 + d": _warmed, "scale 1 
 
 
 def arms() -> list[Formulation]:
-    """Reference, placebos, honest forms, mutants."""
+    """Return the reference, placebos, correct forms and mutants."""
     placebos = [name for names in BY_PRECISION.values() for name in names]
     found = [REFERENCE, *(control(name, REFERENCE) for name in placebos)]
     found += [Formulation(name, args, partial(given, fn)) for name, (args, fn) in HONEST.items()]
@@ -93,7 +93,7 @@ def arms() -> list[Formulation]:
 
 
 def given(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What a formulation's `make` returns: the function itself."""
+    """Return the function itself, as a formulation's `make` does."""
     return fn
 
 
@@ -103,7 +103,7 @@ def given(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def trained_sketches(
     overrides: Sequence[str], seeds: Sequence[int], formulations: Sequence[Formulation]
 ) -> dict[Replica, Tensor]:
-    """Sketches [steps, width] of every (arm, seed) at STEPS."""
+    """Train and return sketches [steps, width] of every (arm, seed) at STEPS."""
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
         fixed = ["loss=[ce]", "dataset=digits", "model=mlp", "epochs=1", "trainer=cpu", "tracking=none"]
         setting = build_setup(conf.plain(compose("train", overrides=[*fixed, *overrides])))
@@ -132,7 +132,7 @@ def _trained(setting: TrialSetup, seeds: Sequence[int], formulations: Sequence[F
 
 @dataclass(frozen=True)
 class Rate:
-    """How often an arm was called outside, and how often there was nothing to call."""
+    """Share of studies that call an arm outside, and share in which no step could be judged."""
 
     regime: str
     arm: str
@@ -143,7 +143,7 @@ class Rate:
 
 
 def rates(regime: str, found: Mapping[Replica, Tensor], seeds: Sequence[int], studies: int) -> list[Rate]:
-    """Each arm at each S, over random subsets of the seeds."""
+    """Return the rate of each arm at each S, over random subsets of the seeds."""
     placebos = BY_PRECISION["bf16_mixed" if "precision=bf16_mixed" in REGIMES[regime] else "float32"]
     names = [formulation.name for formulation in arms() if not formulation.name.startswith(("ce", "placebo"))]
     reference = torch.stack([found[Replica("ce", seed)] for seed in seeds])
@@ -169,7 +169,7 @@ def rates(regime: str, found: Mapping[Replica, Tensor], seeds: Sequence[int], st
 
 
 def _from(arm: Tensor, reference: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Relative distances [S, steps]."""
+    """Return relative distances [S, steps]."""
     return sketch_distance(arm, reference).numpy()
 
 
@@ -187,7 +187,7 @@ def _between(reference: Tensor, subset: np.ndarray[Any, Any]) -> Distances:
 
 
 def markdown(rows: Sequence[Rate], seeds: int, studies: int) -> str:
-    """Per cent of studies that call an arm outside; in brackets, where nothing could be judged in more than one."""
+    """Return the table: per cent of studies that call an arm outside; in brackets, per cent that could not judge."""
     lines = [f"Per cent of {studies} studies, each a subset of {seeds} trained seeds, that say `outside`.", ""]
     regimes = list(dict.fromkeys(row.regime for row in rows))
     lines.append("| arm | S | " + " | ".join(regimes) + " |")
@@ -205,7 +205,7 @@ def markdown(rows: Sequence[Rate], seeds: int, studies: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; write it beside this file where the run is a full one."""
+    """Print the table; after a full run also write it beside this file."""
     parser = argparse.ArgumentParser(description="error rates of the envelope")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--studies", type=int, default=STUDIES)

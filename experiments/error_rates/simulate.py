@@ -1,10 +1,10 @@
-"""How often the outcome axis is wrong, by simulation through the functions that decide.
+"""Simulate the error rates of the outcome, with the functions that trials use.
 
 python -m experiments.error_rates.simulate                 the full table, as recorded: 20 000 studies a cell
 python -m experiments.error_rates.simulate --studies 500   the same in a minute
 
-Everything is in margin units: margin 1, a true mean difference mu, a standard deviation sigma of the differences. The
-exit code is 1 where a rate that the protocol bounds lies more than three Monte Carlo standard errors above its bound.
+Differences are in units of the margin, with true mean mu and standard deviation sigma. The exit code is 1 if a bounded
+rate lies more than three Monte Carlo standard errors above its bound.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Draw = Callable[[Generator, int], "Study"]
 
 @dataclass(frozen=True)
 class Study:
-    """Differences [arms, metrics, S] in margin units, and how each run ended."""
+    """Differences [arms, metrics, S] in margin units, and the end of each run."""
 
     differences: NDArray[np.float64]
     candidate: Sequence[Sequence[Status]] | None = None
@@ -47,13 +47,13 @@ class Study:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is true, what is counted, and what the protocol promises.
+    """A truth, the word to count, and the bound of its rate.
 
     Attributes:
         counted: the word whose frequency is counted, for any arm.
-        bound: the most that it may be, in per cent; None where it is power, or a weak spot that is stated.
-        looks: the fractions of S at which the data are looked at.
-        declared: how many of them were declared; 0: each is judged at the full alpha, as if there were no protocol.
+        bound: the largest allowed rate in per cent; None for power and for stated weak spots.
+        looks: the fractions of S at which there is a look.
+        declared: the number of declared looks; 0: each look uses the full alpha, as without a protocol.
     """
 
     name: str
@@ -69,19 +69,19 @@ class Scenario:
 
 
 def normal(mu: Sequence[float], sigma: float, arms: int = 1) -> Draw:
-    """Normal differences; `mu` for each primary metric, the same in every arm."""
+    """Return normal differences with mean `mu` for each primary metric, the same in every arm."""
     means = np.asarray(mu)[None, :, None]
     return lambda rng, seeds: Study(means + sigma * rng.standard_normal((arms, len(mu), seeds)))
 
 
 def arms_at(mus: Sequence[float], sigma: float) -> Draw:
-    """One metric; a true mean for each arm."""
+    """Return one metric with a true mean for each arm."""
     means = np.asarray(mus)[:, None, None]
     return lambda rng, seeds: Study(means + sigma * rng.standard_normal((len(mus), 1, seeds)))
 
 
 def correlated(mu: Sequence[float], sigma: float, rho: float) -> Draw:
-    """Two metrics that move together."""
+    """Return two correlated metrics."""
     root = np.linalg.cholesky(np.array([[1.0, rho], [rho, 1.0]]))
 
     def draw(rng: Generator, seeds: int) -> Study:
@@ -91,19 +91,19 @@ def correlated(mu: Sequence[float], sigma: float, rho: float) -> Draw:
 
 
 def skewed(rng: Generator, seeds: int) -> Study:
-    """Mean at the margin, sigma 1/2, an exponential tail outwards: most seeds lie inside."""
+    """Return differences with mean at the margin, sigma 1/2 and an outward exponential tail; most lie inside."""
     return Study(1 + 0.5 * (rng.standard_exponential((1, 1, seeds)) - 1))
 
 
 def jumping(rng: Generator, seeds: int) -> Study:
-    """Mean at the margin, one seed in twenty four sigma further out than the others."""
+    """Return differences with mean at the margin; one seed in twenty lies four sigma further out."""
     jumps = JUMP * (rng.random((1, 1, seeds)) < JUMP_RATE)
     spread = math.sqrt(1 + JUMP**2 * JUMP_RATE * (1 - JUMP_RATE))
     return Study(1 + 0.5 / spread * (rng.standard_normal((1, 1, seeds)) + jumps - JUMP * JUMP_RATE))
 
 
 def collapsing(rate: float) -> Draw:
-    """The candidate's seeds collapse at a rate; those that do not hardly differ."""
+    """Collapse the candidate's seeds at a rate; the others hardly differ."""
 
     def draw(rng: Generator, seeds: int) -> Study:
         ended: list[Status] = ["diverged" if failed else "ok" for failed in rng.random(seeds) < rate]
@@ -113,7 +113,7 @@ def collapsing(rate: float) -> Draw:
 
 
 def both_collapsing(rate: float) -> Draw:
-    """Seeds that collapse under both losses, at a rate."""
+    """Collapse seeds under both losses at a rate."""
 
     def draw(rng: Generator, seeds: int) -> Study:
         ended: list[Status] = ["diverged" if failed else "ok" for failed in rng.random(seeds) < rate]
@@ -123,7 +123,7 @@ def both_collapsing(rate: float) -> Draw:
 
 
 def one_missing(rng: Generator, seeds: int) -> Study:
-    """Hardly a difference, and one run without a result."""
+    """Return small differences and one run without a result."""
     ended: list[Status] = ["missing", *["ok"] * (seeds - 1)]
     return Study(0.1 * rng.standard_normal((1, 1, seeds)), [ended])
 
@@ -156,11 +156,11 @@ SCENARIOS = (
 )
 
 
-# --- one study, through the functions that decide
+# --- one study, judged by the functions that trials use
 
 
 def words(study: Study, level: float) -> list[str]:
-    """The word for each arm."""
+    """Return the word for each arm."""
     seeds = study.differences.shape[-1]
     names = METRICS[: study.differences.shape[1]]
     found: dict[str, OutcomeFinding] = {}
@@ -180,14 +180,14 @@ def words(study: Study, level: float) -> list[str]:
 
 
 def first(study: Study, seeds: int) -> Study:
-    """The study as it was after so many seeds."""
+    """Return the study after its first seeds."""
     candidate = None if study.candidate is None else [ended[:seeds] for ended in study.candidate]
     reference = None if study.reference is None else study.reference[:seeds]
     return Study(study.differences[..., :seeds], candidate, reference)
 
 
 def said(scenario: Scenario, study: Study) -> bool:
-    """Whether the word that is counted was said of any arm at any look."""
+    """Whether any arm gets the counted word at any look."""
     seeds = study.differences.shape[-1]
     for number, fraction in enumerate(scenario.looks, 1):
         level = level_of(ALPHA, scenario.declared, number) if scenario.declared else ALPHA
@@ -197,13 +197,13 @@ def said(scenario: Scenario, study: Study) -> bool:
 
 
 def rate(scenario: Scenario, seeds: int, studies: int) -> float:
-    """How often it was said, in per cent."""
+    """Return the rate of the counted word in per cent."""
     rng = np.random.default_rng([SCENARIOS.index(scenario), seeds])
     return 100 * sum(said(scenario, scenario.draw(rng, seeds)) for _ in range(studies)) / studies
 
 
 def standard_error(percent: float, studies: int) -> float:
-    """Monte Carlo standard error of a rate, in per cent."""
+    """Return the Monte Carlo standard error of a rate, in per cent."""
     return math.sqrt(max(percent * (100 - percent), 0.0) / studies)
 
 
@@ -218,7 +218,7 @@ class Row:
     percents: dict[int, float]
 
     def exceeded(self, studies: int) -> list[int]:
-        """The S at which the bound is exceeded by more than three standard errors."""
+        """Return each S at which the rate exceeds the bound by more than three standard errors."""
         bound = self.scenario.bound
         if bound is None:
             return []
@@ -232,7 +232,7 @@ def _cell(job: tuple[int, int, int]) -> float:
 
 
 def table(studies: int, sizes: Sequence[int] = SIZES, processes: int = 1) -> list[Row]:
-    """Every scenario at every S."""
+    """Simulate every scenario at every S."""
     jobs = [
         (index, seeds, studies)
         for index, scenario in enumerate(SCENARIOS)
@@ -251,7 +251,7 @@ def table(studies: int, sizes: Sequence[int] = SIZES, processes: int = 1) -> lis
 
 
 def markdown(rows: Sequence[Row], studies: int) -> str:
-    """The table as documentation."""
+    """Return the table as Markdown."""
     sizes = sorted({seeds for row in rows for seeds in row.percents})
     error = 50 / math.sqrt(studies)
     lines = [f"Per cent of {studies} simulated studies; Monte Carlo standard error at most {error:.2g}.", ""]
@@ -265,7 +265,7 @@ def markdown(rows: Sequence[Row], studies: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; write it beside this file where the run is a full one."""
+    """Print the table; after a full run also write it beside this file."""
     parser = argparse.ArgumentParser(description="error rates of the outcome axis")
     parser.add_argument("--studies", type=int, default=STUDIES)
     parser.add_argument("--processes", type=int, default=2)

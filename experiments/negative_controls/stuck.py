@@ -1,8 +1,8 @@
-"""How many seeds of each loss end below an accuracy of .9 on the test set.
+"""Count the seeds of each loss that end below a test accuracy of .9.
 
 python -m experiments.negative_controls.stuck
 
-Reads what the README's commands left in outputs/negative_controls/outcome.
+Reads outputs/negative_controls/outcome, which the README's commands write.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOW = 0.9
 
 
 def counts(history: pd.DataFrame) -> pd.Series[int]:
-    """Loss -> seeds whose last test accuracy is low."""
+    """Return for each loss the number of seeds with a low last test accuracy."""
     accuracy = history[history["metric"] == "test/accuracy"].sort_values("step")
     last = accuracy.groupby(["loss", "seed"])["value"].last()
     return (last < LOW).groupby("loss").sum()

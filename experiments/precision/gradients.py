@@ -1,9 +1,8 @@
-"""How far each loss's gradient is from the exact one, at logits that the reference met while it trained in bfloat16,
-and how far the first step parts the weights in every precision.
+"""Measure each loss's gradient error at the reference's logits in bfloat16, and the weights after the first step.
 
-python -m experiments.precision.gradients   after the README's other commands, which leave the logits behind
+python -m experiments.precision.gradients   after the README's other commands, which write the logits
 
-g is a loss's gradient to the logits of a batch in bfloat16, G that of cross-entropy in float64 at the same logits.
+g is a loss's gradient with respect to a batch's logits in bfloat16, G that of cross-entropy in float64.
 Means over the ten seeds.
 """
 
@@ -29,7 +28,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"ce": F.cross_entropy, "nll_logsumex
 
 
 def gradient(loss: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """dL/dlogits in float64; computed in the precision of the logits, [B, C]."""
+    """Return dL/dlogits [B, C] in float64, computed in the precision of the logits."""
     leaf = logits.clone().requires_grad_()
     LOSSES[loss](leaf, labels).backward()
     assert leaf.grad is not None  # noqa: S101 - just made
@@ -37,7 +36,7 @@ def gradient(loss: str, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def rows(trial: Path = TRIAL) -> Iterator[tuple[int, str, float, float, float]]:
-    """Step, loss, |g - G| / |G|, <g, G> / <G, G>, and the share of rows whose label gets no gradient at all."""
+    """Yield step, loss, |g - G| / |G|, <g, G> / <G, G>, and the share of rows without a gradient at the label."""
     for seed in SEEDS:
         cell = TrialFolder(trial).read(Replica("ce", seed))
         if cell is None:
@@ -54,7 +53,7 @@ def rows(trial: Path = TRIAL) -> Iterator[tuple[int, str, float, float, float]]:
 
 
 def first_steps(outputs: Path = TRIAL.parent) -> Iterator[str]:
-    """A row a precision and loss: the weights' relative distance from ce's after the first step, median over seeds."""
+    """Yield precision, loss, and the weights' relative distance from ce's after one step, median over seeds."""
     for trial in sorted(path.name for path in outputs.iterdir() if (path / "history.parquet").exists()):
         history = pd.read_parquet(outputs / trial / "history.parquet")
         first = history[(history["metric"] == "gap/parameters") & (history["step"] == 1)]
@@ -63,7 +62,7 @@ def first_steps(outputs: Path = TRIAL.parent) -> Iterator[str]:
 
 
 def table() -> int:
-    """Print the means over seeds as a markdown table."""
+    """Print the means over seeds as a Markdown table."""
     found = pd.DataFrame(rows(), columns=["step", "loss", "apart", "along", "silent"])
     print("| step | loss | distance from the exact gradient | share along it | rows without a gradient at the label |")
     print("|---|---|---|---|---|")

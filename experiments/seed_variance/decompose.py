@@ -1,12 +1,12 @@
-"""The spread of test results over seeds, taken apart, from the recorded cells of the trials.
+"""Decompose the spread of test results over seeds, from the recorded cells of the trials.
 
 python -m experiments.seed_variance.decompose            results.csv, figure.svg and the README's tables
-python -m experiments.seed_variance.decompose --check    writes nothing; exit code 1 where a fresh standard deviation
+python -m experiments.seed_variance.decompose --check    writes nothing; exit code 1 if a new standard deviation
                                                          lies outside the recorded 95 % interval
 
-Var_s(mean_i x_i) of per-example results x_i(s) is the sum of two parts (Jordan, arXiv 2304.01910): what N examples
-that vary independently would give, sum_i Var_s(x_i) / N^2, and what their covariances add. The first is the finite
-test set's; the second, times N / (N - 1), estimates without bias the variance on the whole distribution.
+Var_s(mean_i x_i) of per-example results x_i(s) is the sum of two parts (Jordan, arXiv 2304.01910). The first is the
+variance for N independent examples, sum_i Var_s(x_i) / N^2: the finite test set's part. The second is that of their
+covariances; times N / (N - 1), it is an unbiased estimate of the variance on the whole distribution.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Spread:
-    """The standard deviation of one mean over n seeds, and its two parts; a part's share may exceed 1 by chance.
+    """Standard deviation of one mean over n seeds, and its two parts; a part's share may exceed 1 by chance.
 
     Attributes:
-        test_set_sd: what N examples that vary independently would give.
-        test_set_share: the test set's part of the variance; NaN where there is no variance.
-        distribution_sd: the estimate for the whole distribution, 0 where its variance comes out negative.
+        test_set_sd: the standard deviation for N independent examples.
+        test_set_share: the test set's part of the variance; NaN without variance.
+        distribution_sd: the estimate for the whole distribution, 0 if the estimated variance is negative.
         distribution_high: the same at the upper end of the interval of `sd`.
     """
 
@@ -72,7 +72,7 @@ class Spread:
 
 
 def spread(results: Floats) -> Spread:
-    """Take apart the variance over seeds of the mean result, from results [seeds, examples]."""
+    """Decompose the variance over seeds of the mean result, from results [seeds, examples]."""
     seeds, examples = results.shape
     total = results.mean(1).var(ddof=1)
     low, high = total * (seeds - 1) / stats.chi2.ppf([(1 + LEVEL) / 2, (1 - LEVEL) / 2], seeds - 1)
@@ -88,14 +88,14 @@ def spread(results: Floats) -> Spread:
 
 
 def disagreement(predicted: NDArray[np.int64]) -> float:
-    """How often two of the models predict different classes, from classes [seeds, examples]: the mean over pairs."""
+    """Return the mean share of examples on which two models disagree, from classes [seeds, examples]."""
     seeds = len(predicted)
     counts = (predicted[:, :, None] == np.arange(predicted.max() + 1)).sum(0)  # [examples, classes]
     return float(1 - (counts * (counts - 1)).sum(1).mean() / (seeds * (seeds - 1)))
 
 
 def ratio_interval(mine: float, reference: float, seeds: int) -> tuple[float, float]:
-    """The interval of a ratio of two standard deviations over so many seeds each, from the F distribution."""
+    """Return the interval of a ratio of two standard deviations over n seeds each, by the F distribution."""
     wide = np.sqrt(stats.f.ppf((1 + LEVEL) / 2, seeds - 1, seeds - 1))
     return mine / reference / wide, mine / reference * wide
 
@@ -105,7 +105,7 @@ def ratio_interval(mine: float, reference: float, seeds: int) -> tuple[float, fl
 
 @dataclass(frozen=True)
 class Row:
-    """One setting under one `vary`, by one metric; a row of results.csv."""
+    """Row of results.csv: one setting under one `vary`, by one metric."""
 
     setting: str
     vary: str
@@ -126,7 +126,7 @@ class Row:
 
 
 def rows_of(setting: str, vary: str, cells: Sequence[Cell], data: Dataset) -> list[Row]:
-    """What is found of one trial's cells, by accuracy and by NLL."""
+    """Return one trial's rows, for accuracy and NLL."""
     nll, predicted, labels = outputs(cells, data)
     results = {"accuracy": (predicted == labels).astype(np.float64), "nll": nll}
     for metric, values in results.items():
@@ -143,7 +143,7 @@ def rows_of(setting: str, vary: str, cells: Sequence[Cell], data: Dataset) -> li
 
 @torch.no_grad()
 def outputs(cells: Sequence[Cell], data: Dataset) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
-    """NLL in nats and predicted class of every test example under every cell's weights [seeds, N]; labels [N]."""
+    """Return NLL in nats and predicted class [seeds, N] of the test examples for every cell, and labels [N]."""
     inputs, labels = data.take(data.splits["test"])
     declared = cells[0].record.made_from["model"]
     model = instantiate(declared, input_shape=data.input_shape, num_classes=data.num_classes, _convert_="all").eval()
@@ -157,7 +157,7 @@ def outputs(cells: Sequence[Cell], data: Dataset) -> tuple[Floats, NDArray[np.in
 
 
 def check_against(cells: Sequence[Cell], metric: str, results: Floats) -> None:
-    """The plain model must give what was measured while training: one example apart at most, or 1e-5 of the NLL."""
+    """Check that the plain model gives the recorded results, up to one example or 1e-5 of the NLL."""
     recorded = np.array([cell.metrics[f"test/{metric}"] for cell in cells])
     apart = np.abs(results.mean(1) - recorded)
     allowed = 1.01 / results.shape[1] if metric == "accuracy" else 1e-5 * recorded
@@ -166,13 +166,13 @@ def check_against(cells: Sequence[Cell], metric: str, results: Floats) -> None:
 
 
 def distance(cells: Sequence[Cell]) -> float:
-    """The median over pairs of runs of the distance between their final weights, relative to one's norm."""
+    """Return the median over pairs of runs of the relative distance between their final weights."""
     vectors = [torch.cat([tensor.double().flatten() for tensor in cell.weights.values()]) for cell in cells]
     return float(np.median([((a - b).norm() / a.norm()).item() for a, b in combinations(vectors, 2)]))
 
 
 def trials(folder: Path) -> Iterator[tuple[str, str, Path, Mapping[str, Any]]]:
-    """Setting, `vary`, path and identity of every trial, in the order of the tables."""
+    """Yield setting, `vary`, path and identity of every trial, in the order of the tables."""
     for setting in SETTINGS:
         found = {}
         for statement in sorted((folder / setting).glob("*/trial.yaml")):
@@ -185,7 +185,7 @@ def trials(folder: Path) -> Iterator[tuple[str, str, Path, Mapping[str, Any]]]:
 
 
 def analysed(folder: Path) -> tuple[pd.DataFrame, str]:
-    """All rows, and a line about what they were made with."""
+    """Return all rows, and a line about their environment."""
     rows: list[Row] = []
     data: dict[str, Dataset] = {}
     for setting, vary, path, identity in trials(folder):
@@ -216,7 +216,7 @@ PUBLISHED = """\
 
 
 def tables(frame: pd.DataFrame) -> str:
-    """The spread by both metrics and the distances between models as Markdown, the published numbers under them."""
+    """Return the Markdown tables: the spread by both metrics, distances between models, published numbers."""
     blocks: dict[tuple[str, str], list[Row]] = {}
     for values in frame.itertuples(index=False):
         row = Row(*values)
@@ -226,7 +226,7 @@ def tables(frame: pd.DataFrame) -> str:
 
 
 def _spreads(blocks: Sequence[Sequence[Row]], scale: float, unit: str) -> str:
-    """A row for each setting and `vary`; the first of a block is `all`."""
+    """Return a row for each setting and `vary`; `all` is the first of a block."""
     thumbs = blocks[0][0].metric == "accuracy"
     lines = [
         [
@@ -251,7 +251,7 @@ def _spreads(blocks: Sequence[Sequence[Row]], scale: float, unit: str) -> str:
 
 
 def _models(blocks: Sequence[Sequence[Row]]) -> str:
-    """How far apart the models of a setting and `vary` are."""
+    """Return the distances between the models of each setting and `vary`."""
     titles = ["setting", "`vary`", "two models disagree, %", "relative distance of their weights", "different weights"]
     rows = [
         [row.setting, f"`{row.vary}`", _two(100 * row.disagreement), _two(row.distance),
@@ -262,12 +262,12 @@ def _models(blocks: Sequence[Sequence[Row]]) -> str:
 
 
 def _two(value: float) -> str:
-    """Two significant digits."""
+    """Format with two significant digits."""
     return f"{value:#.2g}".rstrip(".") if value else "0"
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table, its first line the header."""
+    """Return a table whose first line is the header."""
     header, *rows = ("| " + " | ".join(entries) + " |" for entries in lines)
     return "\n".join([header, "|" + "---|" * len(lines[0]), *rows])
 
@@ -281,7 +281,7 @@ def rule_of_thumb(accuracy: float, examples: int) -> float:
 
 
 def record(frame: pd.DataFrame, line: str) -> None:
-    """results.csv, figure.svg and what stands between the README's markers."""
+    """Write results.csv, figure.svg and the README's recorded block."""
     frame.to_csv(HERE / "results.csv", index=False, float_format="%.6g", lineterminator="\n")
     accuracy = frame[frame["metric"] == "accuracy"]
     free = [Row(*values) for values in accuracy[accuracy["vary"] == "all"].itertuples(index=False)]
@@ -292,7 +292,7 @@ def record(frame: pd.DataFrame, line: str) -> None:
 
 
 def outside(fresh: pd.DataFrame, recorded: pd.DataFrame) -> list[str]:
-    """The rows whose fresh standard deviation lies outside the recorded interval."""
+    """Name the rows whose new standard deviation lies outside the recorded interval."""
     keys = ["setting", "vary", "metric"]
     both = fresh.merge(recorded, on=keys, suffixes=("", "_recorded"), validate="one_to_one")
     slack = 1e-5 * both["sd_recorded"]  # of the six digits on file
@@ -301,7 +301,7 @@ def outside(fresh: pd.DataFrame, recorded: pd.DataFrame) -> list[str]:
 
 
 def run(arguments: Sequence[str]) -> ExitCode:
-    """Record, or compare with what is recorded."""
+    """Record the results, or compare with the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with what is recorded, and write nothing")
     parser.add_argument("--outputs", type=Path, default=OUTPUTS, help="the folder of the settings")

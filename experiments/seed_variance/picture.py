@@ -1,4 +1,4 @@
-"""Where the spread of test accuracy over seeds comes from, as a picture: a panel for each setting."""
+"""Figure of the spread of test accuracy over seeds, with a panel for each setting."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALT = (
 
 
 def draw(accuracy: pd.DataFrame, rule_of_thumb: Mapping[str, float]) -> str:
-    """An SVG of the rows of one metric, a panel for each setting, the rule of thumb a dashed line in it."""
+    """Return an SVG of one metric's rows: a panel for each setting, the rule of thumb as a dashed line."""
     with canvas("seed_variance", 1.9 * len(TITLES) + 0.4, (len(TITLES), 1)) as drawn:
         for axes, (setting, title) in zip(drawn.panels, TITLES.items(), strict=True):
             own = accuracy[accuracy["setting"] == setting]

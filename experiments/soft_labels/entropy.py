@@ -1,4 +1,4 @@
-"""How far CE and KL lie apart beside the entropy of the training targets, and how far every loss ends from the truth.
+"""Compare CE - KL with the entropy of the training targets, and each loss's model with the truth.
 
 python -m experiments.soft_labels.entropy     reads outputs/soft_labels/<trial>, prints two tables
 """
@@ -28,7 +28,7 @@ Cells = Mapping[Replica, Cell]
 
 
 def cells_of(path: Path) -> Cells:
-    """The finished cells of a trial's losses."""
+    """Return the finished cells of a trial's losses."""
     request, _ = read_plan(path)
     wanted = [Replica(loss, seed) for loss in request.losses for seed in request.seeds]
     found = {replica: TrialFolder(path).read(replica) for replica in wanted}
@@ -36,7 +36,7 @@ def cells_of(path: Path) -> Cells:
 
 
 def data_of(cells: Cells) -> Dataset:
-    """The data that the cells were trained on, loaded again."""
+    """Load the cells' training data again."""
     made = next(iter(cells.values())).record.made_from
     data = load_dataset(made["dataset"])
     if data.digest != made["data_digest"]:
@@ -45,7 +45,7 @@ def data_of(cells: Cells) -> Dataset:
 
 
 def entropy_of_targets(data: Dataset) -> float:
-    """Mean of -sum_j y_j log y_j over the training targets, in nats."""
+    """Return the mean of -sum_j y_j log y_j over the training targets, in nats."""
     if data.soft_targets is None:
         return 0.0
     targets = data.soft_targets[data.splits["train"]]
@@ -53,7 +53,7 @@ def entropy_of_targets(data: Dataset) -> float:
 
 
 def objectives(cells: Cells, loss: str) -> pd.Series[float]:
-    """train/objective by seed and step."""
+    """Return train/objective by seed and step."""
     frames = [
         cell.history.query("metric == 'train/objective'").assign(seed=replica.seed)
         for replica, cell in cells.items()
@@ -64,7 +64,7 @@ def objectives(cells: Cells, loss: str) -> pd.Series[float]:
 
 
 def apart(trial: str, cells: Cells, data: Dataset) -> str:
-    """A row: CE - KL over all epochs and seeds, and H(y)."""
+    """Return a row: CE - KL over all epochs and seeds, and H(y)."""
     entropy = entropy_of_targets(data)
     difference = objectives(cells, "ce_soft") - objectives(cells, "kl")
     pairs = [(cells[Replica("kl", replica.seed)], cell) for replica, cell in cells.items() if replica.arm == "ce_soft"]
@@ -74,7 +74,7 @@ def apart(trial: str, cells: Cells, data: Dataset) -> str:
 
 
 def distances(trial: str, cells: Cells) -> Iterator[str]:
-    """A row for each loss: mean and standard deviation over seeds of KL(P || q) on the test set, in nats."""
+    """Yield a row for each loss: mean and SD over seeds of KL(P || q) on the test set, in nats."""
     rows = [(replica.arm, replica.seed, cell.metrics["test/kl_truth"]) for replica, cell in cells.items()]
     table = pd.DataFrame(rows, columns=["loss", "seed", "kl"]).pivot(index="seed", columns="loss", values="kl")
     beside = table.sub(table["ce_soft"], axis=0)
@@ -88,7 +88,7 @@ def distances(trial: str, cells: Cells) -> Iterator[str]:
 
 
 def tables(outputs: Path) -> str:
-    """Both tables of all trials that are there."""
+    """Return both tables of all existing trials."""
     found: dict[str, Any] = {trial: cells_of(outputs / trial) for trial in TRIALS if (outputs / trial).is_dir()}
     if not found:
         raise UsageError(f"{outputs} holds no trial; run the commands of experiments/soft_labels/README.md")
