@@ -128,10 +128,11 @@ def targets(given: State, dtype: torch.dtype) -> Tensor:
 def declared(name: str) -> Objective:
     """Return a loss of `conf/loss/` as a function of logits and target probabilities."""
     (formulation,) = shipped(name)
+    instances = {dtype: formulation.instance(CPU, dtype) for dtype in PRECISIONS.values()}
 
     def objective(logits: Tensor, target_probs: Tensor) -> Tensor:
         inputs = derive(formulation.args, logits) | {"target_probs": target_probs, "labels": target_probs.argmax(1)}
-        return formulation.objective(formulation.instance(CPU, logits.dtype), [inputs[arg] for arg in formulation.args])
+        return formulation.objective(instances[logits.dtype], [inputs[arg] for arg in formulation.args])
 
     return objective
 
