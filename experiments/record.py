@@ -227,9 +227,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slug", nargs="*", help="a folder in experiments/; by default all that can run")
     parser.add_argument("--check", action="store_true", help="compare with the record and write nothing")
-    given = parser.parse_args()
+    options = parser.parse_args()
     try:
-        ended = run_action(lambda: run(given.slug, given.check))
+        ended = run_action(lambda: run(options.slug, options.check))
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
     if ended.error is not None:

@@ -81,7 +81,7 @@ def weight_gradient(objective: Accumulated, valid: Sequence[int]) -> Tensor:
     return torch.autograd.grad(value, weight)[0]
 
 
-def measured() -> str:
+def error_table() -> str:
     """Return the relative distance and the cosine to the whole batch's gradient."""
     rows = []
     for split, valid in SPLITS.items():
@@ -97,7 +97,7 @@ def measured() -> str:
     return markdown(columns, rows)
 
 
-def audited() -> str:
+def audit_tables() -> str:
     """Audit the accumulated objectives and the loss of a single micro-batch."""
     asked: dict[str, tuple[Accumulated, dict[str, Any]]] = {
         "before, accumulated": (before, {"tokens": True}),
@@ -130,8 +130,8 @@ def main() -> None:
         f"# transformers#34191: accumulation before and after\n\n{environment()}, float64.\n\n"
         f"{len(EQUAL)} sequences padded to {LENGTH} tokens, {PER_BATCH} a micro-batch; a linear head of {HIDDEN} x "
         f"{VOCABULARY}, the gradient of its weights against that of the whole batch. Valid tokens: {counts}.\n\n"
-        f"{measured()}\n\nWhat the audit says; the distances are those of two micro-batches to the whole batch, "
-        f"by how they are put together:\n\n{audited()}"
+        f"{error_table()}\n\nWhat the audit says; the distances are those of two micro-batches to the whole batch, "
+        f"by how they are put together:\n\n{audit_tables()}"
     )
 
 

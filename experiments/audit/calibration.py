@@ -141,7 +141,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.audit.calibration", description=__doc__)
     parser.add_argument("--csv", type=Path, help="write the curves to this file")
     parser.add_argument("--svg", type=Path, help="draw them to this file")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     print(f"# The audit's two constants\n\n{environment()}. {len(FORMS)} honest forms.")
     frames, honest = [], {}
@@ -161,10 +161,10 @@ def main() -> int:
     print(f"The largest of the honest forms: {parts[largest]:.3g}, {largest}.")
     print(f"\n## Why the unit has sqrt(C)\n\n{root(honest)}")
     table = pd.concat(frames, ignore_index=True)
-    if given.csv is not None:
-        table.to_csv(given.csv, index=False, float_format="%.4g")
-    if given.svg is not None:
-        given.svg.write_text(draw(table))
+    if options.csv is not None:
+        table.to_csv(options.csv, index=False, float_format="%.4g")
+    if options.svg is not None:
+        options.svg.write_text(draw(table))
     kept = promises()
     print("\n## Promises\n\n" + "\n".join(f"- {'kept' if held else 'NOT KEPT'}: {said}" for said, held in kept))
     return int(not all(held for _, held in kept))

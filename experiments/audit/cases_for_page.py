@@ -60,7 +60,7 @@ def cases() -> dict[str, Any]:
         if word != recorded["objective"]:
             raise ValueError(f"row {case.row}: {SENTENCES.name} says {word}, {RECORDED.name} {recorded['objective']}")
         names = [_name(fn) for fn in (case.fn, case.reference)]
-        functions |= {name: {"code": code(name), "says": said(name)} for name in names if name in _definitions()}
+        functions |= {name: {"code": code(name), "says": describe(name)} for name in names if name in _definitions()}
         rows.append(
             {
                 "row": case.row,
@@ -101,7 +101,7 @@ def code(name: str) -> str:
     return "\n\n".join(["\n".join(constants), *others]).strip()
 
 
-def said(name: str) -> str:
+def describe(name: str) -> str:
     """Return the first paragraph of its docstring, and of its helpers that are not plain functions."""
     nodes = [_definitions()[needed] for needed in _needed(name)]
     speaking = [node for node in nodes if isinstance(node, ast.ClassDef) or getattr(node, "name", "") == name]

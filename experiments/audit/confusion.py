@@ -200,15 +200,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.audit.confusion", description=__doc__)
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--csv", type=Path, help="write every pair to this file")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with _quiet():
         asked, skipped = pairs()
     answers = [ask(pair) for pair in asked]
     text = report(answers, skipped)
-    print(f"# The audit's confusion matrix\n\n{text}" if given.markdown else _text(text))
-    if given.csv is not None:
-        write_csv(given.csv, answers)
+    print(f"# The audit's confusion matrix\n\n{text}" if options.markdown else _text(text))
+    if options.csv is not None:
+        write_csv(options.csv, answers)
     return int(bool(wrongly_same([a for a in answers if a.pair.origin != "below the limit"])))
 
 

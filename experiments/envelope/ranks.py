@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from experiments.envelope.study import HONEST, MUTANTS, REFERENCE, REGIMES, given, trained_sketches
+from experiments.envelope.study import HONEST, MUTANTS, REFERENCE, REGIMES, plain, train_sketches
 from likelihood_lab.stats.trajectory import BITS, rank_test
 from likelihood_lab.stats.trajectory import RANK_STEPS as STEPS
 from likelihood_lab.stats.trajectory import STEPS as KEPT
@@ -35,9 +35,9 @@ FLOAT32 = ("calm SGD", "chaotic SGD", "Adam")
 def arms() -> list[Formulation]:
     """Return the copies of the reference, then every candidate, each with its own dithering."""
     candidates = [REFERENCE]
-    candidates += [Formulation(name, args, partial(given, fn)) for name, (args, fn) in HONEST.items()]
+    candidates += [Formulation(name, args, partial(plain, fn)) for name, (args, fn) in HONEST.items()]
     candidates += [
-        Formulation(f"{name}, {d:g}", ("logits", "labels"), partial(given, partial(fn, d=d)))
+        Formulation(f"{name}, {d:g}", ("logits", "labels"), partial(plain, partial(fn, d=d)))
         for name, fn in MUTANTS.items()
         for d in DOSES
     ]
@@ -69,13 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="size and power of the dithered rank test")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--studies", type=int, default=STUDIES)
-    asked = parser.parse_args(arguments)
-    seeds = range(asked.seeds)
+    options = parser.parse_args(arguments)
+    seeds = range(options.seeds)
     rates = {
-        regime: rejected(trained_sketches(REGIMES[regime], seeds, arms()), seeds, asked.studies) for regime in FLOAT32
+        regime: rejected(train_sketches(REGIMES[regime], seeds, arms()), seeds, options.studies) for regime in FLOAT32
     }
     lines = [
-        f"Per cent of {asked.studies} studies, each a subset of {asked.seeds} trained seeds, that reject at 5 %; "
+        f"Per cent of {options.studies} studies, each a subset of {options.seeds} trained seeds, that reject at 5 %; "
         f"{COPIES} copies of the reference a seed.",
         "",
         "| arm | S | " + " | ".join(FLOAT32) + " |",
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines.append(f"| {name} | {size} | " + " | ".join(f"{100 * rates[r][name, size]:.3g}" for r in FLOAT32) + " |")
     text = "\n".join(lines)
     print(text)
-    if asked.seeds >= SEEDS:
+    if options.seeds >= SEEDS:
         (HERE / "ranks.md").write_text(text + "\n")
     honest = {"ce", *HONEST}
     large = {(r, *key): rate for r in FLOAT32 for key, rate in rates[r].items() if key[0] in honest and rate > 0.08}

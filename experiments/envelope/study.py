@@ -86,13 +86,13 @@ def arms() -> list[Formulation]:
     """Return the reference, placebos, correct forms and mutants."""
     placebos = [name for names in BY_PRECISION.values() for name in names]
     found = [REFERENCE, *(control(name, REFERENCE) for name in placebos)]
-    found += [Formulation(name, args, partial(given, fn)) for name, (args, fn) in HONEST.items()]
+    found += [Formulation(name, args, partial(plain, fn)) for name, (args, fn) in HONEST.items()]
     for name, fn in MUTANTS.items():
-        found += [Formulation(f"{name}, {d:g}", ("logits", "labels"), partial(given, partial(fn, d=d))) for d in DOSES]
+        found += [Formulation(f"{name}, {d:g}", ("logits", "labels"), partial(plain, partial(fn, d=d))) for d in DOSES]
     return found
 
 
-def given(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def plain(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the function itself, as a formulation's `make` does."""
     return fn
 
@@ -100,7 +100,7 @@ def given(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 # --- training
 
 
-def trained_sketches(
+def train_sketches(
     overrides: Sequence[str], seeds: Sequence[int], formulations: Sequence[Formulation]
 ) -> dict[Replica, Tensor]:
     """Train and return sketches [steps, width] of every (arm, seed) at STEPS."""
@@ -210,14 +210,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--studies", type=int, default=STUDIES)
     parser.add_argument("--regimes", nargs="*", default=list(REGIMES))
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     rows: list[Rate] = []
-    for regime in asked.regimes:
-        seeds = range(asked.seeds)
-        rows += rates(regime, trained_sketches(REGIMES[regime], seeds, arms()), seeds, asked.studies)
-    text = markdown(rows, asked.seeds, asked.studies)
+    for regime in options.regimes:
+        seeds = range(options.seeds)
+        rows += rates(regime, train_sketches(REGIMES[regime], seeds, arms()), seeds, options.studies)
+    text = markdown(rows, options.seeds, options.studies)
     print(text)
-    if asked.seeds >= SEEDS and asked.regimes == list(REGIMES):
+    if options.seeds >= SEEDS and options.regimes == list(REGIMES):
         (HERE / "envelope.md").write_text(text + "\n")
         with (HERE / "envelope.csv").open("w", newline="") as file:
             writer = csv.writer(file)

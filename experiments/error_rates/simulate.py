@@ -174,7 +174,7 @@ def words(study: Study, level: float) -> list[str]:
             candidate_status=None if study.candidate is None else study.candidate[i],
             reference_status=study.reference,
             alpha=level,
-            max_seeds=2,  # no advice is asked for
+            max_seeds=2,  # no advice is needed
         )
     return [finding.word for finding in correct_for_arms(found).values()]
 
@@ -186,7 +186,7 @@ def first(study: Study, seeds: int) -> Study:
     return Study(study.differences[..., :seeds], candidate, reference)
 
 
-def said(scenario: Scenario, study: Study) -> bool:
+def is_counted(scenario: Scenario, study: Study) -> bool:
     """Whether any arm gets the counted word at any look."""
     seeds = study.differences.shape[-1]
     for number, fraction in enumerate(scenario.looks, 1):
@@ -199,7 +199,7 @@ def said(scenario: Scenario, study: Study) -> bool:
 def rate(scenario: Scenario, seeds: int, studies: int) -> float:
     """Return the rate of the counted word in per cent."""
     rng = np.random.default_rng([SCENARIOS.index(scenario), seeds])
-    return 100 * sum(said(scenario, scenario.draw(rng, seeds)) for _ in range(studies)) / studies
+    return 100 * sum(is_counted(scenario, scenario.draw(rng, seeds)) for _ in range(studies)) / studies
 
 
 def standard_error(percent: float, studies: int) -> float:
@@ -269,11 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="error rates of the outcome axis")
     parser.add_argument("--studies", type=int, default=STUDIES)
     parser.add_argument("--processes", type=int, default=2)
-    asked = parser.parse_args(arguments)
-    rows = table(asked.studies, processes=asked.processes)
-    text = markdown(rows, asked.studies)
+    options = parser.parse_args(arguments)
+    rows = table(options.studies, processes=options.processes)
+    text = markdown(rows, options.studies)
     print(text)
-    if asked.studies >= STUDIES:
+    if options.studies >= STUDIES:
         (HERE / "error_rates.md").write_text(text + "\n")
         with (HERE / "error_rates.csv").open("w", newline="") as file:
             writer = csv.writer(file)
@@ -281,8 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in rows:
                 for seeds, percent in row.percents.items():
                     s = row.scenario
-                    writer.writerow([s.name, s.counted, s.bound, seeds, f"{percent:.4g}", asked.studies])
-    exceeded = [(row.scenario.name, seeds) for row in rows for seeds in row.exceeded(asked.studies)]
+                    writer.writerow([s.name, s.counted, s.bound, seeds, f"{percent:.4g}", options.studies])
+    exceeded = [(row.scenario.name, seeds) for row in rows for seeds in row.exceeded(options.studies)]
     for name, seeds in exceeded:
         print(f"above its bound: {name}, S={seeds}", file=sys.stderr)
     return 1 if exceeded else 0

@@ -184,7 +184,7 @@ def trials(folder: Path) -> Iterator[tuple[str, str, Path, Mapping[str, Any]]]:
             yield setting, vary, *found[vary]
 
 
-def analysed(folder: Path) -> tuple[pd.DataFrame, str]:
+def analyse(folder: Path) -> tuple[pd.DataFrame, str]:
     """Return all rows, and a line about their environment."""
     rows: list[Row] = []
     data: dict[str, Dataset] = {}
@@ -305,9 +305,9 @@ def run(arguments: Sequence[str]) -> ExitCode:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with what is recorded, and write nothing")
     parser.add_argument("--outputs", type=Path, default=OUTPUTS, help="the folder of the settings")
-    asked = parser.parse_args(arguments)
-    frame, line = analysed(asked.outputs)
-    if not asked.check:
+    options = parser.parse_args(arguments)
+    frame, line = analyse(options.outputs)
+    if not options.check:
         record(frame, line)
         print(f"{tables(frame)}\n\n{line}")
         return ExitCode.HOLDS
