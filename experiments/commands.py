@@ -1,7 +1,7 @@
-"""The commands of a recorded experiment, and the block of results, in its README.
+"""Commands and block of results in the README of a recorded experiment.
 
-A command is what stands after `$ ` in a console block, lines that end in a backslash continued. The recorder runs those
-that train one trial into a folder of the experiment; it leaves all others alone, and says which they are:
+A command follows `$ ` in a console block; a backslash at the end continues a line. The recorder runs commands of the
+form below, which train one trial into a folder of the experiment. It lists all others without running them.
 
     $ python -m pipeline.train experiment=SLUG ... hydra.run.dir=outputs/SLUG/TRIAL
 """
@@ -25,24 +25,24 @@ FIGURE = re.compile(r"^<!-- figure: (\S+) -->$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Command:
-    """A training command of a README: the trial that it names, and what follows `python -m pipeline.train`."""
+    """Training command of a README: its trial, and the words after `python -m pipeline.train`."""
 
     trial: str
     words: tuple[str, ...]
 
     def into(self, folder: Path) -> Command:
-        """The same into another folder, untold to the tracking server."""
+        """Return the same command for another folder, without tracking."""
         kept = [word for word in self.words if not word.startswith((FOLDER, "tracking="))]
         return Command(self.trial, (*kept, "tracking=none", f"{FOLDER}{folder}"))
 
 
 @dataclass(frozen=True)
 class Readme:
-    """What the recorder reads in experiments/<slug>/README.md.
+    """Content of experiments/<slug>/README.md that the recorder uses.
 
     Attributes:
-        others: commands that it does not run, as they stand there.
-        figure: which figure of which trial is shown, TRIAL/NAME.svg; None where the README does not say.
+        others: lines of the commands that the recorder does not run.
+        figure: figure of the README as TRIAL/NAME.svg; None if the README does not name one.
     """
 
     path: Path
@@ -52,12 +52,12 @@ class Readme:
 
     @property
     def slug(self) -> str:
-        """The experiment's name: that of its folder."""
+        """Name of the experiment and of its folder."""
         return self.path.parent.name
 
 
 def read(path: Path) -> Readme:
-    """The commands of a README.
+    """Read the commands of a README.
 
     Raises:
         UsageError: a command cannot be read, or two write into one folder.
@@ -80,7 +80,7 @@ def read(path: Path) -> Readme:
 
 
 def _prompted(text: str) -> Iterator[str]:
-    """The commands of all console blocks, each on one line; what they print is passed over."""
+    """Yield the commands of all console blocks, each on one line, without their output."""
     for block in CONSOLE.findall(text):
         for line in re.sub(r"\\\n\s*", "", block).splitlines():
             if line.startswith("$ "):
@@ -88,7 +88,7 @@ def _prompted(text: str) -> Iterator[str]:
 
 
 def _command(line: str, slug: str, path: Path) -> Command | None:
-    """The command, where it is one of the recorder's."""
+    """Return the command if the recorder can run it, otherwise None."""
     try:
         words = shlex.split(line, comments=True)
     except ValueError as error:
@@ -103,10 +103,10 @@ def _command(line: str, slug: str, path: Path) -> Command | None:
 
 
 def with_block(text: str, lines: Sequence[str]) -> str:
-    """The README's text with other lines between its two marks.
+    """Return the README's text with new lines between its two marks.
 
     Raises:
-        ValueError: it does not have the two marks, in this order and once.
+        ValueError: the two marks are missing, repeated or in the wrong order.
     """
     parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", text)
     if parts[1::2] != [BEGIN, END]:

@@ -1,7 +1,7 @@
-"""The README's first screen, from what is recorded and from what the commands beside it print.
+"""Generate the README's tables and figure from recorded results and from the output of the commands beside them.
 
 python -m experiments.readme            writes every block and the figure again (a minute of CPU)
-python -m experiments.readme verdicts   that block alone
+python -m experiments.readme verdicts   writes one block
 
 A block stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->`.
 """
@@ -27,40 +27,50 @@ README = ROOT / "README.md"
 FIGURE = ROOT / "docs" / "p_minus_y.svg"
 TEXTBOOK = ROOT / "experiments" / "textbook_spellings" / "results.csv"
 WIDTH = 120
+NOTES = {  # what a reader needs beside the result, where the loss's own description does not say it
+    "log_likelihood": ". Same minimiser as `ce`, but with 64 rows a batch its gradient is 64 times as large, "
+    "too large for this learning rate"
+}
 ORDER = ("identical", "rounding", "equivalent", "inconclusive", "conflict", "different")
-AUDITED = ("ce", "nll", "kl", "kl_mean", "nll_softmax", "log_likelihood", "brier")
+FIGURE_LOSSES = ("ce", "nll", "kl", "kl_mean", "nll_softmax", "log_likelihood", "brier")
 
 
 def verdicts() -> str:
-    """Every textbook spelling with what was found of it, from the strongest sameness to the plainest difference."""
+    """Table of the recorded textbook losses and their results, sorted by verdict from `identical` to `different`."""
     table = recorded(TEXTBOOK)
     shown = table[(table["metric"] == "nll") & (table["kind"] == "candidate")].to_dict("records")
-    lines = ["| formulation | what it is | as a function | outcome of training | verdict |", "|---|---|---|---|---|"]
+    lines = ["| loss | what it is | as a function | outcome of training | verdict |", "|---|---|---|---|---|"]
     for row in sorted(shown, key=lambda row: (*ORDER, row["verdict"]).index(row["verdict"])):
         failed = f" ({row['failures']} seeds failed)" if row["failures"] != "0" else ""
-        cells = (f"`{row['loss']}`", said_of(row["loss"]), row["objective"], row["outcome"] + failed, row["verdict"])
+        cells = (
+            f"`{row['loss']}`",
+            description_of(row["loss"]),
+            row["objective"],
+            row["outcome"] + failed,
+            row["verdict"],
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def said_of(loss: str) -> str:
-    """The first sentence of the comment that heads a loss's own file."""
+def description_of(loss: str) -> str:
+    """First sentence of the comment in the loss's own file, and its note where there is one."""
     text = (ROOT / "conf" / "loss" / f"{loss}.yaml").read_text(encoding="utf-8")
     comment = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
     sentence = re.split(r"\.(?: |$)", comment.removeprefix("Control. "))[0]
-    return sentence.replace("|", "\\|")
+    return (sentence + NOTES.get(loss, "")).replace("|", "\\|")
 
 
 def equivalence() -> str:
-    """What the main job ends with: the table and the sentence below it."""
+    """Table of `make equivalence` and the sentence below it."""
     printed = _printed("pipeline.train", "experiment=equivalence", "tracking=none")
     sentence = next(line for line in printed.splitlines() if line.startswith("nll: "))
     return _code(f"{cut(printed)}\n\n{textwrap.fill(sentence, WIDTH)}")
 
 
 def audit() -> str:
-    """What an audit prints; its picture becomes the README's figure."""
-    chosen = f"loss=[{','.join(AUDITED)}]"
+    """Table of an audit. The figure of the same audit becomes the README's figure."""
+    chosen = f"loss=[{','.join(FIGURE_LOSSES)}]"
     return _code(cut(_printed("pipeline.audit", chosen, "tracking=none", figure="p_minus_y.svg")))
 
 
@@ -68,7 +78,7 @@ BLOCKS: dict[str, Callable[[], str]] = {"verdicts": verdicts, "equivalence": equ
 
 
 def _printed(module: str, *words: str, figure: str | None = None) -> str:
-    """What a command prints; a figure of it is kept."""
+    """Standard output of a command. Copies one of its figures to `FIGURE` if a name is given."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", module, *words, f"hydra.run.dir={scratch}/run"]
         environment = os.environ | {"COLUMNS": str(WIDTH), "NO_COLOR": "1"}
@@ -83,7 +93,7 @@ def _code(text: str) -> str:
 
 
 def cut(printed: str) -> str:
-    """The table without its title, up to the blank line after it."""
+    """Table from a command's output, without its title."""
     lines = [line.rstrip() for line in printed.splitlines()]
     first = next(i for i, line in enumerate(lines) if line.startswith("  loss "))
     end = next(i for i, line in enumerate(lines[first:], first) if not line)
@@ -91,10 +101,10 @@ def cut(printed: str) -> str:
 
 
 def with_block(text: str, name: str, content: str) -> str:
-    """The README with one block replaced.
+    """Return the README's text with one block replaced.
 
     Raises:
-        UsageError: its marks are not there, each once and in order.
+        UsageError: the block's two marks are missing, repeated or in the wrong order.
     """
     begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -104,7 +114,7 @@ def with_block(text: str, name: str, content: str) -> str:
 
 
 def write(names: Sequence[str]) -> int:
-    """Make the blocks again and write the README."""
+    """Write the named blocks of the README, or all of them."""
     for name in names:
         if name not in BLOCKS:
             raise UsageError(f"no block is called {name}{did_you_mean(name, BLOCKS)}; there is {', '.join(BLOCKS)}")

@@ -1,12 +1,12 @@
-"""Run recorded experiments again: write down what they find, or say whether what was written down still holds.
+"""Run experiments and record their results, or check whether the recorded results still hold.
 
 python -m experiments.record [SLUG ...]           runs the README's commands; results.csv, figure.svg, README's block
 python -m experiments.record [SLUG ...] --check   runs them in a scratch folder and compares with results.csv
 
 Without a slug: every experiment whose README has commands of the recorder's form (experiments/commands.py).
-A check finds a trial `bit for bit` the same; or it `holds`: every word is the same, every difference lies in its
-recorded interval and moved by a tenth of its margin at most, every mean moved by the standard deviation over seeds at
-most; or it `moved`.
+A check reports for each trial one of three words. `bit for bit`: all values are the same. `holds`: every word is the
+same, every difference lies in its recorded interval and moved by at most a tenth of its margin, and every mean moved by
+at most the standard deviation over seeds. `moved`: anything else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -30,27 +31,27 @@ from experiments.results import compare, markdown, recorded, rows_of, write
 from likelihood_lab.errors import UsageError, did_you_mean
 from pipeline.entry import GRAVITY, ExitCode, run_action
 
-BEFORE = "trained before"  # in place of a cost
+BEFORE = "trained before"  # text in place of the CPU time
 EXPERIMENTS = Path(__file__).resolve().parent
 SHAPES_NUMBERS = ("likelihood_lab", "pipeline", "conf", "hydra_plugins", "constraints.txt")
-# What a trial says that lacks its data or its device; the request is right, it only cannot be run here.
+# Messages of a trial without its data or device: the request is right, but cannot run here.
 ABSENT = ("is not here: ", "put the four IDX files there", "holds no sound", "torch sees no CUDA GPU here")
 
 
 class CannotRunHereError(Exception):
-    """The data or the device of a trial is not there."""
+    """The data or the device of a trial is missing."""
 
 
 # --- running
 
 
 def train(command: Command, root: Path) -> float:
-    """Run a training command in `root` and return its CPU time in seconds; what it expects may be refuted.
+    """Run a training command in `root` and return its CPU time in seconds. Its expectations may be refuted.
 
     Raises:
-        CannotRunHereError: its data or device is not there.
-        UsageError: it was refused.
-        RuntimeError: it failed.
+        CannotRunHereError: the data or the device is missing.
+        UsageError: the command was refused.
+        RuntimeError: the command failed.
     """
     print(f"\n$ python -m pipeline.train {shlex.join(command.words)}", flush=True)
     before = _cpu_seconds()
@@ -60,8 +61,8 @@ def train(command: Command, root: Path) -> float:
     print(ended.stderr, end="", file=sys.stderr)
     if ended.returncode in (ExitCode.HOLDS, ExitCode.REFUTED):
         return _cpu_seconds() - before
-    said = next((line for line in reversed(ended.stderr.splitlines()) if line.startswith("error: ")), "")
-    reason = said.removeprefix("error: ")
+    last = next((line for line in reversed(ended.stderr.splitlines()) if line.startswith("error: ")), "")
+    reason = last.removeprefix("error: ")
     if any(words in reason for words in ABSENT):
         raise CannotRunHereError(reason)
     if ended.returncode == ExitCode.USAGE:
@@ -78,7 +79,7 @@ def _cpu_seconds() -> float:
 
 
 def record(readme: Readme) -> ExitCode:
-    """Run every command as it stands, then write results.csv, figure.svg and the README's block."""
+    """Run every command, then write results.csv, figure.svg and the README's block."""
     root, folder = readme.path.parents[2], readme.path.parent
     _check_form(readme)
     commit = _commit(root)
@@ -102,7 +103,7 @@ def record(readme: Readme) -> ExitCode:
 
 
 def _check_form(readme: Readme) -> None:
-    """Refuse, before anything is run, a README without room for the results or with a figure of no trial."""
+    """Refuse a README without a block for the results or with a figure of no trial, before anything runs."""
     try:
         with_block(readme.path.read_text(encoding="utf-8"), [])
     except ValueError as error:
@@ -113,7 +114,7 @@ def _check_form(readme: Readme) -> None:
 
 
 def _copy_figure(readme: Readme, trials: Mapping[str, Path]) -> None:
-    """The figure that the README names, else the first trial's differences in its first primary metric."""
+    """Copy the README's figure, by default the first trial's differences in its first primary metric."""
     trial, _, name = (readme.figure or next(iter(trials))).partition("/")
     if not name:
         primary = json.loads((trials[trial] / "verdict.json").read_text(encoding="utf-8"))["protocol"]["primary"]
@@ -137,7 +138,7 @@ def _environment(folder: Path, commit: str, costs: Mapping[str, str]) -> str:
 
 
 def _commit(root: Path) -> str:
-    """The commit that is run, and whether what shapes the numbers was changed since."""
+    """Describe the current commit, and whether files that affect the numbers have changed since."""
     try:
         commit = _git(root, "rev-parse", "--short=10", "HEAD")
         changed = _git(root, "status", "--porcelain", "--", *SHAPES_NUMBERS)
@@ -155,10 +156,11 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def check(readme: Readme) -> ExitCode:
-    """Run every command in a scratch folder and compare with what is recorded; prints a line a trial."""
+    """Run every command in a scratch folder, compare with the record, and print a line for each trial."""
     known = recorded(readme.path.parent / "results.csv")
-    said = [f"{trial}: moved: it has no command any more" for trial in _gone(readme, known)]
-    code = ExitCode.REFUTED if said else ExitCode.HOLDS
+    commands = {command.trial for command in readme.commands}
+    lines = [f"{trial}: moved: its command is gone" for trial in known["trial"].unique() if trial not in commands]
+    code = ExitCode.REFUTED if lines else ExitCode.HOLDS
     compared = 0
     with tempfile.TemporaryDirectory(prefix="experiment-") as scratch:
         for command in readme.commands:
@@ -166,30 +168,26 @@ def check(readme: Readme) -> ExitCode:
             try:
                 train(command.into(folder), readme.path.parents[2])
             except CannotRunHereError as error:
-                said.append(f"{command.trial}: skipped: {error}")
+                lines.append(f"{command.trial}: skipped: {error}")
                 continue
             found = compare(known[known["trial"] == command.trial], rows_of(command.trial, folder))
             compared += 1
-            said += [f"{command.trial}: {found.word}", *(f"{command.trial}: {line}" for line in found.moved)]
+            lines += [f"{command.trial}: {found.word}", *(f"{command.trial}: {line}" for line in found.moved)]
             code = ExitCode.REFUTED if found.moved else code
     if not compared:
-        said.append("nothing was compared: whether it holds is undecided")
-    print("\n".join(["", *(f"{readme.slug} {line}" for line in said)]))
+        lines.append("nothing was compared, so it is undecided whether the record holds")
+    print("\n".join(["", *(f"{readme.slug} {line}" for line in lines)]))
     return code if compared else ExitCode.REFUTED
-
-
-def _gone(readme: Readme, known: pd.DataFrame) -> Iterator[str]:
-    return (trial for trial in known["trial"].unique() if trial not in {command.trial for command in readme.commands})
 
 
 # --- which
 
 
 def chosen(slugs: Sequence[str], experiments: Path) -> list[Readme]:
-    """The READMEs of those experiments; without a slug of all that have commands to run.
+    """Return the READMEs of these experiments, by default of all.
 
     Raises:
-        UsageError: there is no such experiment, or its README has no command of the recorder's form.
+        UsageError: an experiment does not exist, or its README has no command of the recorder's form.
     """
     folders = {path.parent.name: path for path in sorted(experiments.glob("*/README.md"))}
     for slug in slugs:
@@ -204,23 +202,19 @@ def chosen(slugs: Sequence[str], experiments: Path) -> list[Readme]:
 
 
 def run(slugs: Sequence[str], again: bool, experiments: Path = EXPERIMENTS) -> ExitCode:
-    """Record or check; one experiment that fails does not stop the others. The gravest exit code of all."""
+    """Record or check every experiment, even if one fails. Return the worst exit code."""
     readmes = chosen(slugs, experiments)
-    actions = [_of(check if again else record, readme) for readme in readmes if readme.commands]
-    outcomes = [run_action(action) for action in actions]
+    action = check if again else record
+    outcomes = [run_action(partial(action, readme)) for readme in readmes if readme.commands]
     for outcome in outcomes:
         if outcome.error is not None:
             print(f"error: {outcome.error}", file=sys.stderr)
-    _tell_others(readmes)
+    _print_others(readmes)
     return max((outcome.code for outcome in outcomes), key=GRAVITY.index, default=ExitCode.HOLDS)
 
 
-def _of(action: Callable[[Readme], ExitCode], readme: Readme) -> Callable[[], ExitCode]:
-    return lambda: action(readme)
-
-
-def _tell_others(readmes: Sequence[Readme]) -> None:
-    """Commands that were not run, so that nobody takes them for checked."""
+def _print_others(readmes: Sequence[Readme]) -> None:
+    """Print the commands that were not run."""
     left = [(readme, line) for readme in readmes for line in readme.others]
     if left:
         print("\nnot run here:")
@@ -231,11 +225,11 @@ def _tell_others(readmes: Sequence[Readme]) -> None:
 def main() -> None:
     """Console script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("slug", nargs="*", help="a folder in experiments/; without one, all that can be run")
-    parser.add_argument("--check", action="store_true", help="compare with what is recorded, and write nothing")
-    given = parser.parse_args()
+    parser.add_argument("slug", nargs="*", help="a folder in experiments/; by default all that can run")
+    parser.add_argument("--check", action="store_true", help="compare with the record and write nothing")
+    options = parser.parse_args()
     try:
-        ended = run_action(lambda: run(given.slug, given.check))
+        ended = run_action(lambda: run(options.slug, options.check))
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
     if ended.error is not None:

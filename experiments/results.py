@@ -1,4 +1,4 @@
-"""What a trial found, as rows: a loss or control x a metric. Kept as CSV, and compared with another run's."""
+"""Results of a trial as rows, one for each loss or control and metric; written as CSV and compared with a record."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ WORDS = [
 NUMBERS = ["mean", "sd", "mean_difference", "ci_low", "ci_high", "p_tost"]
 COMPARED = [*WORDS, *NUMBERS, "seeds_needed"]
 COLUMNS = [*KEY, *COMPARED]
-OF_MARGIN = 0.1  # how far a difference may move, in margins, and still hold
-BEYOND = 0.01  # and how far beyond its recorded interval
+OF_MARGIN = 0.1  # margins; a difference that moves by at most this still holds
+BEYOND = 0.01  # margins; allowance for rounding at the ends of a recorded interval
 
 Row = Mapping[str, Any]
 
 
 def rows_of(trial: str, folder: Path) -> pd.DataFrame:
-    """The rows of a trial, from the verdict.json and history.parquet in its folder.
+    """Return the rows of a trial, from the verdict.json and history.parquet in its folder.
 
-    mean and sd (n - 1) are over the seeds that can be scored, of the metric on the test set after the last step;
-    mean_difference is candidate minus reference (NLL: log ratio), and [ci_low, ci_high] covers it at 1 - level.
+    mean and sd (n - 1) are over the seeds with a score, of the metric on the test set after the last step.
+    mean_difference is candidate minus reference (NLL: log ratio); [ci_low, ci_high] is its interval at level 1 - level.
     """
     verdict = json.loads((folder / "verdict.json").read_text(encoding="utf-8"))
     spread = _spread(pd.read_parquet(folder / "history.parquet"))
     found = [_flat(row) | {"trial": trial} for row in _entries(verdict, spread)]
     table = pd.DataFrame(found, columns=COLUMNS, dtype="object")
-    return _read(io.StringIO(table.to_csv(index=False)))  # as it will come back: what is equal compares equal
+    return _read(io.StringIO(table.to_csv(index=False)))  # as if read back, so that equal rows compare equal
 
 
 def _spread(history: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float]]:
-    """(loss, metric) -> mean and standard deviation over seeds, of the last value of test/metric."""
+    """Return (loss, metric) -> mean and standard deviation over seeds of the last value of test/metric."""
     tested = history[history["metric"].str.startswith("test/")]
     last = tested.sort_values("step").groupby(["loss", "metric", "seed"])["value"].last()
     table = last.groupby(["loss", "metric"]).agg(["mean", "std"])
@@ -53,7 +53,7 @@ def _spread(history: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float]]
 
 
 def _entries(verdict: Row, spread: Mapping[tuple[str, str], tuple[float, float]]) -> Iterator[dict[str, Any]]:
-    """The reference, the candidates, then the controls."""
+    """Yield rows of the reference, the candidates and the controls."""
     reference, controls = verdict["reference"], verdict["controls"]
     for (loss, metric), (mean, sd) in spread.items():
         if loss == reference:
@@ -62,7 +62,7 @@ def _entries(verdict: Row, spread: Mapping[tuple[str, str], tuple[float, float]]
     for entry in verdict["comparisons"]:
         words = {name: entry[name] for name in ("loss", "objective", "outcome", "verdict", "expected", "confirmed")}
         words |= {"first_steps": entry["envelope"]["word"], "failures": len(entry["failures"])}
-        for metric, found in (entry["metrics"] or {"": {}}).items():  # without a pair there is none
+        for metric, found in (entry["metrics"] or {"": {}}).items():  # a candidate without pairs has no metrics
             mean, sd = spread.get((entry["loss"], metric), (math.nan, math.nan))
             numbers = {"metric": metric, "mean": mean, "sd": sd, "seeds_needed": entry["seeds_needed"]}
             yield {"kind": "candidate"} | words | numbers | found
@@ -76,28 +76,28 @@ def _entries(verdict: Row, spread: Mapping[tuple[str, str], tuple[float, float]]
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    """The row with its interval in two columns."""
+    """Return the row with its interval in two columns."""
     low, high = row.get("ci_difference") or (None, None)
     return {name: row.get(name) for name in COLUMNS} | {"ci_low": low, "ci_high": high}
 
 
 def _read(source: Any) -> pd.DataFrame:
-    """CSV as text, and numbers as Python reads them: exactly those that were written."""
+    """Read CSV as text, and convert numbers with Python's `float`, which restores them exactly."""
     table = pd.read_csv(source, dtype="str", keep_default_na=False)
     floats = [name for name in (*NUMBERS, "margin", "level") if name in table]
     return table.assign(**{name: [float(cell or "nan") for cell in table[name]] for name in floats})
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
-    """results.csv, with every digit."""
+    """Write results.csv with every digit."""
     table.to_csv(path, index=False, lineterminator="\n")
 
 
 def recorded(path: Path) -> pd.DataFrame:
-    """results.csv as it was written.
+    """Read results.csv.
 
     Raises:
-        UsageError: it is absent or damaged.
+        UsageError: the file is absent or damaged.
     """
     remedy = f"record it again: python -m experiments.record {path.parent.name}"
     try:
@@ -107,23 +107,23 @@ def recorded(path: Path) -> pd.DataFrame:
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} is damaged ({first_line(error)}); {remedy}") from error
     if list(table.columns) != COLUMNS or table.empty or table.duplicated(KEY).any():
-        raise UsageError(f"{path} is damaged: its columns or rows are not those that are written; {remedy}")
+        raise UsageError(f"{path} is damaged: unexpected columns or rows; {remedy}")
     return table
 
 
-# --- the same again?
+# --- comparison
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How another run of a trial compares with its record: what moved, in words; else whether every bit is the same."""
+    """Comparison of a trial with its record: lines about what moved, and whether all values are equal."""
 
     moved: tuple[str, ...]
     bitwise: bool
 
     @property
     def word(self) -> str:
-        """bit for bit, holds or moved."""
+        """One of `bit for bit`, `holds` and `moved`."""
         return "moved" if self.moved else "bit for bit" if self.bitwise else "holds"
 
 
@@ -158,18 +158,18 @@ def _moved(old: Row, new: Row) -> Iterator[str]:
 
 
 def _same(old: Any, new: Any) -> bool:
-    return bool(old == new or (old != old and new != new))  # NaN: nothing was there
+    return bool(old == new or (old != old and new != new))  # NaN equals NaN: no value
 
 
 def _mean_holds(old: Row, new: Row) -> bool:
-    """Within the standard deviation over seeds."""
+    """Whether the mean moved by at most the standard deviation over seeds."""
     return bool(abs(new["mean"] - old["mean"]) <= old["sd"])
 
 
 def _difference_holds(old: Row, new: Row) -> bool:
-    """Within a tenth of the margin, where there is one, and inside the recorded interval but for rounding.
+    """Whether the difference moved by at most a tenth of its margin and lies in its recorded interval up to rounding.
 
-    Where no interval was recorded no seed differed, and none may.
+    Without a recorded interval no seed differed, and no seed may differ.
     """
     found, margin = new["mean_difference"], old["margin"]
     rounding = 0.0 if math.isnan(margin) else BEYOND * margin
@@ -182,7 +182,7 @@ def _difference_holds(old: Row, new: Row) -> bool:
 
 
 def markdown(table: pd.DataFrame) -> list[str]:
-    """A row for each loss of each trial, then a line a trial: what its reference reaches, what its controls showed."""
+    """Return a row for each loss of each trial, then a line for each trial about its reference and controls."""
     shown: Sequence[Any] = table[table["metric"].isin(["nll", ""]) & (table["kind"] == "candidate")].to_dict("records")
     levels = sorted({f"{100 * (1 - row['level']):g} %" for row in shown if row["metric"]})
     interval = f"NLL: mean log ratio [{', '.join(levels)} interval]"
@@ -221,10 +221,10 @@ def _beside(trial: str, rows: pd.DataFrame) -> str:
     reference: Sequence[Any] = rows[rows["kind"] == "reference"].to_dict("records")
     reached = {row["metric"]: f"{row['mean']:.4g} (SD {row['sd']:.2g})" for row in reference}
     controls: Sequence[Any] = rows[rows["kind"] == "control"].drop_duplicates("loss").to_dict("records")
-    said = []
+    parts = []
     if reached:
         loss = reference[0]["loss"]
-        said.append(f"the reference `{loss}` reaches a test NLL of {reached['nll']}, accuracy {reached['accuracy']}")
+        parts.append(f"the reference `{loss}` reaches a test NLL of {reached['nll']}, accuracy {reached['accuracy']}")
     if controls:
-        said.append("controls: " + ", ".join(f"{row['loss']} {row['outcome']}" for row in controls))
-    return f"* {trial}: {'; '.join(said)}."
+        parts.append("controls: " + ", ".join(f"{row['loss']} {row['outcome']}" for row in controls))
+    return f"* {trial}: {'; '.join(parts)}."

@@ -1,9 +1,9 @@
-"""Gradient accumulation with uneven micro-batches, before and after transformers#34191, in numbers.
+"""Measure gradient accumulation with uneven micro-batches, before and after transformers#34191.
 
     python -m experiments.audit.accumulation
 
-Before the fix each micro-batch was divided by its own valid tokens and the means were averaged; after it, sums are
-divided by the valid tokens of all micro-batches, `num_items_in_batch`.
+Before the fix each micro-batch was divided by its own number of valid tokens, and the means were averaged. After it,
+sums are divided by the number of valid tokens of all micro-batches, `num_items_in_batch`.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ EQUAL = (24,) * 8  # valid tokens of the sequences
 MILD = (32, 30, 26, 22, 18, 16, 14, 12)
 UNEVEN = (32, 32, 3, 2, 20, 12, 4, 1)
 SPLITS = {"equal": EQUAL, "mild": MILD, "uneven": UNEVEN}
-NUM_ITEMS = 64  # of the whole accumulation window, as one micro-batch is told it
+NUM_ITEMS = 64  # valid tokens of the whole accumulation window
 
 Accumulated = Callable[[Tensor, Tensor], Tensor]
 
 
 def micro_batches(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of sequences, flattened to rows."""
+    """Yield pairs of sequences, flattened to rows."""
     for z, y in zip(logits.split(PER_BATCH), labels.split(PER_BATCH), strict=True):
         yield z.flatten(0, 1), y.flatten()
 
 
 def before(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over micro-batches of each one's mean; one without a valid token counts 0."""
+    """Return the mean of the micro-batches' means; a micro-batch without a valid token counts 0."""
     means = [F.cross_entropy(z, y, reduction="sum") / _valid(y).clamp_min(1) for z, y in micro_batches(logits, labels)]
     return torch.stack(means).mean()
 
 
 def after(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over micro-batches of sums, each over the valid tokens of all."""
+    """Return the sum of the micro-batches' sums, divided by the number of valid tokens of all."""
     num_items = _valid(labels).clamp_min(1)
     return torch.stack(
         [F.cross_entropy(z, y, reduction="sum") / num_items for z, y in micro_batches(logits, labels)]
@@ -52,17 +52,17 @@ def after(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def whole(logits: Tensor, labels: Tensor) -> Tensor:
-    """One batch, its mean over valid tokens."""
+    """Return the mean over the valid tokens of the whole batch."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
 def micro_mean(logits: Tensor, labels: Tensor) -> Tensor:
-    """What one micro-batch returned before."""
+    """Return the loss of one micro-batch before the fix."""
     return F.cross_entropy(logits, labels, ignore_index=IGNORED)
 
 
 def micro_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """What one micro-batch returns after: its sum over `NUM_ITEMS`."""
+    """Return the loss of one micro-batch after the fix: its sum divided by `NUM_ITEMS`."""
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / NUM_ITEMS
 
 
@@ -71,7 +71,7 @@ def _valid(labels: Tensor) -> Tensor:
 
 
 def weight_gradient(objective: Accumulated, valid: Sequence[int]) -> Tensor:
-    """The gradient of a linear head over random hidden states, sequences padded to `LENGTH`, float64."""
+    """Return the gradient of a linear head over random hidden states, sequences padded to `LENGTH`, float64."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(len(valid), LENGTH, HIDDEN, generator=draw, dtype=torch.float64)
     weight = torch.randn(VOCABULARY, HIDDEN, generator=draw, dtype=torch.float64).requires_grad_()
@@ -81,8 +81,8 @@ def weight_gradient(objective: Accumulated, valid: Sequence[int]) -> Tensor:
     return torch.autograd.grad(value, weight)[0]
 
 
-def measured() -> str:
-    """Relative distance and cosine to the whole batch's gradient."""
+def error_table() -> str:
+    """Return the relative distance and the cosine to the whole batch's gradient."""
     rows = []
     for split, valid in SPLITS.items():
         right = weight_gradient(whole, valid)
@@ -97,8 +97,8 @@ def measured() -> str:
     return markdown(columns, rows)
 
 
-def audited() -> str:
-    """What the audit says of the accumulated objectives, and of the loss of a single micro-batch."""
+def audit_tables() -> str:
+    """Audit the accumulated objectives and the loss of a single micro-batch."""
     asked: dict[str, tuple[Accumulated, dict[str, Any]]] = {
         "before, accumulated": (before, {"tokens": True}),
         "after, accumulated": (after, {"tokens": True}),
@@ -130,8 +130,8 @@ def main() -> None:
         f"# transformers#34191: accumulation before and after\n\n{environment()}, float64.\n\n"
         f"{len(EQUAL)} sequences padded to {LENGTH} tokens, {PER_BATCH} a micro-batch; a linear head of {HIDDEN} x "
         f"{VOCABULARY}, the gradient of its weights against that of the whole batch. Valid tokens: {counts}.\n\n"
-        f"{measured()}\n\nWhat the audit says; the distances are those of two micro-batches to the whole batch, "
-        f"by how they are put together:\n\n{audited()}"
+        f"{error_table()}\n\nWhat the audit says; the distances are those of two micro-batches to the whole batch, "
+        f"by how they are put together:\n\n{audit_tables()}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The constants behind `rounding` as curves: false alarms among honest forms, and the smallest mutants that are caught.
+"""Calibrate the constants of `rounding`: false alarms among correct forms, and the smallest mutants detected.
 
     python -m experiments.audit.calibration --csv experiments/audit/calibration.csv \
         --svg experiments/audit/calibration.svg
@@ -44,14 +44,14 @@ INSIDE = "float32 inside float64"
 SHOWN = ("label smoothing", "temperature 1 + d", "z-loss", "class weight 1 + d", "gradient noise")
 ACCUSED = {"accused": "honest forms accused", "accused_without_root": "without sqrt(C)", "accused_value": "by value"}
 LEGEND = "Mutants: the smallest d caught; 0 where cross-entropy itself is accused, - where not even 0.1 is caught."
-WORST = 4  # honest forms that are named
+WORST = 4  # correct forms to name
 
 
 def curve(
     of: str, constants: Sequence[float], honest: Mapping[str, float], mutants: Mapping[str, Mapping[float, float]],
     rootless: Mapping[str, float] | None = None, values: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
-    """A row for each constant: how many honest forms exceed it, and the smallest d of each mutant that does."""
+    """Return a row for each constant: the correct forms above it, and the smallest d of each mutant above it."""
     rows: list[dict[str, Any]] = []
     for constant in constants:
         row: dict[str, Any] = {"of": of, "constant": constant, "honest": len(honest)}
@@ -62,7 +62,7 @@ def curve(
 
 
 def precision_curve(ruler: Ruler, honest: Mapping[str, Units]) -> pd.DataFrame:
-    """The constant of the rounding rule, in one precision."""
+    """Return the curve of the rounding rule's constant in one precision."""
     parts = [{name: getattr(u, part) for name, u in honest.items()} for part in ("gradient", "rootless", "value")]
     return curve(name_of(ruler.dtype), CONSTANTS, parts[0], mutant_units(ruler), *parts[1:])
 
@@ -89,14 +89,14 @@ def _share(count: Any, of: int) -> str | None:
 
 
 def _worst(honest: Mapping[str, Units]) -> str:
-    """The honest forms with the largest errors."""
+    """Name the correct forms with the largest errors."""
     ordered = sorted(honest.items(), key=lambda item: -item[1].gradient)[:WORST]
     rows = [[name, u.gradient, u.rootless, u.classes, u.value] for name, u in ordered]
     return markdown(["largest of the honest forms", "units", "without sqrt(C)", "at C", "units of its value"], rows)
 
 
 def root(rulers: Mapping[torch.dtype, Mapping[str, Units]]) -> str:
-    """What the sqrt(C) in the unit is there for: log_softmax along dimension 0, which sums classes one by one."""
+    """Show the need for sqrt(C) in the unit: log_softmax along dimension 0 sums classes one by one."""
     name = "log_softmax along dimension 0"
     rows = [[name_of(dtype), u[name].gradient, u[name].rootless, u[name].classes] for dtype, u in rulers.items()]
     return markdown([name, "units", "without sqrt(C)", "at C"], rows)
@@ -114,7 +114,7 @@ def _smoothed_inside(logits: Tensor, labels: Tensor, d: float) -> Tensor:
 
 
 def promises() -> list[tuple[str, bool]]:
-    """What the audit is meant to catch, and whether it does."""
+    """Return each fault that the audit must detect, and whether it does."""
     kept = [
         ("label smoothing 1e-12 is caught in float64", not _same(partial(_smoothed, d=1e-12))),
         ("label smoothing 1e-5 is caught in float32", not _same(partial(_smoothed, d=1e-5), dtype=torch.float32)),
@@ -137,11 +137,11 @@ def _same(fn: Callable[..., Tensor], **settings: Any) -> bool:
 
 
 def main() -> int:
-    """Print the study; 1 where a promise is not kept."""
+    """Print the study and return 1 if an expectation fails."""
     parser = argparse.ArgumentParser(prog="python -m experiments.audit.calibration", description=__doc__)
     parser.add_argument("--csv", type=Path, help="write the curves to this file")
     parser.add_argument("--svg", type=Path, help="draw them to this file")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     print(f"# The audit's two constants\n\n{environment()}. {len(FORMS)} honest forms.")
     frames, honest = [], {}
@@ -161,10 +161,10 @@ def main() -> int:
     print(f"The largest of the honest forms: {parts[largest]:.3g}, {largest}.")
     print(f"\n## Why the unit has sqrt(C)\n\n{root(honest)}")
     table = pd.concat(frames, ignore_index=True)
-    if given.csv is not None:
-        table.to_csv(given.csv, index=False, float_format="%.4g")
-    if given.svg is not None:
-        given.svg.write_text(draw(table))
+    if options.csv is not None:
+        table.to_csv(options.csv, index=False, float_format="%.4g")
+    if options.svg is not None:
+        options.svg.write_text(draw(table))
     kept = promises()
     print("\n## Promises\n\n" + "\n".join(f"- {'kept' if held else 'NOT KEPT'}: {said}" for said, held in kept))
     return int(not all(held for _, held in kept))

@@ -1,4 +1,4 @@
-"""The curves of `calibration` as a picture: false alarms above, the smallest label smoothing that is caught below."""
+"""Figure of `calibration`: false alarms above, the smallest label smoothing that is detected below."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALT = (
 
 
 def draw(table: pd.DataFrame) -> str:
-    """An SVG of the rounding rule's curves, one line for each precision."""
+    """Return an SVG of the rounding rule's curves, one line for each precision."""
     with canvas("calibration", 5.6, (2, 1)) as drawn:
         above, below = drawn.panels
         precisions = [of for of in table["of"].unique() if " " not in of]

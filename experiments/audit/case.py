@@ -1,4 +1,4 @@
-"""A pair of formulations whose verdict is known, as the audit's conformance suite and its experiments share it."""
+"""Pair of losses with a known verdict, shared by the audit's conformance suite and its experiments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOGITS_AND_LABELS = ("logits", "labels")
 
 @dataclass(frozen=True)
 class Case:
-    """A candidate, what it is compared with, and what the audit has to find.
+    """A candidate, its reference, and the result that the audit must give.
 
     Attributes:
         row: the row of the catalogue, with a letter where it has several cases: "13a".
@@ -22,9 +22,9 @@ class Case:
         options: further keywords of `likelihood_lab.check`: dtype, ignore_index, soft_targets, tokens, num_classes.
         objective: the expected word of the objective axis.
         domain: the expected axis, with the expected limit where one is known (float32), else None.
-        side_effects: beginnings of the expected entries; what is not named here may not be found either.
-        normaliser: what the candidate divides by, in the audit's words.
-        outside: "because ...", for a row that the audit cannot be asked about; then `fn` is None.
+        side_effects: beginnings of the expected entries; no other side effect is allowed.
+        normaliser: the candidate's divisor, in the audit's words.
+        outside: "because ...", for a row that the audit cannot evaluate; then `fn` is None.
         note: a size or a condition worth printing beside the row.
     """
 

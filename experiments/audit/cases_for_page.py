@@ -1,7 +1,7 @@
-"""The catalogue as the cases of `docs/identity.html`: what a player reads, and the word and the reason on record.
+"""Cases of `docs/identity.html` from the catalogue: the code to read, and the recorded word and reason.
 
 `python -m experiments.audit.cases_for_page` writes them into the page, from `catalogue.md`, `sentences.csv` and the
-code of `spellings.py`. With `--ask` the audit is asked first, and what it finds is recorded in `sentences.csv`.
+code of `spellings.py`. With `--ask` the audit runs first, and its results are recorded in `sentences.csv`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WORDS = {
 
 
 def ask() -> Iterator[tuple[str, str, str]]:
-    """(row, word, sentence) of every case that the audit can be asked about; half a minute."""
+    """Audit every case and return (row, word, sentence) of each; takes half a minute."""
     from likelihood_lab.audit.api import check
 
     for case in CATALOGUE:
@@ -46,7 +46,7 @@ def ask() -> Iterator[tuple[str, str, str]]:
 
 
 def cases() -> dict[str, Any]:
-    """What the page embeds: words, functions by name, and cases that name two of them."""
+    """Return the data that the page embeds: words, functions by name, and cases that name two of them."""
     table = recorded_rows()
     with SENTENCES.open(encoding="utf-8", newline="") as file:
         found = {row: (word, sentence) for row, word, sentence in list(csv.reader(file))[1:]}
@@ -60,7 +60,7 @@ def cases() -> dict[str, Any]:
         if word != recorded["objective"]:
             raise ValueError(f"row {case.row}: {SENTENCES.name} says {word}, {RECORDED.name} {recorded['objective']}")
         names = [_name(fn) for fn in (case.fn, case.reference)]
-        functions |= {name: {"code": code(name), "says": said(name)} for name in names if name in _definitions()}
+        functions |= {name: {"code": code(name), "says": describe(name)} for name in names if name in _definitions()}
         rows.append(
             {
                 "row": case.row,
@@ -81,7 +81,7 @@ def cases() -> dict[str, Any]:
 
 
 def recorded_rows() -> dict[str, dict[str, str]]:
-    """`catalogue.md`, by row."""
+    """Read `catalogue.md` by row."""
     head, _, *lines = [_split(line) for line in RECORDED.read_text(encoding="utf-8").splitlines()]
     return {line[0]: dict(zip(head, line, strict=True)) for line in lines}
 
@@ -94,15 +94,15 @@ def _split(line: str) -> list[str]:
 
 
 def code(name: str) -> str:
-    """A function without its docstring, after the constants and helpers that it needs."""
+    """Return a function's source without its docstring, after the constants and helpers that it needs."""
     nodes = [_definitions()[needed] for needed in _needed(name)]
     constants = [_without_docstrings(node) for node in nodes if isinstance(node, ast.Assign)]
     others = [_without_docstrings(node) for node in nodes if not isinstance(node, ast.Assign)]
     return "\n\n".join(["\n".join(constants), *others]).strip()
 
 
-def said(name: str) -> str:
-    """The first paragraph of its docstring, and of those helpers that are not plain functions."""
+def describe(name: str) -> str:
+    """Return the first paragraph of its docstring, and of its helpers that are not plain functions."""
     nodes = [_definitions()[needed] for needed in _needed(name)]
     speaking = [node for node in nodes if isinstance(node, ast.ClassDef) or getattr(node, "name", "") == name]
     paragraphs = [(ast.get_docstring(node) or "").partition("\n\n")[0] for node in speaking]  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def _name(fn: Callable[..., Any]) -> str:
 
 
 def _call(fn: Callable[..., Any], args: Sequence[str]) -> str:
-    """`F.kl_div(log_probs, target_probs, reduction='batchmean')`: as it would be typed."""
+    """Return the call as one would type it: `F.kl_div(log_probs, target_probs, reduction='batchmean')`."""
     keywords = [f"{name}={value!r}" for name, value in getattr(fn, "keywords", {}).items()]
     torchs = "" if _name(fn) in _definitions() else "F."
     return f"{torchs}{_name(fn)}({', '.join([*args, *keywords])})"
@@ -127,7 +127,7 @@ def _source() -> str:
 
 @cache
 def _definitions() -> dict[str, ast.stmt]:
-    """The module's functions, classes and constants, in its order."""
+    """Return the module's functions, classes and constants, in its order."""
     found: dict[str, ast.stmt] = {}
     for node in ast.parse(_source()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -138,7 +138,7 @@ def _definitions() -> dict[str, ast.stmt]:
 
 
 def _needed(name: str) -> list[str]:
-    """The name and all that its code names in turn, in the module's order."""
+    """Return the name and all names that its code needs, in the module's order."""
     needed, waiting = set(), [name]
     while waiting:
         needed.add(waiting.pop())
@@ -163,14 +163,14 @@ def _without_docstrings(definition: ast.stmt) -> str:
 
 
 def embedded(page: str) -> str:
-    """The text between the tags that hold the cases."""
+    """Return the text between the tags that hold the cases."""
     if OPENING not in page:
         raise ValueError(f"{OPENING} is not in the page")
     return page.partition(OPENING)[2].partition(CLOSING)[0]
 
 
 def with_cases(page: str) -> str:
-    """The page with the cases of today."""
+    """Return the page with the current cases."""
     lines = json.dumps(cases(), indent=0, ensure_ascii=False).replace("</", "<\\/")
     return page.replace(OPENING + embedded(page), f"{OPENING}\n{lines}\n", 1)
 

@@ -1,6 +1,6 @@
-"""What practice confuses, as pairs with a known verdict: the audit's conformance suite.
+"""Confusions from practice, as pairs with a known verdict: the audit's conformance suite.
 
-Rows are numbered as in the notes that they were collected in; every one has a case, or the reason why it has none.
+Every row has a case, or the reason why it has none.
 `python -m experiments.audit.catalogue` prints the table.
 """
 
@@ -27,7 +27,7 @@ SOFT = {"soft_targets": True}
 IGNORE = {"ignore_index": -100}
 NARROW = {"num_classes": (2, 10, 1000)}  # fused batches of 128 256 classes take gigabytes
 MASKED = ("masked", 1.0)  # 0 * -inf in the sum over classes
-INTO_TARGETS = "gradient into target_probs"  # torch differentiates by soft targets too
+INTO_TARGETS = "gradient into target_probs"  # torch also computes gradients for soft targets
 
 KL = partial(F.kl_div, reduction="batchmean")
 SOFT_REFERENCE: dict[str, Any] = {"reference_args": ON_TARGETS, "options": SOFT}
@@ -391,12 +391,12 @@ COLUMNS = ("row", "case", "source", "compared", "objective", "domain", "side eff
 
 
 def row_number(case: Case) -> int:
-    """13, for a case of row "13a"."""
+    """Return 13 for a case of row "13a"."""
     return int(case.row.rstrip("abcdefgh"))
 
 
 def markdown() -> str:
-    """The catalogue as one table."""
+    """Return the catalogue as one Markdown table."""
     lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS)), *(_line(_cells(case)) for case in CATALOGUE)]
     return "\n".join(lines)
 
@@ -419,7 +419,7 @@ def _cells(case: Case) -> list[str]:
 
 
 def _call(fn: Callable[..., Any], args: tuple[str, ...]) -> str:
-    """`kl_div(log_probs, target_probs, reduction=batchmean)`."""
+    """Return a call such as `kl_div(log_probs, target_probs, reduction=batchmean)`."""
     keywords = [f"{name}={value}" for name, value in getattr(fn, "keywords", {}).items()]
     return f"{getattr(fn, 'func', fn).__name__}({', '.join([*args, *keywords])})"
 

@@ -1,8 +1,8 @@
-"""Expected word against found word over every pair whose truth is known, and a plain allclose test beside it.
+"""Compare the audit's word with the truth for every known pair, beside a plain allclose test.
 
     python -m experiments.audit.confusion --markdown --csv experiments/audit/confusion.csv
 
-Exit code 1 where a pair is called the same that is not.
+Exit code 1 if a pair is called the same that is not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ UNTRUE = ("not_run", "error")  # no gradient: neither the same nor another
 
 @dataclass(frozen=True)
 class Answer:
-    """What the audit and the plain test say of a pair."""
+    """Results of the audit and of the plain test for one pair."""
 
     pair: Pair
     finding: Finding
@@ -45,20 +45,20 @@ class Answer:
 
     @property
     def expected(self) -> str:
-        """The word; an honest form is `identical` where it happens to give the reference's bits."""
+        """Expected word; a correct form is `identical` if it happens to give the reference's bits."""
         if self.pair.origin == "honest" and self.finding.objective == "identical":
             return "identical"
         return self.pair.case.objective or ""
 
     @property
     def missed_effects(self) -> list[str]:
-        """Expected side effects that were not found."""
+        """Expected side effects that the audit did not report."""
         found = self.finding.side_effects
         return [effect for effect in self.pair.case.side_effects if not any(e.startswith(effect) for e in found)]
 
 
 def ask(pair: Pair) -> Answer:
-    """Audit a pair, and test it the plain way; in that order, since some candidates count their calls."""
+    """Audit a pair, then run the plain test; the order matters because some candidates count their calls."""
     case = pair.case
     with _quiet():
         finding = check(pair.make(), case.reference, args=case.args, reference_args=case.reference_args, **case.options)
@@ -73,7 +73,7 @@ def _quiet() -> Iterator[None]:
 
 
 def report(answers: Sequence[Answer], skipped: Sequence[str]) -> str:
-    """The study as Markdown."""
+    """Return the study as Markdown."""
     judged = [answer for answer in answers if answer.pair.origin != "below the limit"]
     below = [answer for answer in answers if answer.pair.origin == "below the limit"]
     return "\n\n".join(
@@ -114,12 +114,12 @@ def _named(answers: Sequence[Answer], effects: bool = False) -> str:
 
 
 def wrongly_same(answers: Sequence[Answer]) -> list[Answer]:
-    """Pairs that are called the same and are not."""
+    """Return pairs that are called the same and are not."""
     return [a for a in answers if a.finding.same and not a.pair.same]
 
 
 def wrongly_accused(answers: Sequence[Answer]) -> list[Answer]:
-    """Pairs that are the same and are called another."""
+    """Return pairs that are the same and are called another."""
     return [a for a in answers if a.pair.same and not a.finding.same]
 
 
@@ -142,7 +142,7 @@ def _origins(answers: Sequence[Answer]) -> str:
 
 
 def _beside(answers: Sequence[Answer]) -> str:
-    """Misses and false alarms of the plain test and of the audit on the same pairs."""
+    """Return misses and false alarms of the plain test and of the audit on the same pairs."""
     known = [a for a in answers if a.plain is not None and a.expected not in UNTRUE]
     columns = ("judge", "same, called same", "same, called other (false alarm)", "other, called same (miss)",
                "other, called other")  # fmt: skip
@@ -170,7 +170,7 @@ def _counts(pairs_: Sequence[tuple[bool, bool]]) -> list[int]:
 
 
 def _below(answers: Sequence[Answer]) -> str:
-    """Mutants that are smaller than what float64 shows on the grid: the same is all that can be said of them."""
+    """List mutants below the detection limit of float64 on the grid; only `same` can be said of them."""
     found = Counter(a.finding.objective for a in answers)
     words = ", ".join(f"{count} {word}" for word, count in found.most_common())
     names = "; ".join(a.pair.case.title for a in answers)
@@ -178,7 +178,7 @@ def _below(answers: Sequence[Answer]) -> str:
 
 
 def write_csv(path: Path, answers: Sequence[Answer]) -> None:
-    """A row for each pair."""
+    """Write a row for each pair."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["origin", "row", "pair", "expected", "found", *TESTS])
@@ -190,25 +190,25 @@ def write_csv(path: Path, answers: Sequence[Answer]) -> None:
 
 
 def _text(report_: str) -> str:
-    """Markdown without its headings' marks and rules, for a terminal."""
+    """Return Markdown without heading marks and rules, for a terminal."""
     kept = [line.removeprefix("## ") for line in report_.splitlines() if not line.startswith("| ---")]
     return "\n".join(kept)
 
 
 def main() -> int:
-    """Print the study; 1 where a pair is called the same that is not."""
+    """Print the study and return 1 if a pair is called the same that is not."""
     parser = argparse.ArgumentParser(prog="python -m experiments.audit.confusion", description=__doc__)
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--csv", type=Path, help="write every pair to this file")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with _quiet():
         asked, skipped = pairs()
     answers = [ask(pair) for pair in asked]
     text = report(answers, skipped)
-    print(f"# The audit's confusion matrix\n\n{text}" if given.markdown else _text(text))
-    if given.csv is not None:
-        write_csv(given.csv, answers)
+    print(f"# The audit's confusion matrix\n\n{text}" if options.markdown else _text(text))
+    if options.csv is not None:
+        write_csv(options.csv, answers)
     return int(bool(wrongly_same([a for a in answers if a.pair.origin != "below the limit"])))
 
 

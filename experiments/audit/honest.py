@@ -1,6 +1,6 @@
-"""Mean cross-entropy in other orders of the same arithmetic: every one of them is right, and rounds in its own way.
+"""Mean cross-entropy in other orders of the same arithmetic. Each form is correct and has its own rounding.
 
-Logits [N, C] and labels int64 [N]; a scalar in nats comes back, in the precision of the logits.
+Each takes logits [N, C] and labels int64 [N] and returns a scalar in nats, in the precision of the logits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 16
 
 
 def _chosen(rows: Tensor, labels: Tensor) -> Tensor:
-    """The label's entry of each row, [N]."""
+    """Return the label's entry of each row, [N]."""
     return rows.gather(1, labels[:, None])[:, 0]
 
 
@@ -58,7 +58,7 @@ def nll_of_log_softmax(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_softmax_along_rows(logits: Tensor, labels: Tensor) -> Tensor:
-    """log_softmax of the transposed logits along dimension 0: torch sums the classes one by one there."""
+    """Compute log_softmax of the transposed logits along dimension 0, where torch sums the classes one by one."""
     return -_chosen(F.log_softmax(logits.T.contiguous(), 0).T, labels).mean()
 
 
@@ -143,7 +143,7 @@ def in_float32(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _Analytic(torch.autograd.Function):
-    """Cross-entropies whose gradient is computed in forward as softmax(z) - y."""
+    """Cross-entropy whose gradient is computed in forward as softmax(z) - y."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, one_hot: Tensor) -> Tensor:

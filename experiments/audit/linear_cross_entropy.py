@@ -1,4 +1,4 @@
-"""torch's fused `linear_cross_entropy` under the audit: every chunking and accumulation that the CPU runs.
+"""Audit torch's fused `linear_cross_entropy` with every chunking and accumulation that the CPU supports.
 
 python -m experiments.audit.linear_cross_entropy
 """
@@ -49,7 +49,7 @@ LOW: dict[str, Options | None] = WAYS | {
 
 @dataclass(frozen=True)
 class Question:
-    """A way of calling it.
+    """One way to call `linear_cross_entropy`.
 
     Attributes:
         settings: further keywords of `check`.
@@ -63,17 +63,17 @@ class Question:
 
     @property
     def title(self) -> str:
-        """In a few words."""
+        """Short name of the call."""
         more = [name for name, held in (("bias", self.bias), ("ignored rows", "ignore_index" in self.settings)) if held]
         return ", ".join([self.way, *more])
 
     def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Torch's own loss."""
+        """Call torch's own loss."""
         return F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, options=self.options)
 
 
 def questions() -> Iterator[Question]:
-    """With and without a bias, with ignored rows; float32 and float64 together, then bfloat16 and float16."""
+    """Return calls with and without a bias and with ignored rows; float32 and float64, then bfloat16 and float16."""
     for way, options in WAYS.items():
         for bias in (False, True):
             yield Question("float32, float64", way, options, bias)
@@ -87,7 +87,7 @@ def questions() -> Iterator[Question]:
 
 
 def ask(question: Question) -> Finding:
-    """The audit against cross-entropy behind a linear layer."""
+    """Audit a call against a linear layer followed by cross-entropy."""
     args = WITH_BIAS if question.bias else FUSED
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -95,7 +95,7 @@ def ask(question: Question) -> Finding:
 
 
 def main() -> None:
-    """Print a line for every way, and what is true of all."""
+    """Print a line for every call, and what holds for all."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     start = time.perf_counter()
     asked = sorted(questions(), key=lambda q: (q.precision, q.bias, "ignore_index" in q.settings))

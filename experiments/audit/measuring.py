@@ -1,4 +1,4 @@
-"""How many units of rounding honest forms and mutants are off by, for the curves behind the audit's two constants."""
+"""Measure the errors of correct forms and mutants in units of rounding, to calibrate the audit's two constants."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from likelihood_lab.categorical.mutants import FAULT_SIZES, MUTANTS, Mutant, mea
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NO_FORM = {
-    torch.float64: ("float32 and back",),  # float32 inside: the other constant's business
-    torch.float16: ("log of softmax", "log of softmax at the label"),  # p underflows at 17 nats: a domain, no rounding
+    torch.float64: ("float32 and back",),  # float32 inside: the other constant covers it
+    torch.float16: ("log of softmax", "log of softmax at the label"),  # p underflows at 17 nats: `domain`, not rounding
 }
-SMALLEST = 0.1  # units under which a mutant need not be followed
+SMALLEST = 0.1  # units; smaller mutants are not measured
 
 
 @dataclass(frozen=True)
 class Units:
-    """The largest error over all rows of the grid.
+    """Largest error over all rows of the grid.
 
     Attributes:
         gradient: in the unit of the rounding rule.
-        rootless: in the same without sqrt(C).
+        rootless: in the same unit without sqrt(C).
         value: of the objective's value, in the value's unit.
-        classes: the C of the batch where `rootless` was met.
+        classes: the C of the batch with the largest `rootless`.
     """
 
     gradient: float
@@ -49,7 +49,7 @@ class Units:
 
 
 class Ruler:
-    """One precision's grid, with the exact gradients and the units of its rows."""
+    """Grid of one precision, with the exact gradients and the units of its rows."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -57,7 +57,7 @@ class Ruler:
         self.cells = [self._cell(batch) for batch, _ in self.audit.cells]
 
     def _cell(self, batch: AuditBatch) -> tuple[AuditBatch, Tensor, Tensor, Tensor]:
-        """(batch, exact gradient [N, C], units [N], units without sqrt(C) [N])."""
+        """Return (batch, exact gradient [N, C], units [N], units without sqrt(C) [N])."""
         standard = self.audit.standard
         exact = standard.exact(batch).exact("logits")
         rounding = standard.rounding(batch, self.dtype)["logits"]
@@ -67,7 +67,7 @@ class Ruler:
         return batch, exact, torch.maximum(rounding, own), torch.maximum(rootless, own)
 
     def largest(self, loss: Loss, most: float = math.inf) -> Units:
-        """The largest units of a loss over the batches of at most so many logits."""
+        """Return the largest units of a loss over the batches of at most so many logits."""
         found = []
         for batch, exact, unit, rootless in self.cells:
             if batch.logits.numel() > most:
@@ -87,13 +87,13 @@ class Ruler:
 
 
 def honest_units(ruler: Ruler) -> Mapping[str, Units]:
-    """The units of every honest form that is one in this precision."""
+    """Return the units of every form that is correct in this precision."""
     left_out = NO_FORM.get(ruler.dtype, ())
     return {name: ruler.largest(Loss(form, LOGITS_AND_LABELS)) for name, form in FORMS.items() if name not in left_out}
 
 
 def mutant_units(ruler: Ruler) -> Mapping[str, Mapping[float, float]]:
-    """{mutant: {d: units}}, from the largest d down to where nothing is left to see, and for d = 0."""
+    """Return {mutant: {d: units}}, from the largest d down to one without effect, and for d = 0."""
     unharmed = ruler.largest(Loss(mean_cross_entropy, ON_TARGETS), LARGEST).gradient
 
     def measure(mutant: Mutant, d: float) -> float:
@@ -112,7 +112,7 @@ def _followed(measure: Callable[[float], float], least: float) -> dict[float, fl
 
 
 def smallest_caught(units: Mapping[float, float], constant: float) -> float | None:
-    """The smallest d that is over the constant, and every larger one with it; 0 where d = 0 is over it too."""
+    """Return the smallest d from which on all are above the constant; 0 if d = 0 is above it too."""
     caught = None
     for d, size in sorted(units.items(), reverse=True):
         if not size > constant:
@@ -121,16 +121,16 @@ def smallest_caught(units: Mapping[float, float], constant: float) -> float | No
     return caught
 
 
-# --- the systematic part of losses that compute in float32 though they are handed float64
+# --- the systematic part of losses that compute in float32 for float64 inputs
 
 
 def honest_parts(audit: AuditContext) -> Mapping[str, float]:
-    """The systematic part of every honest form with float32 inside."""
+    """Return the systematic part of every correct form with float32 inside."""
     return {name: _part(audit, Loss(_inside(form), LOGITS_AND_LABELS)) for name, form in FORMS.items()}
 
 
 def mutant_parts(audit: AuditContext) -> Mapping[str, Mapping[float, float]]:
-    """{mutant: {d: systematic part}}, d from 1e-5 down by half decades; a scale is left out, as the part leaves it."""
+    """Return {mutant: {d: systematic part}}, d from 1e-5 down by half decades, without scales, which it ignores."""
     sizes = [d for d in FAULT_SIZES if 1e-10 < d < 2e-5]
     unharmed = _part(audit, Loss(_mutant_inside(lambda z, y, _: mean_cross_entropy(z, y), 0.0), ON_TARGETS))
     return {

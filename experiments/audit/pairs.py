@@ -1,4 +1,4 @@
-"""Every pair whose truth is known: the catalogue, other packages' losses, mutants, planted faults, honest forms."""
+"""Pairs with a known truth: the catalogue, other packages' losses, mutants, planted faults, correct forms."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from likelihood_lab.categorical.mutants import FAULT_SIZES, MUTANTS
 SAME = ("identical", "rounding", "offset")
 ON_TARGETS = ("logits", "target_probs")
 SIZES = (1e-1, 1e-2, 1e-4, 1e-6, 1e-9, 1e-12)
-BELOW = 2  # rungs of the ladder under the smallest size that is caught
+BELOW = 2  # sizes below the smallest that is detected
 
 Fn = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A case, where it comes from, and a fresh candidate for every question.
+    """A case, its origin, and a factory for fresh candidates.
 
     Attributes:
         origin: "catalogue", "package", "mutant", "below the limit", "planted" or "honest".
-        make: the candidate; some count their calls.
+        make: returns a fresh candidate; some candidates count their calls.
         size: d of a mutant.
     """
 
@@ -46,12 +46,12 @@ class Pair:
 
     @property
     def same(self) -> bool:
-        """Whether training with it is training with the reference."""
+        """Whether the candidate trains like the reference."""
         return self.case.objective in SAME
 
 
 def pairs() -> tuple[list[Pair], list[str]]:
-    """(pairs, packages that cannot be imported here)."""
+    """Return (pairs, packages that cannot be imported here)."""
     packages, skipped = cases()
     found = [_of("catalogue", case) for case in CATALOGUE if case.fn is not None]
     found += [_of("package", case) for case in packages]
@@ -64,7 +64,7 @@ def _of(origin: str, case: Case) -> Pair:
 
 
 def mutants() -> Iterator[Pair]:
-    """Every mutant at `SIZES` down to the smallest that float64 catches, and, apart, below it."""
+    """Return every mutant at `SIZES` down to the smallest that float64 detects, and some below it."""
     for name, mutant in MUTANTS.items():
         limit = limits()[name]["float64"] or FAULT_SIZES[0]
         sizes = [*(d for d in SIZES if d > limit), limit]
@@ -78,25 +78,25 @@ def _word(mutant: str, d: float) -> str:
     if mutant == "scale 1 + d":
         return "scaled"
     if mutant == "epsilon in the log" and d < unit_roundoff(torch.float64):
-        return "domain"  # p + d is p to float64 in every ordinary row
+        return "domain"  # p + d equals p in float64 on every ordinary row
     return "different"
 
 
 @cache
 def limits() -> Any:
-    """{mutant: {precision: the smallest d caught}} on the grid of mean cross-entropy."""
+    """Return {mutant: {precision: smallest d detected}} on the grid of mean cross-entropy."""
     return audit_of(Loss(F.cross_entropy, LOGITS_AND_LABELS), ON_TARGETS).power
 
 
 def planted() -> Iterator[Pair]:
-    """The blind spots."""
+    """Return the planted faults."""
     for fault in BLIND_SPOTS:
         case = Case("", fault.title, fault.make(), objective=fault.objective, side_effects=fault.side_effects)
         yield Pair("planted", case, fault.make)
 
 
 def honest() -> Iterator[Pair]:
-    """The honest forms, and each again with float32 inside."""
+    """Return the correct forms, and each again with float32 inside."""
     for name, form in FORMS.items():
         yield _of("honest", Case("", name, form, objective="rounding"))
     for name, form in FORMS.items():
@@ -104,7 +104,7 @@ def honest() -> Iterator[Pair]:
 
 
 def _inside(form: Callable[[Tensor, Tensor], Tensor]) -> Fn:
-    """The form, with its logits brought to float32."""
+    """Return the form with its logits converted to float32."""
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return form(logits.to(torch.float32), labels)

@@ -1,4 +1,4 @@
-"""The test that most people would write: standard normal logits, 64 rows of 10 classes, assert_close as it comes."""
+"""Common plain test: standard normal logits, 64 rows of 10 classes, assert_close with its default tolerances."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CPU = torch.device("cpu")
 
 
 def plain_test(fn: Any, case: Case) -> Mapping[str, bool] | None:
-    """{test: whether it calls the pair the same}; None where it cannot be run.
+    """Return {test: whether it calls the pair the same}, with None if the test cannot run.
 
-    A case that declares a precision is tested in that one, and counts under both names.
+    A case that declares a precision is tested in that precision and counts under both names.
     """
     batch = _batch(case)
     declared = case.options.get("dtype")
@@ -53,7 +53,7 @@ def _close(mine: Any, other: Any) -> bool:
 
 
 def _batch(case: Case) -> AuditBatch:
-    """Standard normal logits; some rows ignored and soft targets where the case has them."""
+    """Return standard normal logits, with ignored rows and soft targets if the case has them."""
     draw = torch.Generator().manual_seed(0)
     options = case.options
     allowed = options.get("num_classes") or (CLASSES,)

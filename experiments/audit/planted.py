@@ -1,6 +1,6 @@
-"""Faults planted where a plain grid of batches does not look: each is cross-entropy but for one circumstance.
+"""Planted faults that a plain grid of batches misses: each is cross-entropy except in one situation.
 
-Logits [N, C] and labels int64 [N]; a scalar in nats comes back.
+Each takes logits [N, C] and labels int64 [N] and returns a scalar in nats.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMOOTHING = 1e-3  # how wrong they are where they are wrong
+SMOOTHING = 1e-3  # label smoothing of a faulty batch
 NOISE = 1e-7
 CALLS = 30  # after which a loss changes
 MANY_ROWS = 64
@@ -21,7 +21,7 @@ MANY_CLASSES = 10
 
 
 class _UpstreamIgnored(torch.autograd.Function):
-    """Cross-entropy whose backward returns (p - y) / N, whatever gradient reaches it."""
+    """Cross-entropy whose backward returns (p - y) / N and ignores the upstream gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def ignores_upstream(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class ChangesAfterCalls:
-    """Cross-entropy for the first `CALLS` calls, with label smoothing after them."""
+    """Cross-entropy for the first `CALLS` calls, then with label smoothing."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -50,7 +50,7 @@ class ChangesAfterCalls:
 
 
 def overwrites_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Subtracts each row's maximum in place, which changes no gradient of its own."""
+    """Subtract each row's maximum in place, which does not change the gradient."""
     loss = F.cross_entropy(logits.clone(), labels)
     with torch.no_grad():
         logits -= logits.amax(1, keepdim=True)
@@ -68,7 +68,7 @@ def adds_input_noise(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _where(wrong: Callable[[Tensor, Tensor], bool]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Label smoothing where `wrong` holds of the batch, and none elsewhere."""
+    """Return a loss with label smoothing on batches for which `wrong` is true."""
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=SMOOTHING if wrong(logits, labels) else 0.0)
@@ -77,7 +77,7 @@ def _where(wrong: Callable[[Tensor, Tensor], bool]) -> Callable[[Tensor, Tensor]
 
 
 def last_class_smoothed(logits: Tensor, labels: Tensor) -> Tensor:
-    """Label smoothing for the rows of the last class alone."""
+    """Apply label smoothing to the rows of the last class only."""
     plain = F.cross_entropy(logits, labels, reduction="none")
     smoothed = F.cross_entropy(logits, labels, reduction="none", label_smoothing=SMOOTHING)
     return torch.where(labels == logits.shape[1] - 1, smoothed, plain).mean()
@@ -85,12 +85,12 @@ def last_class_smoothed(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Planted:
-    """A fault by what it does.
+    """A planted fault.
 
     Attributes:
-        make: a fresh loss, since some count their calls.
+        make: returns a fresh loss, because some count their calls.
         objective: the expected word.
-        side_effects: beginnings of what has to be found besides.
+        side_effects: beginnings of the expected side effects.
     """
 
     title: str

@@ -1,7 +1,7 @@
-"""Losses as practice writes them, right and wrong: the candidates and references of the catalogue.
+"""Losses from practice, right and wrong: the candidates and references of the catalogue.
 
-Shapes unless said otherwise: logits, log_probs, probs and target_probs [N, C], labels int64 [N]; a scalar in nats
-comes back. Formulas: z logits, p = softmax(z), y target probabilities, l = -log p_y a row's loss, w class weights.
+By default logits, log_probs, probs and target_probs are [N, C], labels int64 [N], and the result is a scalar in nats.
+Formulas: z logits, p = softmax(z), y target probabilities, l = -log p_y a row's loss, w class weights.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 SMOOTHING = 0.1
 TEMPERATURE = 4.0
-ACCUMULATION = 8  # micro-batches that an accumulation window is meant to have
+ACCUMULATION = 8  # intended micro-batches of an accumulation window
 MICRO_BATCH = 5  # rows in each of them
-NUM_ITEMS = 64  # valid tokens of a whole window, as one of its micro-batches is told them
-NAMED_CLASS = 3  # a real class whose index is also handed over as `ignore_index`
+NUM_ITEMS = 64  # valid tokens of a whole window
+NAMED_CLASS = 3  # a real class whose index is also the `ignore_index`
 CHUNK = 16  # rows of logits that a fused loss has in memory at once
 
 
@@ -26,7 +26,7 @@ CHUNK = 16  # rows of logits that a fused loss has in memory at once
 
 
 def kl_mean_of_elements(log_probs: Tensor, target_probs: Tensor) -> Tensor:
-    """sum y (log y - log p) / (N C): `kl_div` with its default reduction, without the warning that comes with it."""
+    """sum y (log y - log p) / (N C): `kl_div` with its default reduction, without its warning."""
     return F.kl_div(log_probs, target_probs, reduction="none").mean()
 
 
@@ -36,12 +36,12 @@ def kl_of_swapped_arguments(probs: Tensor, target_probs: Tensor) -> Tensor:
 
 
 def kl_of_bare_swap(probs: Tensor, target_probs: Tensor) -> Tensor:
-    """kl_div(y, p): sum p (log p - y) / N, a divergence of nothing."""
+    """kl_div(y, p): sum p (log p - y) / N, which is no divergence."""
     return F.kl_div(target_probs, probs, reduction="batchmean")
 
 
 def kl_with_log_target(log_probs: Tensor, target_probs: Tensor) -> Tensor:
-    """kl_div told that y is log y: sum e^y (y - log p) / N."""
+    """kl_div that takes y for log y: sum e^y (y - log p) / N."""
     return F.kl_div(log_probs, target_probs, reduction="batchmean", log_target=True)
 
 
@@ -59,22 +59,22 @@ def target_to_model_kl(log_probs: Tensor, target_probs: Tensor) -> Tensor:
 
 
 def softmax_twice(probs: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy that is handed p for z, and takes softmax(p)."""
+    """Cross-entropy that gets p instead of z, and takes softmax(p)."""
     return F.cross_entropy(probs, labels)
 
 
 def log_softmax_twice(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy that is handed log p for z; log_softmax of log p is log p."""
+    """Cross-entropy that gets log p instead of z; log_softmax of log p is log p."""
     return F.cross_entropy(log_probs, labels)
 
 
 def log_of_softmax(probs: Tensor, labels: Tensor) -> Tensor:
-    """Mean of -log(p)_y, the logarithm taken of every rounded probability."""
+    """Mean of -log(p)_y, with the logarithm of every rounded probability."""
     return F.nll_loss(probs.log(), labels)
 
 
 def log_of_chosen_probability(probs: Tensor, labels: Tensor) -> Tensor:
-    """Mean of -log(p_y), the logarithm taken of the label's rounded probability alone."""
+    """Mean of -log(p_y), with the logarithm of the label's rounded probability only."""
     return -_chosen(probs, labels).log().mean()
 
 
@@ -94,7 +94,7 @@ def epsilon_added(probs: Tensor, labels: Tensor, epsilon: float) -> Tensor:
 
 
 def unshifted_logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean of log(sum_c exp z_c) - z_y, with nothing subtracted before exp."""
+    """Mean of log(sum_c exp z_c) - z_y, without a shift before exp."""
     return (logits.exp().sum(1).log() - _chosen(logits, labels)).mean()
 
 
@@ -104,7 +104,7 @@ def shifted_logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _chosen(rows: Tensor, labels: Tensor) -> Tensor:
-    """The label's entry of each row, [N]."""
+    """Return the label's entry of each row, [N]."""
     return rows.gather(1, labels[:, None])[:, 0]
 
 
@@ -236,23 +236,23 @@ def accumulated(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mean_of_sequences(logits: Tensor, labels: Tensor) -> Tensor:
-    """Every sequence a micro-batch; logits [B, T, V], labels [B, T]."""
+    """Mean of means with every sequence a micro-batch; logits [B, T, V], labels [B, T]."""
     return mean_of_means(logits.unbind(), labels.unbind())
 
 
 def data_parallel(logits: Tensor, labels: Tensor) -> Tensor:
-    """Two devices, each with half of the batch."""
+    """Mean of means over two devices, each with half of the batch."""
     return mean_of_means(logits.chunk(2), labels.chunk(2))
 
 
 def distributed(logits: Tensor, labels: Tensor) -> Tensor:
-    """Two ranks that take turns in taking rows."""
+    """Mean of means over two ranks with alternate rows."""
     ranks = range(min(2, len(labels)))
     return mean_of_means([logits[r::2] for r in ranks], [labels[r::2] for r in ranks])
 
 
 def partial_window(logits: Tensor, labels: Tensor) -> Tensor:
-    """sum of the micro-batches' means over `ACCUMULATION`, however many there are."""
+    """sum of the micro-batches' means over `ACCUMULATION`, for any number of micro-batches."""
     groups = zip(logits.split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True)
     return torch.stack([F.cross_entropy(z, y) for z, y in groups]).sum() / ACCUMULATION
 
@@ -276,17 +276,17 @@ def smoothed_over_all_items(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def in_bfloat16(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits rounded to bfloat16 and left there."""
+    """Logits rounded to bfloat16, and the loss computed in it."""
     return F.cross_entropy(logits.bfloat16(), labels).to(logits.dtype)
 
 
 def in_float32(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits brought to float32, whatever they come in."""
+    """Logits converted to float32 from any precision."""
     return F.cross_entropy(logits.float(), labels)
 
 
 def stepwise(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p_y by steps, each rounded to the logits' precision: what eager mode does without a fused kernel."""
+    """-log p_y by steps, each rounded to the logits' precision, as in eager mode without a fused kernel."""
     shifted = logits - logits.detach().amax(1, keepdim=True)
     return (shifted.exp().sum(1).log() - _chosen(shifted, labels)).mean()
 
@@ -300,10 +300,10 @@ def stepwise_fused(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _HandWritten(torch.autograd.Function):
-    """Mean of l whose backward pass is written by hand, and may be made wrong.
+    """Mean of l with a hand-written backward pass, right or wrong.
 
-    Args (of apply): logits, labels, and the way: "right", "zero", "bfloat16", or where the gradient is written to:
-        "backward" or "forward" over the logits.
+    Args (of apply): logits, labels, and the kind: "right", "zero", "bfloat16", or the pass that writes the gradient
+        over the logits, "backward" or "forward".
     """
 
     @staticmethod
@@ -343,7 +343,7 @@ def hand_written(logits: Tensor, labels: Tensor, way: str) -> Tensor:
 
 
 class _FusedLinear(torch.autograd.Function):
-    """Mean cross-entropy of hidden @ weight.T, some rows at a time, gradients computed on the way.
+    """Mean cross-entropy of hidden @ weight.T, some rows at a time, with gradients computed in forward.
 
     Args (of apply): hidden [N, D], weight [C, D], labels [N], and the precision in which the weight's gradient is
         added up over the chunks.
@@ -369,7 +369,7 @@ class _FusedLinear(torch.autograd.Function):
 
 
 def fused_linear(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """`_FusedLinear` that adds up in the precision it is given."""
+    """`_FusedLinear` that adds up in the precision of its inputs."""
     value: Tensor = _FusedLinear.apply(hidden, weight, labels, weight.dtype)
     return value
 
@@ -409,14 +409,14 @@ def cross_entropy_of_mass(logits: Tensor, target_probs: Tensor, mass: float) -> 
 
 
 def nan_for_unknown_labels(logits: Tensor, labels: Tensor) -> Tensor:
-    """NaN where a label is no class, and no error."""
+    """NaN if a label is no class, without an error."""
     known = (labels >= 0) & (labels < logits.shape[1])
     losses = F.cross_entropy(logits, labels.where(known, torch.zeros_like(labels)), reduction="none")
     return losses.where(known, torch.full_like(losses, torch.nan)).mean()
 
 
 def nearest_known_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """A label that is no class is taken for the nearest that is."""
+    """Replace a label that is no class by the nearest class."""
     return F.cross_entropy(logits, labels.clamp(0, logits.shape[1] - 1))
 
 
@@ -437,12 +437,12 @@ def focal_of_log_odds(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
 
 
 def softmax_over_rows(logits: Tensor, labels: Tensor) -> Tensor:
-    """Normalised over the batch's axis in place of the classes'."""
+    """Softmax over the batch axis instead of the class axis."""
     return F.nll_loss(F.log_softmax(logits, 0), labels)
 
 
 def view_for_transpose(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B, T, V] brought to the [B, V, T] that torch wants by a reshape, which mixes tokens and classes."""
+    """[B, T, V] reshaped to torch's [B, V, T] instead of transposed, which mixes tokens and classes."""
     return F.cross_entropy(logits.reshape(logits.shape[0], logits.shape[2], logits.shape[1]), labels)
 
 

@@ -1,4 +1,4 @@
-"""Sums of exponentials and logarithms of them, each in another order of the same additions: [N, C] to [N]."""
+"""Sums of exponentials and their logarithms, each with the additions in another order: [N, C] to [N]."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LN2 = math.log(2.0)
 
 
 class _OneByOne(torch.autograd.Function):
-    """The sum over columns in their order, rounded after each; without a graph of C nodes."""
+    """Sum over columns in their order, rounded after each addition, without a graph of C nodes."""
 
     @staticmethod
     def forward(ctx: Any, terms: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def largest_first_one_by_one(terms: Tensor) -> Tensor:
 
 
 def in_halves(terms: Tensor, join: Callable[[Tensor, Tensor], Tensor] = torch.add) -> Tensor:
-    """The first half of the columns joined with the second, until one is left; an odd one waits."""
+    """Join the first half of the columns with the second until one is left; an odd column waits."""
     while (width := terms.shape[1]) > 1:
         half = width // 2
         joined = join(terms[:, :half], terms[:, half : 2 * half])
@@ -113,12 +113,12 @@ def logaddexp_one_by_one(logits: Tensor) -> Tensor:
 
 
 def of_blocks(logits: Tensor) -> Tensor:
-    """logsumexp of the blocks' logsumexps."""
+    """Compute logsumexp of the blocks' logsumexps."""
     return torch.stack([block.logsumexp(1) for block in logits.split(CLASSES_AT_ONCE, 1)], 1).logsumexp(1)
 
 
 def online(logits: Tensor) -> Tensor:
-    """One pass over blocks of classes, the running sum rescaled whenever a larger maximum comes (online softmax)."""
+    """Pass over blocks of classes once and rescale the running sum at each larger maximum (online softmax)."""
     top = logits.new_full((len(logits),), -math.inf)
     total = torch.zeros_like(top)
     for block in logits.split(CLASSES_AT_ONCE, 1):
@@ -134,7 +134,7 @@ def base_two(logits: Tensor) -> Tensor:
 
 
 def log1p_of_others(logits: Tensor) -> Tensor:
-    """max + log1p(sum over the other classes of exp(z - max))."""
+    """Compute max + log1p(sum over the other classes of exp(z - max))."""
     top, place = logits.max(1)
     others = (logits - top[:, None]).exp().scatter(1, place[:, None], 0.0)
     return others.sum(1).log1p() + top

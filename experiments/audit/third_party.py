@@ -1,6 +1,6 @@
-"""Losses that other packages ship, each with what the audit has to find of it.
+"""Losses of other packages, each with the result that the audit must give.
 
-Adapters change shapes and hand over keywords; what is called and differentiated is the package's own. Expectations hold
+Adapters change shapes and pass keywords; the called and differentiated code is the package's own. Expectations hold
 for torch 2.14.1 and the versions in requirements-third-party.txt. They come from the packages' sources and from plain
 torch: gradients in float32 and float64 for several batch sizes and C, on ordinary, random and saturated rows.
 """
@@ -30,12 +30,12 @@ Loss = Callable[..., Tensor]
 
 
 def cases() -> tuple[list[Case], list[str]]:
-    """(cases, skipped): the cases of every package that can be imported here, and the names of those that cannot."""
+    """Return (cases of every package that can be imported here, names of the other packages)."""
     found: list[Case] = []
     skipped = []
     for package, collect in PACKAGES.items():
         try:
-            with warnings.catch_warnings():  # some packages warn of their own imports
+            with warnings.catch_warnings():  # some packages warn about their own imports
                 warnings.simplefilter("ignore")
                 found += collect()
         except ImportError:
@@ -52,7 +52,7 @@ _smoothed = partial(F.cross_entropy, label_smoothing=SMOOTHING)
 
 
 def _linear(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy behind a last layer without a bias."""
+    """Return cross-entropy after a last layer without a bias."""
     return F.cross_entropy(F.linear(hidden, weight), labels)
 
 
@@ -68,7 +68,7 @@ def _weighted(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _weighted_rows(logits: Tensor, labels: Tensor) -> Tensor:
-    """The same weights, divided by the number of rows."""
+    """Return the same weighted sum, divided by the number of rows."""
     return F.cross_entropy(logits, labels, weight=_class_weights().to(logits), reduction="sum") / len(labels)
 
 
@@ -81,7 +81,7 @@ def _focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
 
 
 def _quiet(fn: Loss) -> Loss:
-    """The same loss without its warnings."""
+    """Return the same loss without its warnings."""
 
     def call(*args: Any) -> Tensor:
         with warnings.catch_warnings():

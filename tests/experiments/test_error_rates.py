@@ -1,4 +1,4 @@
-"""The error rates that are published, reproduced in a reduced form through the functions that decide."""
+"""Reproduce the published error rates in a reduced form, with the functions that trials use."""
 
 from __future__ import annotations
 
@@ -19,45 +19,47 @@ def rows() -> list[Row]:
     return simulate.table(STUDIES_HERE, sizes=(10, 30))
 
 
-def test_no_rate_that_is_promised_is_exceeded(rows: list[Row]) -> None:
-    exceeded = {row.scenario.name: row.exceeded(STUDIES_HERE) for row in rows if row.exceeded(STUDIES_HERE)}
-    assert exceeded == {}
-
-
-def test_the_published_table_is_what_the_code_gives(rows: list[Row]) -> None:
-    """Each cell within four standard errors of both, so that about one in a hundred such tests would fail by chance."""
+@pytest.fixture(scope="module")
+def published() -> list[dict[str, str]]:
     with (simulate.HERE / "error_rates.csv").open() as file:
-        published = {(entry["truth"], entry["says"], int(entry["seeds"])): entry for entry in csv.DictReader(file)}
-    assert {name for name, _, _ in published} == {scenario.name for scenario in SCENARIOS}
-    assert all(int(entry["studies"]) >= STUDIES for entry in published.values())
+        return list(csv.DictReader(file))
+
+
+def test_no_simulated_rate_exceeds_its_bound(rows: list[Row]) -> None:
+    assert [row.scenario.name for row in rows if row.exceeded(STUDIES_HERE)] == []
+
+
+def test_published_table_is_reproduced(rows: list[Row], published: list[dict[str, str]]) -> None:
+    """Each cell lies within four standard errors, so about one in a hundred such tests fails by chance."""
+    table = {(entry["truth"], entry["says"], int(entry["seeds"])): float(entry["percent"]) for entry in published}
+    assert {name for name, _, _ in table} == {scenario.name for scenario in SCENARIOS}
+    assert all(int(entry["studies"]) >= STUDIES for entry in published)
     for row in rows:
         for seeds, percent in row.percents.items():
-            known = float(published[row.scenario.name, row.scenario.counted, seeds]["percent"])
+            known = table[row.scenario.name, row.scenario.counted, seeds]
             here = standard_error(min(max(known, 0.5), 99.5), STUDIES_HERE)
             assert abs(percent - known) <= 4 * here, (row.scenario.name, seeds, percent, known)
 
 
-def test_no_published_rate_exceeds_its_bound() -> None:
-    with (simulate.HERE / "error_rates.csv").open() as file:
-        for entry in csv.DictReader(file):
-            if entry["bound"] and int(entry["seeds"]) >= 10:
-                bound, studies = float(entry["bound"]), int(entry["studies"])
-                assert float(entry["percent"]) <= bound + 3 * standard_error(bound, studies), entry
+def test_no_published_rate_exceeds_its_bound(published: list[dict[str, str]]) -> None:
+    for entry in published:
+        if entry["bound"] and int(entry["seeds"]) >= 10:
+            bound, studies = float(entry["bound"]), int(entry["studies"])
+            assert float(entry["percent"]) <= bound + 3 * standard_error(bound, studies), entry
 
 
-def test_an_exceeded_bound_is_noticed() -> None:
+def test_exceeded_detects_a_rate_above_its_bound() -> None:
     scenario = next(s for s in SCENARIOS if s.name == "at the margin, sigma .5")
     assert Row(scenario, {10: 5 + 4 * standard_error(5, 1000)}).exceeded(1000) == [10]
     assert Row(scenario, {10: 5 + 2 * standard_error(5, 1000)}).exceeded(1000) == []
 
 
-def test_looks_without_a_protocol_are_caught_out() -> None:
-    """The simulation sees the inflation that the looks are there to prevent."""
+def test_looks_without_a_protocol_inflate_the_error_rate() -> None:
     naive = next(s for s in SCENARIOS if s.name == "four looks, each at the full alpha")
     assert rate(naive, 40, 1000) > 5 + 3 * standard_error(5, 1000)
 
 
-def test_what_is_true_is_what_is_drawn() -> None:
+def test_scenarios_draw_from_the_stated_distributions() -> None:
     rng = np.random.default_rng(0)
     skewed = np.concatenate([simulate.skewed(rng, 1000).differences[0, 0] for _ in range(50)])
     jumping = np.concatenate([simulate.jumping(rng, 1000).differences[0, 0] for _ in range(50)])
