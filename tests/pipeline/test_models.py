@@ -57,7 +57,7 @@ def test_no_layer_of_the_cnn_has_a_bias_that_batch_norm_would_take_away() -> Non
 
 
 def test_more_poolings_than_the_picture_has_halves_are_refused() -> None:
-    with pytest.raises(UsageError, match="4 poolings leave nothing of a 8 x 8 picture"):
+    with pytest.raises(UsageError, match="4 poolings reduce a 8 x 8 picture to size 0"):
         ModelBuilder(partial(cnn, channels=[4] * 4), "cnn", (1, 8, 8), 10)
 
 

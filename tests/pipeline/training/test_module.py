@@ -18,7 +18,7 @@ from torchvision.models import resnet18
 from pipeline.engine.choose import build_stack
 from pipeline.models import cnn, mlp, softmax_regression
 from pipeline.replica import Replica
-from pipeline.training.module import Divergence, Recipe, StackTrainingModule, fit, without_a_lonely_one
+from pipeline.training.module import Divergence, Recipe, StackTrainingModule, evaluation_batches, fit
 from pipeline.training.objectives import Formulation, Objectives
 from tests.laboratory import (
     builder,
@@ -246,7 +246,7 @@ def test_the_latest_value_of_an_arm_is_the_mean_of_its_replicas() -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_sketch_of_the_weights_is_kept_at_1_3_10_and_the_end(engine: str) -> None:
     module = small("ce", "kl", how=recipe(epochs=3), engine=engine)
-    assert module.snapshots == [1, 3, 10, 12]
+    assert module.sketch_steps == [1, 3, 10, 12]
     assert len(module.sketches) == 4
     last = torch.cat([t.flatten() for t in module.stack.parameters_of(1).values()]).double()
     assert torch.equal(module.sketches[-1][1], last)
@@ -375,7 +375,7 @@ def test_a_loss_that_overwrites_labels_behind_torchs_back_reaches_no_neighbour()
 
 @pytest.mark.parametrize("count", [1, 2, 499, 500, 501, 1000, 1001, 1500, 2501])
 def test_evaluation_leaves_no_example_alone(count: int) -> None:
-    batches = without_a_lonely_one(torch.arange(count))
+    batches = evaluation_batches(torch.arange(count))
     assert torch.equal(torch.cat(batches), torch.arange(count))
     assert count == 1 or min(map(len, batches)) > 1
     assert count % 500 == 1 or len(batches[0]) == min(count, 500)
