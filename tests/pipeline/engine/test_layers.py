@@ -123,22 +123,16 @@ def test_folding_does_not_change_the_plain_modules() -> None:
         assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in state.items())
 
 
-class Tied(nn.Module):
-    """One weight in two places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.again = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.again.weight = self.first.weight
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.again(self.first(inputs).tanh())
+def tied() -> nn.Module:
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.Tanh(), second)
 
 
 def test_tied_weights_stay_tied() -> None:
-    plains = perturbed(Tied, 3)
+    plains = perturbed(tied, 3)
     folded = fold_modules(plains)
-    assert folded.get_submodule("first").weight is folded.get_submodule("again").weight
+    assert folded.get_submodule("0").weight is folded.get_submodule("2").weight
     assert_faithful(folded, plains, VECTOR, seed=0)
 
 
@@ -193,22 +187,18 @@ def test_dropout_masks_equal_plain_dropout_after_manual_seed(dtype: torch.dtype)
 # --- the check before training
 
 
-class Everything(nn.Module):
-    """Every kind of layer that has a stacked version."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 8, 3, groups=2, padding=1, padding_mode="circular")
-        self.batch_norm = nn.BatchNorm2d(8, momentum=0.3, eps=0.01)
-        self.group_norm = nn.GroupNorm(2, 8)
-        self.hidden = nn.Linear(8 * 16, 16)
-        self.layer_norm = nn.LayerNorm(16)
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        hidden = self.group_norm(self.batch_norm(self.conv(inputs)).relu()).flatten(1)
-        return self.head(self.dropout(self.layer_norm(self.hidden(hidden))))
+def every_layer() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, groups=2, padding=1, padding_mode="circular"),
+        nn.BatchNorm2d(8, momentum=0.3, eps=0.01),
+        nn.ReLU(),
+        nn.GroupNorm(2, 8),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 16),
+        nn.LayerNorm(16),
+        nn.Dropout(0.5),
+        nn.Linear(16, 3),
+    )
 
 
 def convolve(layer: layers.Conv2d, padded: Tensor, groups: int, padding: int = 0) -> Tensor:
@@ -224,9 +214,13 @@ def groups_across_replicas(self: layers.Conv2d, x: Tensor) -> Tensor:
     return convolve(self, circular(x.unflatten(1, (replicas, -1)).transpose(1, 2).flatten(1, 2)), 2 * replicas)
 
 
-def neighbours_weight(self: layers.Linear, x: Tensor) -> Tensor:
+def with_weight(self: layers.Linear, x: Tensor, weight: Callable[[Tensor], Tensor]) -> Tensor:
     by_replica = x.unflatten(1, (len(self.weight), -1))
-    return (torch.einsum("bri,roi->bro", by_replica, self.weight.roll(1, 0)) + self.bias).flatten(1)
+    return (torch.einsum("bri,roi->bro", by_replica, weight(self.weight)) + self.bias).flatten(1)
+
+
+def bias_without_gradient(self: layers.Linear, x: Tensor) -> Tensor:
+    return layers.Linear.forward(self, x) - self.bias.flatten() + self.bias.detach().flatten()
 
 
 def rounded_by_the_slot(self: layers.Linear, x: Tensor) -> Tensor:
@@ -241,25 +235,24 @@ def rounded_by_the_neighbours(self: layers.Linear, x: Tensor) -> Tensor:
     return layers.Linear.forward(self, x) * (1 + 4 * torch.finfo(x.dtype).eps * len(self.weight))
 
 
-def shared_running_statistics(self: layers.BatchNorm2d, x: Tensor) -> Tensor:
-    out = layers.BatchNorm2d.forward(self, x)
-    for buffer in (self.running_mean, self.running_var):
-        buffer.data.copy_(buffer.mean(0).expand_as(buffer))
-    return out
+def then(change: Callable[[layers.BatchNorm2d], object]) -> Callable[..., Tensor]:
+    """The forward of BatchNorm2d, which changes its buffers afterwards."""
+
+    def forward(self: layers.BatchNorm2d, x: Tensor) -> Tensor:
+        out = layers.BatchNorm2d.forward(self, x)
+        change(self)
+        return out
+
+    return forward
 
 
-def frozen_statistics(self: layers.BatchNorm2d, x: Tensor) -> Tensor:
-    kept = [buffer.clone() for buffer in self.buffers()]
-    out = layers.BatchNorm2d.forward(self, x)
-    for buffer, before in zip(self.buffers(), kept, strict=True):
-        buffer.data.copy_(before)
-    return out
+def average(layer: layers.BatchNorm2d) -> None:
+    layer.running_mean.data.copy_(layer.running_mean.mean(0).expand_as(layer.running_mean))
 
 
-def uncounted_batches(self: layers.BatchNorm2d, x: Tensor) -> Tensor:
-    out = layers.BatchNorm2d.forward(self, x)
-    self.num_batches_tracked.zero_()
-    return out
+def reset(layer: layers.BatchNorm2d) -> None:
+    layer.running_mean.data.zero_()
+    layer.running_var.data.fill_(1)
 
 
 def usual_momentum(self: layers.BatchNorm2d, x: Tensor) -> Tensor:
@@ -283,20 +276,14 @@ BROKEN: dict[str, tuple[type[nn.Module], Callable[..., Tensor]]] = {
     "plain groups": (nn.Conv2d, lambda self, x: convolve(self, circular(x), self.groups)),
     "padded with zeros": (nn.Conv2d, lambda self, x: convolve(self, x, 2 * len(self.weight), padding=1)),
     "without bias": (nn.Linear, lambda self, x: layers.Linear.forward(self, x) - self.bias.flatten()),
-    "bias without gradient": (
-        nn.Linear,
-        lambda self, x: layers.Linear.forward(self, x) - self.bias.flatten() + self.bias.detach().flatten(),
-    ),
-    "first weight for all": (
-        nn.Linear,
-        lambda self, x: (x.unflatten(1, (len(self.weight), -1)) @ self.weight[0].t() + self.bias).flatten(1),
-    ),
-    "neighbours weight": (nn.Linear, neighbours_weight),
+    "bias without gradient": (nn.Linear, bias_without_gradient),
+    "first weight for all": (nn.Linear, lambda self, x: with_weight(self, x, lambda w: w[:1].expand_as(w))),
+    "neighbours weight": (nn.Linear, lambda self, x: with_weight(self, x, lambda w: w.roll(1, 0))),
     "rounded by the slot": (nn.Linear, rounded_by_the_slot),
     "rounded by the neighbours": (nn.Linear, rounded_by_the_neighbours),
-    "shared running statistics": (nn.BatchNorm2d, shared_running_statistics),
-    "frozen statistics": (nn.BatchNorm2d, frozen_statistics),
-    "uncounted batches": (nn.BatchNorm2d, uncounted_batches),
+    "shared running statistics": (nn.BatchNorm2d, then(average)),
+    "reset statistics": (nn.BatchNorm2d, then(reset)),
+    "uncounted batches": (nn.BatchNorm2d, then(lambda layer: layer.num_batches_tracked.zero_())),
     "usual momentum": (nn.BatchNorm2d, usual_momentum),
     "never evaluating": (nn.BatchNorm2d, never_evaluating),
     "groups of all replicas": (
@@ -323,7 +310,7 @@ def seeded(make: Make, count: int = 3) -> list[nn.Module]:
 
 
 def test_check_passes_the_stacked_layers() -> None:
-    assert unfit_to_fold(seeded(Everything), (2, 4, 4), 8) is None
+    assert unfit_to_fold(seeded(every_layer), (2, 4, 4), 8) is None
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -332,7 +319,7 @@ def test_check_refuses_a_broken_layer(name: str, monkeypatch: pytest.MonkeyPatch
     broken = type("Broken", (layers.STACKED_LAYERS[plain],), {"forward": forward})
     monkeypatch.setitem(layers.STACKED_LAYERS, plain, broken)
     with torch.random.fork_rng(devices=[]):
-        reason = unfit_to_fold(seeded(Everything), (2, 4, 4), 8)
+        reason = unfit_to_fold(seeded(every_layer), (2, 4, 4), 8)
     assert reason is not None
     assert "Error" not in reason or name == "plain groups"  # refused for its results, not for an exception
     if name.startswith("rounded"):
@@ -406,6 +393,6 @@ def test_other_models_run_in_the_loop_with_the_reason(make: Make, because: str) 
 
 @pytest.mark.parametrize(("requested", "engine"), [("auto", "loop"), ("fold", "fold"), ("loop", "loop")])
 def test_convolutions_on_a_cpu_fold_only_on_request(requested: str, engine: str) -> None:
-    chosen, reason = choose_engine(requested, seeded(Everything), (2, 4, 4), 8)
+    chosen, reason = choose_engine(requested, seeded(every_layer), (2, 4, 4), 8)
     assert chosen == engine
     assert (reason == "as configured") is (requested == "loop")
