@@ -77,7 +77,7 @@ def main() -> None:
     """Print a line for each case."""
     from pipeline.text import in_words
 
-    print("| model | replicas | budget | seen | seen / budget |\n|---|---|---|---|---|")
+    print("| model | replicas | budget | measured | measured / budget |\n|---|---|---|---|---|")
     for overrides in CASES:
         child = [sys.executable, "-m", "benchmarks.memory", *overrides]
         done = subprocess.run(child, capture_output=True, text=True, check=True)  # noqa: S603 - this file
