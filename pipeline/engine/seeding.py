@@ -49,26 +49,17 @@ class RandomStream:
         self._cuda = device if device.type == "cuda" else None
         with self._saved():
             torch.manual_seed(seed)
-            self._start = self._state = self._read()
+            self._start = self.position = self._read()  # the states of the generators
 
     def restarted(self) -> RandomStream:
         """Reset the stream to its start and return it."""
-        self._state = self._start
+        self.position = self._start
         return self
 
     @property
     def moved(self) -> bool:
         """True if random numbers were drawn from the stream."""
-        return not all(map(torch.equal, self._start, self._state))
-
-    @property
-    def position(self) -> list[Tensor]:
-        """Current states of the generators."""
-        return self._state
-
-    @position.setter
-    def position(self, state: list[Tensor]) -> None:
-        self._state = state
+        return not all(map(torch.equal, self._start, self.position))
 
     def _read(self) -> list[Tensor]:
         return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self._cuda)] if self._cuda else [])
@@ -90,11 +81,11 @@ class RandomStream:
     def resumed(self) -> Iterator[None]:
         """Set the global generators to this stream inside the block, and restore them afterwards."""
         with self._saved():
-            self._write(self._state)
+            self._write(self.position)
             try:
                 yield
             finally:
-                self._state = self._read()
+                self.position = self._read()
 
 
 @dataclass(frozen=True)

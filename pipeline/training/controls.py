@@ -25,6 +25,9 @@ from likelihood_lab.stats.trajectory import BITS
 from pipeline.replica import CANDIDATE, COPY, DITHERED, DITHERED_AGAIN, DOSE, IN_FLOAT64, REORDERED, REPLAY
 from pipeline.training.objectives import Formulation
 
+Given = dict[str, Tensor | None]
+Change = Callable[[Given], Given]
+
 _MADE_OF_LOGITS = ("logits", "log_probs", "probs")
 
 
@@ -43,23 +46,24 @@ def control(name: str, reference: Formulation, dose: float | None = None) -> For
     """
     if name == REPLAY:
         return replace(reference, name=name)
-    wrap: Mapping[str, Callable[[LossFn], LossFn]] = {
-        IN_FLOAT64: lambda fn: _Rewritten(fn, reference.args, _in_float64),
-        DITHERED: lambda fn: _Rewritten(fn, reference.args, partial(_dithered, number=1)),
-        DITHERED_AGAIN: lambda fn: _Rewritten(fn, reference.args, partial(_dithered, number=2)),
-        REORDERED: lambda fn: _Rewritten(fn, reference.args, _reordered),
-        DOSE: lambda fn: _Rewritten(fn, reference.args, lambda given: _dosed(given, dose or 0.0)),
+    changes: Mapping[str, Change] = {
+        IN_FLOAT64: _in_float64,
+        DITHERED: partial(_dithered, number=1),
+        DITHERED_AGAIN: partial(_dithered, number=2),
+        REORDERED: _reordered,
+        DOSE: partial(_dosed, dose=dose or 0.0),
     }
-    return replace(reference, name=name, args=base_args(reference.args), make=lambda: wrap[name](reference.make()))
+    return _rewritten(name, reference, changes[name])
 
 
 def dithered(name: str, formulation: Formulation, bits: int, number: int) -> Formulation:
     """Return the loss with gradients rounded at random to `bits` significant bits. It is computed in its precision."""
-    change = partial(_dithered, number=number, bits=bits, double=False)
-    args = formulation.args
-    return replace(
-        formulation, name=name, args=base_args(args), make=lambda: _Rewritten(formulation.make(), args, change)
-    )
+    return _rewritten(name, formulation, partial(_dithered, number=number, bits=bits, double=False))
+
+
+def _rewritten(name: str, loss: Formulation, change: Change) -> Formulation:
+    make = partial(_Rewritten, args=loss.args, change=change)
+    return replace(loss, name=name, args=base_args(loss.args), make=lambda: make(loss.make()))
 
 
 def base_args(args: tuple[str, ...]) -> tuple[str, ...]:
@@ -67,13 +71,10 @@ def base_args(args: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys("logits" if arg in _MADE_OF_LOGITS else arg for arg in args))
 
 
-Given = dict[str, Tensor | None]
-
-
 class _Rewritten(nn.Module):
     """Loss on changed inputs. Its value has the dtype of the unchanged inputs."""
 
-    def __init__(self, fn: LossFn, args: tuple[str, ...], change: Callable[[Given], Given]) -> None:
+    def __init__(self, fn: LossFn, args: tuple[str, ...], change: Change) -> None:
         super().__init__()
         self.fn, self.args, self.change = fn, args, change
         self._double: LossFn | None = None

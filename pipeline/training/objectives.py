@@ -64,7 +64,7 @@ class Objectives:
         self.arms: list[_Arm] = []
         for formulation in formulations:
             seeds = [variation.training(replica.seed) for replica in replicas if replica.arm == formulation.name]
-            draws = probe(formulation, num_classes, device, dtype).draws_random_numbers
+            draws = probe(formulation, num_classes, device, dtype)
             streams = [RandomStream(derive_seed(seed, "loss"), device) for seed in seeds] if draws else None
             self.arms.append(_Arm(formulation, [formulation.instance(device, dtype) for _ in seeds], streams))
         self.sizes = [len(arm.fns) for arm in self.arms]
@@ -211,17 +211,11 @@ def _changes(tensors: Sequence[Tensor | None]) -> int:
     return sum(tensor._version for tensor in tensors if tensor is not None)
 
 
-@dataclass(frozen=True)
-class ProbeFinding:
-    """Result of `probe`."""
-
-    draws_random_numbers: bool
-
-
-def probe(
-    formulation: Formulation, num_classes: int, device: torch.device, dtype: torch.dtype, width: int = 8
-) -> ProbeFinding:
+def probe(formulation: Formulation, num_classes: int, device: torch.device, dtype: torch.dtype, width: int = 8) -> bool:
     """Call a new instance once, forward and backward, so that a loss that cannot run fails before training.
+
+    Returns:
+        True if the loss draws random numbers.
 
     Raises:
         UsageError: it raises, returns no scalar, or passes no gradient to the logits (or to hidden and weight).
@@ -251,7 +245,7 @@ def probe(
         raise UsageError(f"loss {formulation.name} failed when called with {shapes}: {first_line(error)}") from error
     if not value.requires_grad:
         raise UsageError(f"loss {formulation.name} passes no gradient to its inputs: it is detached from them")
-    return ProbeFinding(draws_random_numbers=stream.moved)
+    return stream.moved
 
 
 def code_digest(target: Any) -> str:

@@ -19,7 +19,7 @@ from likelihood_lab.categorical.inputs import INPUTS, derive
 from likelihood_lab.errors import UsageError
 from pipeline.engine.stack import Outputs
 from pipeline.replica import Replica
-from pipeline.training.objectives import Formulation, Objectives, ProbeFinding, code_digest, probe
+from pipeline.training.objectives import Formulation, Objectives, code_digest, probe
 from tests.laboratory import CPU, shipped
 
 Fn = Callable[..., Any]
@@ -29,7 +29,7 @@ def declared(make: Callable[[], Any], *args: str) -> Formulation:
     return Formulation("mine", args or ("logits", "labels"), make)
 
 
-def probed(fn: Fn, *args: str) -> ProbeFinding:
+def probed(fn: Fn, *args: str) -> bool:
     return probe(declared(lambda: fn, *args), 3, CPU, torch.float32)
 
 
@@ -37,7 +37,7 @@ def probed(fn: Fn, *args: str) -> ProbeFinding:
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
 @pytest.mark.usefixtures("untouched_randomness")
 def test_shipped_losses_pass_the_probe_without_draws(formulation: Formulation) -> None:
-    assert not probe(formulation, 3, CPU, torch.float32).draws_random_numbers
+    assert not probe(formulation, 3, CPU, torch.float32)
     assert not formulation.fused
 
 
@@ -126,9 +126,9 @@ def test_probe_refuses_a_loss_that_cannot_train(fn: Fn, complaint: str) -> None:
 
 @pytest.mark.usefixtures("untouched_randomness")
 def test_probe_detects_random_draws() -> None:
-    assert probed(lambda z, y: F.cross_entropy(z + torch.randn_like(z), y)).draws_random_numbers
-    assert not probed(nn.CrossEntropyLoss()).draws_random_numbers
-    assert not probed(lambda z, y: (z * torch.nan).sum()).draws_random_numbers  # NaN is a divergence and no error
+    assert probed(lambda z, y: F.cross_entropy(z + torch.randn_like(z), y))
+    assert not probed(nn.CrossEntropyLoss())
+    assert not probed(lambda z, y: (z * torch.nan).sum())  # NaN is a divergence and no error
 
 
 def test_fused_loss_is_probed_with_its_inputs() -> None:
@@ -137,7 +137,7 @@ def test_fused_loss_is_probed_with_its_inputs() -> None:
 
     args = ("hidden", "weight", "bias", "labels")
     assert declared(lambda: fn, *args).fused
-    assert not probed(fn, *args).draws_random_numbers
+    assert not probed(fn, *args)
 
 
 # --- digest of the code
