@@ -29,7 +29,6 @@ LOSSES = Path(__file__).parents[1] / "conf" / "loss"
 CPU = torch.device("cpu")
 
 Weights = dict[str, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def toy_data(
@@ -122,7 +121,6 @@ def trained_by_hand(
     data: Dataset,
     seed: int,
     how: Recipe,
-    loss: Loss = F.cross_entropy,
     factor: Callable[[int], float] = lambda step: 1.0,
 ) -> nn.Module:
     """Train one plain module in an ordinary loop: permutation, `backward`, clip, step, schedule."""
@@ -136,7 +134,7 @@ def trained_by_hand(
             for batch in train[torch.randperm(len(train), generator=order)].split(how.batch_size):
                 inputs, labels = data.take(batch)
                 optimizer.zero_grad()
-                loss(module(inputs.expand(-1, *inputs.shape[1:])), labels).backward()
+                F.cross_entropy(module(inputs), labels).backward()
                 if how.clip_norm is not None:
                     nn.utils.clip_grad_norm_(module.parameters(), how.clip_norm)
                 optimizer.step()

@@ -309,10 +309,6 @@ def seeded(make: Make, count: int = 3) -> list[nn.Module]:
         return [make() for _ in range(count)]
 
 
-def test_check_passes_the_stacked_layers() -> None:
-    assert unfit_to_fold(seeded(every_layer), (2, 4, 4), 8) is None
-
-
 @pytest.mark.parametrize("name", BROKEN)
 def test_check_refuses_a_broken_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, forward = BROKEN[name]
@@ -393,6 +389,7 @@ def test_other_models_run_in_the_loop_with_the_reason(make: Make, because: str) 
 
 @pytest.mark.parametrize(("requested", "engine"), [("auto", "loop"), ("fold", "fold"), ("loop", "loop")])
 def test_convolutions_on_a_cpu_fold_only_on_request(requested: str, engine: str) -> None:
+    """`fold` also shows that the check passes every stacked layer."""
     chosen, reason = choose_engine(requested, seeded(every_layer), (2, 4, 4), 8)
     assert chosen == engine
     assert (reason == "as configured") is (requested == "loop")
