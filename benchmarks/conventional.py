@@ -1,7 +1,7 @@
-"""What is compared against: one run with a `DataLoader`, Lightning's own loop and its MLFlowLogger.
+"""Conventional training for comparison: one run with a `DataLoader`, Lightning's loop and its MLFlowLogger.
 
-It is kept lean, so that the comparison flatters nobody: no progress bar, no checkpoints, metrics by epoch
-only, and no calibration error, which the pipeline does compute.
+It does little besides training, so that the comparison is fair: no progress bar, no checkpoints, metrics only per
+epoch, and no calibration error (the pipeline does compute it).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from benchmarks.steps import BARE_LOSSES, BATCH, LEARNING_RATE
 from pipeline.data.dataset import Dataset
 from pipeline.models import mlp
 
-EXPERIMENT = "conventional"  # made beforehand
+EXPERIMENT = "conventional"  # `end_to_end.database` creates it
 
 
 class Classifier(pl.LightningModule):
-    """An MLP, automatic optimisation, `self.log` of the usual metrics."""
+    """MLP with automatic optimisation and `self.log` of the usual metrics."""
 
     def __init__(self, arm: str, data: Dataset) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Classifier(pl.LightningModule):
 
 
 def train(arm: str, seed: int, epochs: int, data: Dataset, tracking_uri: str) -> None:
-    """One run, tracked."""
+    """Train one run and record it in MLflow."""
     pl.seed_everything(seed, verbose=False)
     logger = MLFlowLogger(EXPERIMENT, f"{arm}/s{seed}", tracking_uri, tags={"loss": arm, "seed": str(seed)})
     settings = {"loss": arm, "seed": seed, "epochs": epochs, "batch_size": BATCH, "lr": LEARNING_RATE}

@@ -1,4 +1,4 @@
-"""A whole trial in a process of its own: 3 losses x n seeds on digits, through the product or as is usual."""
+"""Measure whole trials in separate processes: 3 losses x n seeds on digits, by the pipeline or conventionally."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Usage:
-    """CPU seconds, user and system, of one fresh process that trained `num_runs` runs."""
+    """CPU seconds, user and system, of one new process that trained `num_runs` runs."""
 
     imports: float
-    training: float  # everything else but starting and stopping the interpreter
+    training: float  # all other work, without start and exit of the interpreter
     num_runs: int
 
 
 class Workshop:
-    """A scratch folder with a database that MLflow has made, copied for every process that is measured."""
+    """Scratch folder with a database made by MLflow. Every measured process gets a copy of the database."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.template = folder, folder / "empty.db"
         self.database_seconds = self._child("database", self.template)[0]
 
     def measure(self, kind: str, num_seeds: int, epochs: int) -> Usage:
-        """So many seeds of three losses, as `product` or `conventional`, or of one loss, `alone`."""
+        """Measure `num_seeds` seeds of three losses (`product`, `conventional`) or of one loss (`alone`)."""
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             database = Path(shutil.copy(self.template, Path(scratch, "mlflow.db")))
             total, imports = self._child(kind, database, "--seeds", str(num_seeds), "--epochs", str(epochs))
         return Usage(imports, total - imports, num_seeds * (1 if kind == "alone" else len(LOSSES)))
 
     def _child(self, kind: str, database: Path, *arguments: str) -> tuple[float, float]:
-        """CPU seconds of a child in all, and until it had imported everything."""
+        """Return the CPU seconds of a child process: its total, and its time until the end of its imports."""
         settings = {
             "MLFLOW_TRACKING_URI": f"sqlite:///{database}",
             "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -66,17 +66,17 @@ class Workshop:
 
 
 def children_seconds() -> float:
-    """CPU seconds, user and system, of all children that have ended."""
+    """Return the CPU seconds, user and system, of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-# --- what a child does; each returns the CPU seconds until its imports were done
+# --- the work of a child process; each function returns the CPU seconds until the end of its imports
 
 
 def database(scratch: Path, num_seeds: int, epochs: int) -> float:
-    """MLflow's tables and empty experiments, whose artifacts stay in the scratch folder."""
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - an import to be counted as such
+    """Create MLflow's tables and empty experiments, with their artifacts in the scratch folder."""
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - counted as an import
     from mlflow import MlflowClient
 
     imports = time.process_time()
@@ -87,14 +87,14 @@ def database(scratch: Path, num_seeds: int, epochs: int) -> float:
 
 
 def product(scratch: Path, num_seeds: int, epochs: int) -> float:
-    """One trial of everything, as `python -m pipeline.train` runs it."""
+    """Run one trial, as `python -m pipeline.train` does."""
     from hydra import compose, initialize_config_dir
 
     from pipeline.config import schema as conf
     from pipeline.entry import gc_paused_import
 
     with gc_paused_import("torch"):
-        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - imports to be counted as such
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - counted as imports
         import sklearn.datasets  # noqa: F401
 
         import pipeline.reporting.figures  # noqa: F401
@@ -111,8 +111,8 @@ def product(scratch: Path, num_seeds: int, epochs: int) -> float:
 
 
 def conventional(scratch: Path, num_seeds: int, epochs: int, losses: Sequence[str] = LOSSES) -> float:
-    """One run after the other."""
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - imports to be counted as such
+    """Train one run after the other."""
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - counted as imports
     import sklearn.datasets  # noqa: F401
     import torch
 
@@ -137,7 +137,7 @@ KINDS: dict[str, Callable[[Path, int, int], float]] = {
 
 
 def main() -> None:
-    """What `Workshop` starts."""
+    """Run the work of one child process of `Workshop`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("scratch", type=Path)

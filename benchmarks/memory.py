@@ -1,7 +1,7 @@
-"""What a stack keeps in memory while it trains, beside what pipeline/trial/budget.py says: python -m benchmarks.memory
+"""Measure the memory of a stack in training, and compare it with pipeline/trial/budget.py: python -m benchmarks.memory
 
-Each model in a fresh process, since memory that was freed is used again: how far the peak of the resident set grows
-over a few steps.
+The measure is the growth of the peak resident set over a few steps. Each model runs in a new process, because freed
+memory is used again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEPS = 4
 
 
 def measure(overrides: list[str]) -> dict[str, float]:
-    """Bytes of a full tile as the budget has them, and as they were seen."""
+    """Return the bytes of a full tile: estimated by the budget, and measured."""
     from hydra import compose, initialize_config_dir
 
     from benchmarks.steps import WithoutTrainer
@@ -53,7 +53,7 @@ def measure(overrides: list[str]) -> dict[str, float]:
 
 @contextmanager
 def _peak() -> Iterator[dict[str, int]]:
-    """The resident set before, and its peak while the block runs."""
+    """Yield the resident set before the block and, in the end, its peak during the block."""
     import psutil
 
     process, done = psutil.Process(), threading.Event()
@@ -74,10 +74,10 @@ def _peak() -> Iterator[dict[str, int]]:
 
 
 def main() -> None:
-    """A line for each case."""
+    """Print a line for each case."""
     from pipeline.text import in_words
 
-    print("| model | replicas | budget | seen | seen / budget |\n|---|---|---|---|---|")
+    print("| model | replicas | budget | measured | measured / budget |\n|---|---|---|---|---|")
     for overrides in CASES:
         child = [sys.executable, "-m", "benchmarks.memory", *overrides]
         done = subprocess.run(child, capture_output=True, text=True, check=True)  # noqa: S603 - this file

@@ -1,4 +1,4 @@
-"""The gains of a benchmark as a file, and what became of them."""
+"""Write the gains of a benchmark to a file, and compare later gains with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.steps import Row
 from benchmarks.timing import Spread
 
 KEY = ("case", "engine", "replicas", "losses")
-LOST = 0.85  # of a recorded gain: shared machines move ratios by about 15 %
+LOST = 0.85  # share of a recorded gain; below it is a regression, because shared machines change ratios by about 15 %
 
 Gains = Mapping[tuple[str, ...], Spread]
 
@@ -21,7 +21,7 @@ def key_of(row: Row) -> tuple[str, ...]:
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
-    """A line for each stack: what it is, and the median, lowest and highest gain."""
+    """Write a line for each stack: its key, and the median, lowest and highest gain."""
     with path.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow([*KEY, "gain", "lowest", "highest"])
@@ -30,7 +30,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
 
 def read(path: Path) -> dict[tuple[str, ...], Spread]:
-    """What `write` wrote."""
+    """Read a file of `write`."""
     with path.open(newline="") as file:
         return {
             tuple(line[name] for name in KEY): Spread(*(float(line[name]) for name in ("gain", "lowest", "highest")))
@@ -40,7 +40,7 @@ def read(path: Path) -> dict[tuple[str, ...], Spread]:
 
 @dataclass(frozen=True)
 class Line:
-    """A stack's gain beside its record."""
+    """Measured and recorded gain of one stack."""
 
     key: tuple[str, ...]
     now: Spread | None
@@ -48,7 +48,10 @@ class Line:
 
     @property
     def regressed(self) -> bool:
-        """A median below 85 % of the recorded one and every repetition below every recorded one; or no longer there."""
+        """True if the median is below 85 % of the record and every repetition below every recorded one.
+
+        A recorded stack that is no longer measured has regressed too.
+        """
         if self.now is None or self.before is None:
             return self.now is None
         return self.now.median < LOST * self.before.median and self.now.highest < self.before.lowest
@@ -61,6 +64,6 @@ class Line:
 
 
 def compare(before: Gains, rows: Sequence[Row]) -> Iterator[Line]:
-    """Every stack that is recorded or measured."""
+    """Yield a line for every stack that is recorded or measured."""
     now = {key_of(row): row.gain for row in rows}
     return (Line(key, now.get(key), before.get(key)) for key in dict.fromkeys([*before, *now]))

@@ -1,8 +1,8 @@
-"""What a trial and its step cost, side by side with the usual way, in one run: `make bench`.
+"""Measure the cost of a step and of a whole trial, and compare it with conventional training: `make bench`.
 
 python -m benchmarks.run             some minutes of CPU time; writes benchmarks/<date>-<device>.md and .csv
-python -m benchmarks.run --quick     half a minute: two stacks, no whole trials, nothing written unless --out
-python -m benchmarks.run --check     the steps again, beside the last record of this device (`make bench-check`)
+python -m benchmarks.run --quick     half a minute: two stacks, no whole trials; writes a file only with --out
+python -m benchmarks.run --check     compares the steps with the last record of this device (`make bench-check`)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PACKAGES = ("torch", "pytorch-lightning", "mlflow", "hydra-core", "numpy", "pand
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured; no trials leaves the whole trials out."""
+    """Number of measurements. `trials=0` measures no whole trials."""
 
     repetitions: int
     trials: int
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cpu":
         from pipeline.runtime import keep_freed_memory
 
-        keep_freed_memory()  # as every trial does
+        keep_freed_memory()  # every trial does this
     whole = not (given.quick or given.steps_only or given.check)
     effort = Effort(repetitions=5 if given.quick else 7, trials=3 if whole else 0)
     if given.check:
@@ -76,7 +76,7 @@ def _slug(device: torch.device) -> str:
 
 
 def check(device: torch.device, effort: Effort, folder: Path) -> int:
-    """Measure the steps again, beside the last record of this device; 1 where a gain has regressed, 2 without one."""
+    """Compare the steps with the last record of this device. Return 1 if a gain regressed, 2 without a record."""
     records = sorted(folder.glob(f"*-{_slug(device)}.csv"))
     if not records:
         print(f"error: {folder} has no record of {device_name(device)}; make one: make bench", file=sys.stderr)
@@ -93,13 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two stacks and no whole trials")
     parser.add_argument("--steps-only", action="store_true", help="no whole trials")
-    parser.add_argument("--check", action="store_true", help="beside the last record; 1 where a gain has regressed")
+    parser.add_argument("--check", action="store_true", help="compare with the last record; exit 1 after a regression")
     parser.add_argument("--out", type=Path, help="folder to write the page to (default: beside this file)")
     return parser
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU, or the processor as Linux names it."""
+    """Return the name of the GPU, or Linux's name of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -112,25 +112,25 @@ HEADER = """\
 
 {date}, Python {python}, {versions}; one thread.
 
-Gains are what counts: absolute times move with whatever else the machine does, which falls on both sides
-alike. Every number is the median of interleaved repetitions, with [lowest..highest].
+Compare gains, not absolute times: other work on the machine changes all times, but both sides of a gain alike.
+Every number is the median of interleaved repetitions, with [lowest..highest].
 
 ## A step of R replicas against R bare steps
 
 {clock}, {repetitions} repetitions. NLL, CE and KL in equal shares, batch {batch}, SGD with momentum,
-float32. A bare step is that of a hand-written loop over one `nn.Module` with the data in memory. A step
-without the losses is fed dL/dlogits. `fold` and `loop` are the engines of this project; `vmap` is what they are
-compared with: `vmap(grad(functional_call))` of the same model, the same losses as plain functions, SGD on the stack.
+float32. A bare step is a step of a hand-written loop over one `nn.Module` with the data in memory. A step
+without the losses receives a fixed dL/dlogits. `fold` and `loop` are the engines of this project. `vmap` is an
+alternative: `vmap(grad(functional_call))` of the same model, the same losses as plain functions, SGD on the stack.
 
 | model | engine | R | | bare step, us | our step, us | gain |
 |---|---|---|---|---|---|---|"""
 
 CEILING_HEADER = """
-## Beside what this core can do
+## Shares of the limits of this core
 
-It multiplies 512 x 512 matrices at {sgemm:.0f} GFLOP/s and copies 128 MB at {copy:.1f} GB/s, read and written. The
-steps without the losses reach these shares of it: of the first by their matrix products, of the second by weights,
-gradients and momentum, each as often as it must be read or written (beyond 100 % they stay in a cache).
+The core multiplies 512 x 512 matrices at {sgemm:.0f} GFLOP/s and copies 128 MB at {copy:.1f} GB/s, read and written.
+The table shows the shares that the steps without the losses reach. The first share counts their matrix products. The
+second counts the necessary reads and writes of weights, gradients and momentum (above 100 % they stay in a cache).
 
 | model | R | of the sgemm rate | of the copying rate |
 |---|---|---|---|"""
@@ -138,12 +138,12 @@ gradients and momentum, each as often as it must be read or written (beyond 100 
 TRIAL_HEADER = """
 ## A whole trial: 3 losses x {seeds} seeds on digits, {epochs} epochs, tracked in SQLite
 
-CPU seconds, user and system, of a fresh process, {trials} repetition(s). The conventional loop (Lightning
-module, `self.log`, DataLoader, MLFlowLogger) trained {trained} runs in one process each time; its time for
-{runs} runs is **extrapolated** from these, and that of one process a run from a process with one run. All found the
-database ready: making it takes MLflow {database:.1f} s, once, its imports included.
+CPU seconds, user and system, of a new process, {trials} repetition(s). The conventional loop (Lightning
+module, `self.log`, DataLoader, MLFlowLogger) trained {trained} runs in one process each time. Its time for
+{runs} runs is **extrapolated** from these; the time of one process per run, from a process with one run. The
+database existed before. MLflow needs {database:.1f} s once to create it, imports included.
 
-| | usually | here | gain |
+| | conventional | pipeline | gain |
 |---|---|---|---|"""
 
 
@@ -165,7 +165,7 @@ def _installed() -> Iterator[str]:
 
 
 def step_rows(device: torch.device, effort: Effort, quick: bool) -> Iterator[steps.Row]:
-    """Every stack of every case, measured."""
+    """Measure every stack of every case."""
     for case in steps.cases(device, quick):
         yield from steps.measure(case, device, effort.repetitions)
 
@@ -177,7 +177,7 @@ def _line(row: steps.Row) -> str:
 
 
 def ceiling_section(device: torch.device, rows: Sequence[steps.Row], quick: bool) -> Iterator[str]:
-    """How much of what the core can multiply, and of what it can move, the steps without the losses do."""
+    """Yield the table of the shares of the core's multiplying and copying rates."""
     if device.type != "cpu":
         return
     by_name = {case.name: case for case in steps.cases(device, quick)}
@@ -188,7 +188,7 @@ def ceiling_section(device: torch.device, rows: Sequence[steps.Row], quick: bool
 
 
 def trial_section(effort: Effort) -> Iterator[str]:
-    """The table of whole trials."""
+    """Yield the table of whole trials."""
     usual: list[Usage] = []
     alone: list[Usage] = []
     ours: list[Usage] = []

@@ -1,8 +1,8 @@
-"""CPU time from the command to the first step, beside that of two imports: python -m benchmarks.startup
+"""Measure the CPU time from the command to the first step, and that of two imports: python -m benchmarks.startup
 
-The command is the main job's, with an audit of two losses. Each process is left at once, without tidying up: the
-plain command of two imports takes another second for that. A database that is ready is one that MLflow has made and
-that holds the experiment, as after the first trial.
+The command is the main job's, with an audit of two losses. Each process exits at once with `os._exit`; a normal exit
+takes one more second, even after the two imports alone. "Database ready" means that MLflow has created it and it
+holds the experiment, as after the first trial.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REPETITIONS = 5
 
 
 def to_the_first_step(arguments: list[str]) -> None:
-    """`python -m pipeline.train`, which ends where it would take its first step."""
+    """Run `python -m pipeline.train` and exit before the first step."""
     from pipeline import train
 
     validate = train.validate
@@ -37,7 +37,7 @@ def to_the_first_step(arguments: list[str]) -> None:
 
 
 def measure(command: list[str], database: Path) -> float:
-    """CPU seconds of a fresh process and of its children."""
+    """Return the CPU seconds of a new process and of its children."""
     settings = {"MLFLOW_TRACKING_URI": f"sqlite:///{database}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     before = children_seconds()
     subprocess.run(command, cwd=ROOT, env=os.environ | settings, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
@@ -45,8 +45,8 @@ def measure(command: list[str], database: Path) -> float:
 
 
 def main() -> None:
-    """A line for each case, in turns."""
-    from benchmarks.timing import Spread, gain  # imports torch, which the child must be left to do
+    """Measure the cases in turns and print a line for each."""
+    from benchmarks.timing import Spread, gain  # imported here: it imports torch, which the child must do itself
 
     with tempfile.TemporaryDirectory() as folder:
         ready = Workshop(Path(folder)).template

@@ -1,4 +1,4 @@
-"""The stack's step against a bare loop: one `nn.Module`, tensors in memory, SGD with momentum."""
+"""Compare the step of a stack with a bare loop: one `nn.Module`, tensors in memory, SGD with momentum."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ BARE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _one_hot(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which vmap can batch, as it cannot torch's own."""
+    """Return one-hot labels. vmap cannot batch `F.one_hot`."""
     return (labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=labels.device)).to(logits)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model on data, and which stacks of it are timed: (engine, replicas, with the losses).
+    """Model, data, and the stacks to time: (engine, replicas, with the losses).
 
-    The engine `vmap` is no engine of the product but what it is compared with.
+    The engine `vmap` is not an engine of the pipeline but the alternative.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One stack against as many bare loops, one after the other."""
+    """Times of one stack and of as many bare loops, one after the other."""
 
     case: str
     engine: str
@@ -75,7 +75,7 @@ class Row:
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """What is worth knowing on this kind of device."""
+    """Yield the cases for this kind of device."""
     fashion_like, small = partial(_random_data, 2048), partial(_random_data, 256)
     if device.type == "cuda":
         many = [("fold", r, True) for r in (1, 30, 90, 300)] + [("fold", 30, False)]
@@ -99,7 +99,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
 
 
 def measure(case: Case, device: torch.device, repetitions: int) -> list[Row]:
-    """Every stack of the case and the bare loops, interleaved."""
+    """Measure every stack of the case and the bare loops, interleaved."""
     steps = case.steps
     data = case.data.to(device, torch.float32)
     builder = ModelBuilder(case.make_model, "model", data.input_shape, data.num_classes)
@@ -116,10 +116,10 @@ def measure(case: Case, device: torch.device, repetitions: int) -> list[Row]:
 
 
 def of_ceiling(row: Row, case: Case) -> float:
-    """What share of this core's sgemm rate the stack's matrix products reach, over the whole step.
+    """Return the share of the core's sgemm rate that the matrix products of a whole step reach.
 
-    Multiplications and additions of one plain module's forward and backward pass, by torch's own count, for each
-    replica, over the step's time and over the rate of a 512 x 512 x 512 product measured now.
+    Torch counts the multiplications and additions of one plain module's forward and backward pass. The share is this
+    count times R, over the step's time and over the rate of a 512 x 512 x 512 product measured now.
     """
     module = case.make_model(input_shape=case.data.input_shape, num_classes=case.data.num_classes).train()
     with FlopCounterMode(display=False) as count:
@@ -128,17 +128,17 @@ def of_ceiling(row: Row, case: Case) -> float:
 
 
 def sgemm_rate(size: int = 512, repetitions: int = 15) -> float:
-    """Floating-point operations a second of one thread in a product of square matrices; the median."""
+    """Return the median floating-point operations per second of one thread in a product of square matrices."""
     square = torch.randn(size, size)
     seconds = interleaved({"sgemm": Contender(lambda: torch.mm(square, square), 1)}, repetitions, time.process_time)
     return 2 * size**3 / statistics.median(seconds["sgemm"])
 
 
 def of_bandwidth(row: Row, case: Case) -> float:
-    """What share of this core's copying rate the stack reaches with what SGD with momentum cannot leave out.
+    """Return the share of the core's copying rate that the necessary memory traffic of SGD with momentum reaches.
 
-    Seven times each weight: read forward and backward, its gradient written and read, its momentum read and
-    written, itself written. Where it all fits into a cache, that is no limit and the share may exceed 1.
+    It is seven times each weight: read forward and backward, gradient written and read, momentum read and written,
+    weight written. If all of it fits into a cache, the share may exceed 1.
     """
     module = case.make_model(input_shape=case.data.input_shape, num_classes=case.data.num_classes)
     weights = sum(4 * parameter.numel() for parameter in module.parameters())
@@ -146,7 +146,7 @@ def of_bandwidth(row: Row, case: Case) -> float:
 
 
 def copy_rate(size: int = 2**27, repetitions: int = 5) -> float:
-    """Bytes a second that one thread reads and writes in a copy far larger than any cache; the median."""
+    """Return the median bytes per second that one thread reads and writes in a copy far larger than any cache."""
     source, target = torch.ones(size // 4), torch.empty(size // 4)
     seconds = interleaved({"copy": Contender(lambda: target.copy_(source), 1)}, repetitions, time.process_time)
     return 2 * size / statistics.median(seconds["copy"])
@@ -161,7 +161,7 @@ def stacked(
     with_losses: bool,
     fast: bool = True,
 ) -> StackTrainingModule:
-    """The product's module, ready to step."""
+    """Return the pipeline's module, ready to step."""
     replicas = _replicas(count)
     seeds = [replica.seed for replica in replicas]
     stack = build_stack(engine, [builder(seed).to(device) for seed in seeds], seeds, fast=fast).train()
@@ -169,27 +169,27 @@ def stacked(
     make_objectives = Objectives if with_losses else _FixedGradient
     objectives = make_objectives(present, replicas, data.num_classes, device, torch.float32)
     module = WithoutTrainer(stack, objectives, replicas, data, builder.input_shape, recipe())
-    module.snapshots = []  # a few in a whole training, too many in a short measurement
+    module.sketch_steps = []  # a few in a whole training, too many in a short measurement
     module.on_fit_start()
     module.on_train_epoch_start()
     return module
 
 
 def recipe() -> Recipe:
-    """As `optimizer=sgd` declares it."""
+    """Return the recipe with the optimizer that `optimizer=sgd` declares."""
     make = partial(torch.optim.SGD, lr=LEARNING_RATE, momentum=0.9)
     return Recipe(epochs=30, batch_size=BATCH, make_optimizer=make)
 
 
 class WithoutTrainer(StackTrainingModule):
-    """The module as Lightning leaves it when training starts."""
+    """Module that steps without a Lightning trainer."""
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         return self.configure_optimizers()
 
 
 class _FixedGradient(Objectives):
-    """In place of the losses: the same dL/dlogits whatever the logits are."""
+    """Replacement of the losses with a constant dL/dlogits."""
 
     def __call__(self, outputs: Outputs, labels: Tensor, target_probs: Tensor | None) -> list[Tensor]:
         return list(_Fixed.apply(outputs.logits).unbind())
@@ -207,14 +207,14 @@ class _Fixed(torch.autograd.Function):
 
 
 def _replicas(count: int) -> list[Replica]:
-    """So many replicas, shared out over the arms; an arm's seeds are 0, 1, ..."""
+    """Return `count` replicas, spread over the arms; the seeds of an arm are 0, 1, ..."""
     arms = len(FORMULATIONS)
     places = sorted((i % arms, i // arms) for i in range(count))
     return [Replica(FORMULATIONS[arm].name, seed) for arm, seed in places]
 
 
 def _stepping(module: StackTrainingModule, steps: int) -> Callable[[], None]:
-    """So many steps through `training_step`, over whole batches of the epoch's order."""
+    """Return a function that does `steps` steps by `training_step`, over whole batches of the epoch's order."""
     whole = module.num_examples // BATCH
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Timing things in turns, so that what else the machine does falls on all of them alike."""
+"""Time several contenders in turns, so that other work on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that does `units` units of work whenever it is called."""
+    """Function that does `units` units of work in each call."""
 
     run: Callable[[], None]
     units: int
@@ -40,7 +40,7 @@ class Spread:
 
 
 def clock(device: torch.device) -> Clock:
-    """Process CPU time, which neighbours disturb least; on a GPU wall time once it has finished its work."""
+    """Return the process CPU time, which other processes disturb least; on a GPU, the wall time of finished work."""
     if device.type == "cpu":
         return time.process_time
 
@@ -52,7 +52,7 @@ def clock(device: torch.device) -> Clock:
 
 
 def interleaved(contenders: Mapping[str, Contender], repetitions: int, now: Clock) -> dict[str, list[float]]:
-    """Seconds a unit for every contender and repetition, after one call each that is not timed."""
+    """Return seconds per unit for every contender and repetition. One call of each before is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():
         contender.run()
@@ -65,5 +65,5 @@ def interleaved(contenders: Mapping[str, Contender], repetitions: int, now: Cloc
 
 
 def gain(baseline: Sequence[float], ours: Sequence[float], factor: float = 1.0) -> Spread:
-    """How many times as long the baseline takes, repetition by repetition."""
+    """Return the ratio of the baseline's time to ours, repetition by repetition."""
     return Spread.of([factor * theirs / mine for theirs, mine in zip(baseline, ours, strict=True)])

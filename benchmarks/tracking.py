@@ -1,7 +1,7 @@
-"""What a run costs in MLflow, as a trial records it in SQLite: python -m benchmarks.tracking
+"""Measure the cost of recording a run in MLflow with SQLite: python -m benchmarks.tracking
 
-CPU time of a run of 30 params and 150 metrics with an artifact, recorded in portions as a trial does; MLflow's
-import and the making of its database are not counted.
+It is the CPU time of a run with 30 params, 150 metrics and an artifact, recorded in portions as a trial does. The
+import of MLflow and the creation of its database are not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REPETITIONS = 5
 
 
 def a_run(number: int, artifact: Path) -> Run:
-    """As large as that of one cell."""
+    """Return a run as large as that of one cell."""
     values = np.random.default_rng(number).random(METRICS * EPOCHS)
     names = np.repeat([f"val/metric_{i}" for i in range(METRICS)], EPOCHS)
     steps = np.tile(np.arange(EPOCHS), METRICS)
@@ -39,7 +39,7 @@ def a_run(number: int, artifact: Path) -> Run:
 
 
 def main() -> None:
-    """One line."""
+    """Measure and print one line."""
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder, "config.yaml")
         artifact.write_text("seed: 0\n" * 100)

@@ -1,6 +1,6 @@
-"""The same training by `torch.func.vmap`: what many replicas of one model cost without a line of this project.
+"""The same training by `torch.func.vmap`, without code of this project, for comparison.
 
-vmap(grad(functional_call)) over stacked parameters, one call for each loss, then SGD with momentum on the stack.
+It is vmap(grad(functional_call)) over stacked parameters, one call for each loss, then SGD with momentum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Vmapped:
-    """Replicas of one model, so many for each loss; `step` takes inputs [R, B, ...] and labels [R, B]."""
+    """Replicas of one model, `counts[name]` for each loss. `step` takes inputs [R, B, ...] and labels [R, B]."""
 
     def __init__(self, builder: ModelBuilder, losses: Mapping[str, Loss], counts: Mapping[str, int], lr: float) -> None:
         self.counts = counts
@@ -26,15 +26,15 @@ class Vmapped:
         modules = [builder(seed) for seed in seeds]
         self.parameters, buffers = stack_module_state(modules)  # type: ignore[arg-type]
         if buffers:
-            raise ValueError("a model with running statistics is not vmap's: its in-place updates would be shared")
+            raise ValueError("vmap does not support a model with running statistics: it would share in-place updates")
         self.optimizer = torch.optim.SGD(self.parameters.values(), lr=lr, momentum=0.9)
         self.gradients = {arm: vmap(grad(_objective(modules[0].to("meta"), losses[arm]))) for arm in counts}
 
     def step(self, inputs: Tensor, labels: Tensor) -> None:
-        """One optimizer step of every replica."""
+        """Do one optimizer step of every replica."""
         begin, found = 0, []
         with warnings.catch_warnings():
-            # kl_div has no batching rule: functorch loops over the replicas and says so. That is what it costs there.
+            # kl_div has no batching rule: functorch loops over the replicas and warns. The loop is part of its cost.
             warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
             for arm, count in self.counts.items():
                 mine = slice(begin, begin + count)

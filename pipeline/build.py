@@ -1,4 +1,4 @@
-"""The dataset and the losses, built from their declarations."""
+"""Build the dataset and the losses from their declarations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.training.objectives import Formulation
 
 
 def bind_target(declared: Mapping[str, Any]) -> Callable[..., Any]:
-    """The declared target with its keywords bound, not called."""
+    """Return the declared target with its keywords bound, not called."""
     try:
         made: Callable[..., Any] = instantiate({**declared, "_partial_": True}, _convert_="all")
     except HydraException as error:  # a `_target_` among the keywords
@@ -24,12 +24,12 @@ def bind_target(declared: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong inside `instantiate`, in the words of whoever raised it."""
+    """Return the message of the error inside `instantiate`."""
     return first_line(error.__cause__ or error)
 
 
 def load_dataset(declared: Mapping[str, Any]) -> Dataset:
-    """The dataset as the configuration declares it; what keeps it from loading is one line."""
+    """Load the declared dataset. An error of the user's loader becomes a UsageError of one line."""
     target = declared["_target_"]
     load = bind_target({k: v for k, v in declared.items() if k not in conf.DATASET_PROTOCOL})
     try:
@@ -46,7 +46,7 @@ def load_dataset(declared: Mapping[str, Any]) -> Dataset:
 
 
 def formulation_of(name: str, loss: Mapping[str, Any]) -> Formulation:
-    """A loss as the configuration declares it."""
+    """Return the loss that the configuration declares."""
 
     def make() -> Any:
         try:

@@ -1,12 +1,13 @@
-"""Networks that emit logits, and how any network becomes one of the pipeline's.
+"""Shipped networks, and the builder that makes a model from any declared callable.
 
-A model is a callable that returns an ordinary `nn.Module`. It receives `input_shape` (channels, height, width)
-and `num_classes` where it takes them, so torchvision's builders work unchanged.
+A model is a callable that returns an `nn.Module` whose output is logits. It receives `input_shape` (channels, height,
+width) and `num_classes` if it has arguments of these names, so torchvision's builders work unchanged.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ Shape = tuple[int, int, int]
 
 
 def softmax_regression(input_shape: Shape, num_classes: int) -> nn.Module:
-    """One linear layer: multinomial logistic regression."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(_size(input_shape), num_classes))
+    """Build one linear layer: multinomial logistic regression."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), num_classes))
 
 
 def mlp(
@@ -30,11 +31,11 @@ def mlp(
     dropout: float = 0.0,
     batch_norm: bool = False,
 ) -> nn.Module:
-    """Linear layers with ReLU between them, optionally BatchNorm before and dropout after each ReLU."""
+    """Build linear layers with ReLU between them, optionally with BatchNorm before and dropout after each ReLU."""
     if min(hidden, default=1) < 1:
         raise UsageError(f"model.hidden={list(hidden)}; a layer has 1 feature or more")
     layers: list[nn.Module] = [nn.Flatten()]
-    width = _size(input_shape)
+    width = math.prod(input_shape)
     for features in hidden:
         layers.append(nn.Linear(width, features))
         if batch_norm:
@@ -54,7 +55,7 @@ def cnn(
     hidden: int = 128,
     dropout: float = 0.0,
 ) -> nn.Module:
-    """Blocks of 3x3 convolution, BatchNorm, ReLU and 2x2 max-pooling, then one hidden layer."""
+    """Build blocks of 3x3 convolution, BatchNorm, ReLU and 2x2 max-pooling, then one hidden layer."""
     depth, height, width = input_shape
     layers: list[nn.Module] = []
     for out_channels in channels:
@@ -63,7 +64,7 @@ def cnn(
         depth, height, width = out_channels, height // 2, width // 2
     if not height or not width:
         raise UsageError(
-            f"{len(channels)} poolings leave nothing of a {input_shape[1]} x {input_shape[2]} picture: "
+            f"{len(channels)} poolings reduce a {input_shape[1]} x {input_shape[2]} picture to size 0: "
             "give model.channels fewer entries"
         )
     layers += [nn.Flatten(), nn.Linear(depth * height * width, hidden), nn.ReLU()]
@@ -73,25 +74,20 @@ def cnn(
     return nn.Sequential(*layers)
 
 
-def _size(shape: Shape) -> int:
-    channels, height, width = shape
-    return channels * height * width
-
-
 class ModelBuilder:
-    """Builds the same plain module, seed by seed, for one input shape and class count.
+    """Builds plain modules of one architecture, one for each seed, for one input shape and class count.
 
     Args:
         make: the declared callable with its configured keywords bound.
-        name: how messages call it.
+        name: the name of the model in messages.
     """
 
     def __init__(self, make: Callable[..., Any], name: str, input_shape: Shape, num_classes: int) -> None:
         self.make, self.name, self.num_classes = make, name, num_classes
-        self.input_shape = self._fitting(input_shape)
+        self.input_shape = self._choose_shape(input_shape)
 
     def __call__(self, seed: int) -> nn.Module:
-        """A freshly initialised module in float32; the global random state is left as it was."""
+        """Return a newly initialised module in float32. The global random state does not change."""
         return self._build(seed, self.input_shape)
 
     def _build(self, seed: int, shape: Shape) -> nn.Module:
@@ -105,29 +101,20 @@ class ModelBuilder:
             raise UsageError(f"model {self.name} has no trainable parameters")
         return module
 
-    def _fitting(self, shape: Shape) -> Shape:
-        """The data's shape, or three channels of it where the model takes colour and the data are grey."""
-        try:
-            self._probe(shape)
-        except UsageError:
-            raise
-        except Exception as error:
-            colour = (3, *shape[1:])
-            if shape[0] == 1 and self._takes(colour):
-                return colour
-            raise UsageError(
-                f"model {self.name} does not take inputs of shape {list(shape)}: {first_line(error)}"
-            ) from error
-        return shape
-
-    def _takes(self, shape: Shape) -> bool:
-        try:
-            self._probe(shape)
-        except UsageError:
-            raise
-        except Exception:
-            return False
-        return True
+    def _choose_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the data, with three channels if the data are grey and the model takes only colour."""
+        errors: list[Exception] = []
+        for candidate in (shape, (3, *shape[1:])) if shape[0] == 1 else (shape,):
+            try:
+                self._probe(candidate)
+            except UsageError:
+                raise
+            except Exception as error:
+                errors.append(error)
+            else:
+                return candidate
+        message = f"model {self.name} does not take inputs of shape {list(shape)}: {first_line(errors[0])}"
+        raise UsageError(message) from errors[0]
 
     def _probe(self, shape: Shape) -> None:
         module = self._build(0, shape).eval()
@@ -142,7 +129,7 @@ class ModelBuilder:
 
 
 def _accepted(make: Callable[..., Any], offered: dict[str, Any]) -> list[str]:
-    """Which of the offered keywords `make` takes: by name, or `num_classes` through `**kwargs`."""
+    """Return the offered keywords that `make` takes: by name, or `num_classes` through `**kwargs`."""
     parameters = inspect.signature(make).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return [key for key in offered if key in parameters or (open_ended and key == "num_classes")]

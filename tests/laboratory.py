@@ -1,10 +1,10 @@
-"""Toy data, the shipped formulations, whole trainings side by side and the same written out by hand."""
+"""Helpers for tests: toy data, the shipped losses, training of a stack, and the same training in a plain loop."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,12 @@ LOSSES = Path(__file__).parents[1] / "conf" / "loss"
 CPU = torch.device("cpu")
 
 Weights = dict[str, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def toy_data(
-    shape: tuple[int, int, int] = (1, 4, 4),
-    *,
-    num_classes: int = 3,
-    train: int = 20,
-    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, int, int] = (1, 4, 4), *, num_classes: int = 3, train: int = 20, dtype: Any = torch.float32
 ) -> Dataset:
-    """`train` random pictures to learn from and 8 each to validate and test on, every class in each."""
+    """`train` random training pictures, and 8 each for validation and test, with every class in each."""
     generator = torch.Generator().manual_seed(0)
     count = train + 16
     images = torch.rand(count, *shape, generator=generator)
@@ -54,17 +49,17 @@ def builder(make: Callable[..., nn.Module], data: Dataset) -> ModelBuilder:
 
 
 def shipped(*names: str) -> list[Formulation]:
-    """Formulations as `conf/loss/` declares them, all of them where none is named."""
-    return [formulation(name, declared()[name]) for name in names or declared()]
+    """Losses as `conf/loss/` declares them; all of them if none is named."""
+    chosen = {name: declared()[name] for name in names or declared()}
+    return [
+        Formulation(name, tuple(loss["args"]), partial(instantiate, loss["fn"], _convert_="all"))
+        for name, loss in chosen.items()
+    ]
 
 
 @cache
 def declared() -> dict[str, Any]:
     return {path.stem: yaml.safe_load(path.read_text())[path.stem] for path in sorted(LOSSES.glob("*.yaml"))}
-
-
-def formulation(name: str, declaration: dict[str, Any]) -> Formulation:
-    return Formulation(name, tuple(declaration["args"]), lambda: instantiate(declaration["fn"], _convert_="all"))
 
 
 def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -83,9 +78,8 @@ def stack_of(
     head: str | None = None,
     fast: bool = True,
 ) -> Stack:
-    return build_stack(
-        engine, [build(seed).to(dtype) for seed in seeds], seeds, head, fast and engine == "fold"
-    ).train()
+    modules = [build(seed).to(dtype) for seed in seeds]
+    return build_stack(engine, modules, seeds, head, fast and engine == "fold").train()
 
 
 def untrained(
@@ -98,7 +92,7 @@ def untrained(
     head: str | None = None,
     fast: bool = True,
 ) -> StackTrainingModule:
-    """A stack of every (arm, seed) and everything that it takes to train it."""
+    """The training module of a stack of every (loss, seed), not yet trained."""
     replicas = [Replica(arm.name, seed) for arm in arms for seed in seeds]
     stack = stack_of(build, [replica.seed for replica in replicas], engine, data.dtype, head, fast)
     with warnings.catch_warnings():
@@ -108,7 +102,7 @@ def untrained(
 
 
 def trained(*arguments: Any, **options: Any) -> StackTrainingModule:
-    """`untrained`, then trained."""
+    """The training module of `untrained`, after training."""
     module = untrained(*arguments, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="reduction: 'mean' divides the total loss")
@@ -127,10 +121,9 @@ def trained_by_hand(
     data: Dataset,
     seed: int,
     how: Recipe,
-    loss: Loss = F.cross_entropy,
     factor: Callable[[int], float] = lambda step: 1.0,
 ) -> nn.Module:
-    """One plain module in an ordinary loop: a permutation an epoch, `backward`, clip, step, schedule."""
+    """Train one plain module in an ordinary loop: permutation, `backward`, clip, step, schedule."""
     optimizer = how.make_optimizer(module.train().parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     with torch.random.fork_rng(devices=[]):
@@ -141,7 +134,7 @@ def trained_by_hand(
             for batch in train[torch.randperm(len(train), generator=order)].split(how.batch_size):
                 inputs, labels = data.take(batch)
                 optimizer.zero_grad()
-                loss(module(inputs.expand(-1, *inputs.shape[1:])), labels).backward()
+                F.cross_entropy(module(inputs), labels).backward()
                 if how.clip_norm is not None:
                     nn.utils.clip_grad_norm_(module.parameters(), how.clip_norm)
                 optimizer.step()
@@ -150,14 +143,14 @@ def trained_by_hand(
 
 
 def same_bits(a: Weights, b: Weights) -> bool:
-    """Every tensor equal bit for bit, NaN included."""
+    """True if every tensor is equal bit for bit, NaN included."""
     return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype
-        and torch.equal(
-            a[name].contiguous().view(-1).view(torch.uint8), b[name].contiguous().view(-1).view(torch.uint8)
-        )
-        for name in a
+        a[name].dtype == b[name].dtype and torch.equal(_bytes(a[name]), _bytes(b[name])) for name in a
     )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def largest_difference(a: Weights, b: Weights) -> float:
@@ -171,7 +164,7 @@ def largest_difference(a: Weights, b: Weights) -> float:
 
 
 def refused(what: Callable[[], object], *words: str) -> None:
-    """`what()` raises a UsageError of one line that holds all `words`."""
+    """Check that `what()` raises a UsageError of one line that contains all `words`."""
     with pytest.raises(UsageError) as caught:
         what()
     line = str(caught.value)

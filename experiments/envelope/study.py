@@ -120,7 +120,7 @@ def _trained(setting: TrialSetup, seeds: Sequence[int], formulations: Sequence[F
         setting.stack(replicas), objectives, replicas, setting.data, setting.builder.input_shape, setting.recipe
     )
     fit(module, (), "cpu")
-    kept = [module.snapshots.index(step) for step in STEPS]
+    kept = [module.sketch_steps.index(step) for step in STEPS]
     return {
         replica: torch.stack([module.sketches[place][slot] for place in kept]).double()
         for slot, replica in enumerate(replicas)

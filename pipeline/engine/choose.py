@@ -1,11 +1,11 @@
-"""Which engine may run a model: a check against the plain modules, and the size of a tile."""
+"""Choose the engine and the tile size of a model. An engine is checked against the plain modules first."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ ENGINES: dict[str, type[Fold] | type[Loop]] = {"fold": Fold, "loop": Loop}
 
 
 def find_head(module: nn.Module, example: Tensor) -> str | None:
-    """The name of the linear layer whose output is the model's output, or None where there is none."""
+    """Return the name of the linear layer whose output is the model's output, or None."""
     outputs: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
@@ -40,16 +40,16 @@ PLAIN_SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 def unfit_to_fold(
     modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int, make_optimizer: MakeOptimizer = PLAIN_SGD
 ) -> str | None:
-    """Why a full tile of these modules must not be folded, or None: what every fold passes before it trains.
+    """Return the reason why a full tile of these modules must not be folded, or None.
 
-    In float64, three perturbed copies on inputs of their own must give the outputs, gradients and buffers that
-    the plain modules give (relative 1e-9), in training at two batch sizes and in evaluation, and must leave the
-    global random state alone. In the working precision a replica must keep its bits in any slot through two steps
-    of the optimizer, and, where tiles are not padded, among any number of neighbours.
+    In float64, three perturbed copies with different inputs must give the outputs, gradients and buffers of the plain
+    modules (relative 1e-9). This holds in training at two batch sizes and in evaluation. The global random state must
+    not change. In the working precision the bits of a replica must not depend on its slot, through two optimizer
+    steps. Without padding they must not depend on the number of neighbours either.
     """
     try:
         return _unfaithful(modules, shape, batch_size) or _slot_dependent(modules, shape, batch_size, make_optimizer)
-    except Exception as error:  # a twin that the model's own code cannot work with; the loop can
+    except Exception as error:  # the model's own code fails with a stacked layer; the loop engine can run it
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -57,7 +57,7 @@ Trace = dict[str, Tensor]
 
 
 def _trace(stack: Stack, inputs: Tensor, output_weights: Tensor) -> list[Trace]:
-    """Outputs, gradients and buffers of every replica after one backward pass of sum(w * logits)."""
+    """Return outputs, gradients and buffers of every replica after one backward pass of sum(w * logits)."""
     stack.zero_grad()
     logits = stack(inputs.movedim(0, stack.replica_axis)).logits
     if stack.training:
@@ -65,17 +65,8 @@ def _trace(stack: Stack, inputs: Tensor, output_weights: Tensor) -> list[Trace]:
     traces = []
     for replica in range(stack.num_replicas):
         trace = {"output": logits[replica].detach()} | {f"state {k}": v for k, v in stack.weights(replica).items()}
-        traces.append(trace | {f"gradient {k}": g for k, g in _gradients(stack, replica)})
+        traces.append(trace | {f"gradient {k}": g.clone() for k, g in stack.gradients_of(replica).items()})
     return traces
-
-
-def _gradients(stack: Stack, replica: int) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(stack, Fold):
-        named = stack.folded.named_parameters()
-        return ((name, p.grad[replica].clone()) for name, p in named if p.grad is not None)
-    assert isinstance(stack, Loop)  # noqa: S101 - there are two engines
-    named = stack.replicas[replica].named_parameters()
-    return ((name, p.grad.clone()) for name, p in named if p.grad is not None)
 
 
 def _perturbed(module: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -94,7 +85,7 @@ def _unfaithful(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: 
     generator = torch.Generator().manual_seed(0)
     device = next(modules[0].parameters()).device
     copies = [_perturbed(modules[i % len(modules)], generator).double() for i in range(3)]
-    if device.type == "cuda":  # plain dropout draws its masks with another kernel there
+    if device.type == "cuda":  # plain dropout draws its masks with another kernel on a GPU
         for layer in (layer for module in copies for layer in module.modules() if isinstance(layer, nn.Dropout)):
             layer.p = 0.0
     num_classes = _num_classes(copies[0], shape, device)
@@ -120,13 +111,13 @@ def _unfaithful(modules: Sequence[nn.Module], shape: Sequence[int], batch_size: 
 def _slot_dependent(
     modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int, make_optimizer: MakeOptimizer
 ) -> str | None:
-    """Copies of one module on one batch must stay equal, bit for bit, through two steps in stacks of several sizes."""
+    """Check that copies of one module on one batch stay bitwise equal for two steps, in stacks of several sizes."""
     generator = torch.Generator().manual_seed(1)
     module = _perturbed(modules[0], generator)
     inputs, upstream = _batch([module], shape, batch_size, generator)
     tile = len(modules)
     traces = []
-    for count in {tile} if pads(inputs.device) else {1, tile // 3 + 1, max(1, tile - 1), tile}:
+    for count in {tile} if pads_tiles(inputs.device) else {1, tile // 3 + 1, max(1, tile - 1), tile}:
         fold = Fold([module] * count, [0] * count)
         many, theirs = (tensor.expand(count, *tensor.shape[1:]) for tensor in (inputs, upstream))
         traces += _two_steps(fold, many, theirs, make_optimizer)
@@ -140,7 +131,7 @@ def _slot_dependent(
 def fast_path_holds(
     modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int, make_optimizer: MakeOptimizer = PLAIN_SGD
 ) -> bool:
-    """Whether a full tile of these modules gives the same bits with the fast path as without, through two steps."""
+    """Return True if two training steps of a full tile are bitwise equal with and without the fast path."""
     if Fold(modules[:1], [0], fast=True).fast_path is None:
         return False
     generator = torch.Generator().manual_seed(2)
@@ -156,7 +147,7 @@ def fast_path_holds(
 def _batch(
     modules: Sequence[nn.Module], shape: Sequence[int], batch_size: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Inputs [R, B, ...], laid out as in training, and dL/dlogits [R, B, C]."""
+    """Return inputs [R, B, ...] in the memory layout of training, and dL/dlogits [R, B, C]."""
     first = next(modules[0].parameters())
     inputs = torch.randn(batch_size, len(modules), *shape, generator=generator).to(first)
     num_classes = _num_classes(modules[0], shape, first.device)
@@ -164,7 +155,7 @@ def _batch(
 
 
 def _two_steps(fold: Fold, inputs: Tensor, upstream: Tensor, make_optimizer: MakeOptimizer) -> list[Trace]:
-    """Every replica's bits in two steps of training, the second on a short batch."""
+    """Return the tensors of every replica in two training steps. The second batch is shorter."""
     optimizer = make_optimizer(fold.train().parameters())
     batch_size = inputs.shape[1]
     traces = []
@@ -191,8 +182,8 @@ def _num_classes(module: nn.Module, shape: Sequence[int], device: torch.device) 
         return int(module(torch.zeros(2, *shape, dtype=parameter.dtype, device=device)).shape[1])
 
 
-def convolves(module: nn.Module) -> bool:
-    """Whether the model has convolutions, which decides the engine and the tile."""
+def has_convolutions(module: nn.Module) -> bool:
+    """Return True if the model has convolutions. They decide the engine and the tile size."""
     return any(isinstance(layer, nn.modules.conv._ConvNd) for layer in module.modules())
 
 
@@ -203,14 +194,14 @@ def choose_engine(
     batch_size: int,
     make_optimizer: MakeOptimizer = PLAIN_SGD,
 ) -> tuple[str, str]:
-    """The engine to use and the reason, by a static rule; timing would change bits from machine to machine.
+    """Return the engine and the reason. The rule is static: a timing would change bits from machine to machine.
 
-    Convolutions gain nothing from folding on a CPU, so they run in the loop there. Everything else is folded if it
-    passes `unfit_to_fold`.
+    Convolutions are not faster when folded on a CPU, so they run in the loop there. All other models are folded if
+    `unfit_to_fold` returns None.
     """
     if requested == "loop":
         return "loop", "as configured"
-    if requested == "auto" and convolves(modules[0]) and next(modules[0].parameters()).device.type == "cpu":
+    if requested == "auto" and has_convolutions(modules[0]) and next(modules[0].parameters()).device.type == "cpu":
         return "loop", "convolutions on a CPU gain nothing from folding"
     reason = unfit_to_fold(modules, shape, batch_size, make_optimizer)
     return ("loop", f"cannot be folded: {reason}") if reason else ("fold", "passed the check against plain modules")
@@ -219,40 +210,39 @@ def choose_engine(
 def build_stack(
     engine: str, modules: Sequence[nn.Module], seeds: Sequence[int], head: str | None = None, fast: bool = False
 ) -> Stack:
-    """The stack of these modules, replica i seeded with `seeds[i]`, in the engine that `choose_engine` named.
+    """Build the stack of these modules in an engine that `choose_engine` returned. Replica i has seed `seeds[i]`.
 
     Args:
-        fast: whether to take the engine's fast path: in fold where `fast_path_holds`, in the loop where a network
-            `gains_channels_last`.
+        fast: use the engine's fast path. It requires `fast_path_holds` (fold) or `gains_channels_last` (loop).
     """
     return ENGINES[engine](modules, seeds, head, fast)
 
 
-NARROW = 128  # channels; a CNN of 32 and 64 is 1.6 times as fast with channels last, ResNet-18 with up to 512 is .96
+NARROW = 128  # channels: channels last makes a CNN of 32 and 64 1.6 times as fast, and ResNet-18 (up to 512) .96 times
 
 
 def gains_channels_last(module: nn.Module) -> bool:
-    """Whether a plain convolutional network is trained faster on a CPU with channels last: a static rule."""
+    """Return True if channels last makes a plain convolutional network faster on a CPU. The rule is static."""
     widths = [layer.out_channels for layer in module.modules() if isinstance(layer, nn.Conv2d)]
     return bool(widths) and max(widths) <= NARROW
 
 
-TENSOR_BYTES = 2**25  # on a CPU, allocating a tensor beyond this costs more than folding saves
+TENSOR_BYTES = 2**25  # on a CPU, the allocation of a larger tensor costs more than folding saves
 
 
 def tile_size(engine: str, module: nn.Module, batch_bytes: int, device: torch.device) -> int:
-    """How many replicas are trained at once, by a static rule of the model, the batch and the kind of device."""
+    """Return the number of replicas to train at once. It depends on the model, the batch and the kind of device."""
     if engine == "loop":
-        return 4  # nothing is gained by more
+        return 4  # a larger tile is not faster
     if device.type == "cuda":
-        return max(1, min(16, 2**27 // batch_bytes)) if convolves(module) else 96
+        return max(1, min(16, 2**27 // batch_bytes)) if has_convolutions(module) else 96
     largest = max(batch_bytes, *(p.numel() * p.element_size() for p in module.parameters()))
     return max(1, min(96, TENSOR_BYTES // largest))
 
 
-def pads(device: torch.device) -> bool:
-    """Whether folded tiles are filled up to their full size: on a GPU kernels are chosen by the number of replicas.
+def pads_tiles(device: torch.device) -> bool:
+    """Return True if folded tiles are padded to their full size. A GPU chooses kernels by the number of replicas.
 
-    At one size a replica's bits depend neither on its slot nor on its neighbours, so the fillers change nothing.
+    At a fixed size the bits of a replica depend neither on its slot nor on its neighbours, so padding changes nothing.
     """
     return device.type == "cuda"

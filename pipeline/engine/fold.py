@@ -1,8 +1,8 @@
-"""The fold engine, and its fast path for dense networks without autograd between the layers.
+"""Fold engine, and its fast path for dense networks without autograd between the layers.
 
-The fast path begins behind dL/dlogits and calls the products and sums that autograd would call, on operands of the same
-layout, so that weights keep their bits. It saves autograd's bookkeeping and, with buffers of its own for activations
-and gradients, trips to main memory. `equals_autograd` checks it on the model at hand before it is used.
+The fast path starts from dL/dlogits. It calls the same products and sums as autograd, on operands of the same layout,
+so the weights keep their bits. It saves the bookkeeping of autograd. Its buffers for activations and gradients are
+reused, which saves memory traffic. `choose.fast_path_holds` checks it on the model before it is used.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pipeline.engine.stack import Outputs, Stack
 
 
 class Fold(Stack):
-    """The fold engine. `streams` are the dropout masks' generators, one for each distinct seed.
+    """Fold engine. `streams` are the generators of the dropout masks, one for each distinct seed.
 
-    With `fast` a chain of dense layers is trained without autograd inside, see `DenseFastPath`.
+    With `fast` a dense network is trained by `DenseFastPath`, without autograd between the layers.
     """
 
     engine, replica_axis = "fold", 1
@@ -56,11 +56,11 @@ class Fold(Stack):
         return Outputs(logits, self._by_replica(hidden), layer.weight.unbind(), bias)
 
     def _uses_fast_path(self, inputs: Tensor) -> bool:
-        """Whether the chain gives autograd's bits: with a batch of one, strides mean nothing and products differ."""
+        """Return True if the fast path equals autograd. For batch size 1 torch picks another matmul kernel."""
         return self.training and len(inputs) > 1 and not torch.is_autocast_enabled(inputs.device.type)
 
     def _by_replica(self, folded: Tensor) -> Tensor:
-        """[B, R*F] as a contiguous [R, B, F]."""
+        """Return [B, R*F] as a contiguous [R, B, F]."""
         by_replica: Tensor = folded.unflatten(1, (self.num_replicas, -1)).transpose(0, 1)
         return by_replica.contiguous()
 
@@ -69,6 +69,9 @@ class Fold(Stack):
 
     def parameters_of(self, replica: int) -> dict[str, Tensor]:
         return {name: parameter[replica] for name, parameter in self.folded.named_parameters()}
+
+    def gradients_of(self, replica: int) -> dict[str, Tensor]:
+        return {name: p.grad[replica] for name, p in self.folded.named_parameters() if p.grad is not None}
 
     @property
     def positions(self) -> list[Any]:
@@ -96,18 +99,18 @@ class Fold(Stack):
 
 
 class DenseFastPath:
-    """Linear layers with ReLU between them, R of each: weight [R, O, I] and bias [R, O].
+    """Dense network without autograd inside: stacked linear layers (weight [R, O, I], bias [R, O]) with ReLU between.
 
-    One training step is a call and the backward pass through what it returned. Gradients are written, not added.
+    One training step is one call and one backward pass through the result. Gradients are overwritten, not added.
     """
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         self.layers = list(layers)
-        self._columns: list[Tensor] = []  # each layer's input in the step at hand, [R, I, B]
-        self._memory: dict[tuple[str, int, int], Tensor] = {}  # by purpose, layer and batch size
+        self._columns: list[Tensor] = []  # input of each layer in the current step, [R, I, B]
+        self._buffers: dict[tuple[str, int, int], Tensor] = {}  # by purpose, layer and batch size
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Logits [R, B, C] from inputs [B, R, ...]."""
+        """Compute logits [R, B, C] from inputs [B, R, ...]."""
         logits: Tensor = _DenseFastPathFunction.apply(self.layers[0].weight, self, inputs)
         return logits
 
@@ -124,7 +127,7 @@ class DenseFastPath:
         return columns.transpose(1, 2).contiguous()
 
     def backward(self, upstream: Tensor) -> None:
-        """Every layer's gradients from dL/dlogits [R, B, C]."""
+        """Compute the gradients of every layer from dL/dlogits [R, B, C]."""
         gradient = upstream.transpose(1, 2).contiguous()
         for i, (layer, columns) in reversed(list(enumerate(zip(self.layers, self._columns, strict=True)))):
             weight = self._buffer("weight", i, layer.weight.shape)
@@ -137,17 +140,17 @@ class DenseFastPath:
                 torch.ops.aten.threshold_backward.grad_input(gradient, columns, 0, grad_input=gradient)
 
     def _buffer(self, purpose: str, layer: int, shape: Sequence[int], columns: Tensor | None = None) -> Tensor:
-        """The same memory at every step; given columns, with their batch as the last axis."""
+        """Return a buffer that is reused at every step. Given columns, their batch size is its last axis."""
         batch = 0 if columns is None else columns.shape[2]
         key = (purpose, layer, batch)
-        if key not in self._memory:
+        if key not in self._buffers:
             full = shape if columns is None else (*shape, batch)
-            self._memory[key] = self.layers[0].weight.new_empty(full, requires_grad=False)
-        return self._memory[key]
+            self._buffers[key] = self.layers[0].weight.new_empty(full, requires_grad=False)
+        return self._buffers[key]
 
 
 class _DenseFastPathFunction(torch.autograd.Function):
-    """Where autograd hands over; the weight is there so that it does."""
+    """Autograd function around the fast path. `weight` is passed only so that autograd calls `backward`."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, fast_path: DenseFastPath, inputs: Tensor) -> Tensor:
@@ -161,7 +164,7 @@ class _DenseFastPathFunction(torch.autograd.Function):
 
 
 def dense_fast_path_of(folded: nn.Module) -> DenseFastPath | None:
-    """The chain that a folded model is: Flatten, Linear, ReLU, Linear, ... in an `nn.Sequential`; None for others."""
+    """Return the fast path of an `nn.Sequential` of Flatten, Linear, ReLU, Linear, ...; None for other models."""
     if type(folded) is not nn.Sequential or any(_is_hooked(layer) for layer in folded.modules()):
         return None
     flatten, layers = folded[:1], list(folded[1:])

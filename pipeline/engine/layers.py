@@ -1,8 +1,8 @@
-"""Stacked twins of torch's leaf layers: R layers of one shape as one, on replicas folded into channels.
+"""Stacked layers: each computes R torch layers of one shape at once, with the replicas folded into channels.
 
-A twin is a subclass of the plain layer that keeps its attributes. Its tensors carry a leading replica axis under
-the plain names; its inputs and outputs are [B, R*C, ...], replica-major, so the model's own code between the
-layers (ReLU, pooling, flatten, residual additions) works unchanged.
+A stacked layer is a subclass of the plain layer and keeps its attributes. Its tensors keep the plain names and have a
+leading replica axis. Its inputs and outputs are [B, R*C, ...], replica-major. Therefore the model's own code between
+the layers (ReLU, pooling, flatten, residual additions) works unchanged.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 
 
 class CannotFoldError(Exception):
-    """A model has a layer without a twin, or modules that differ."""
+    """A model has a layer without a stacked version, or its modules differ."""
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
-    """[R, C] as the [R*C] that torch's functions take; a view, so that buffers are updated in place."""
+    """Return [R, C] as [R*C] for torch's functions. It is a view, so buffers are updated in place."""
     return None if tensor is None else tensor.view(-1)
 
 
 def _with_contiguous_gradient(tensor: Tensor) -> Tensor:
-    """The tensor, whose gradient will be contiguous: sums over a strided one have bits that depend on the slot."""
+    """Make the gradient of the tensor contiguous. The bits of a sum over a strided one depend on the slot."""
     if tensor.requires_grad:
         tensor.register_hook(torch.Tensor.contiguous)
     return tensor
 
 
 class Linear(nn.Linear):
-    """weight [R, O, I], bias [R, O]; computes W x^T, so that [R, O, B] is [B, R*O] without a copy."""
+    """weight [R, O, I], bias [R, O]. It computes W x^T, because [R, O, B] is [B, R*O] without a copy."""
 
     def forward(self, input: Tensor) -> Tensor:
         replicas, out_features, in_features = self.weight.shape
@@ -44,7 +44,7 @@ class Linear(nn.Linear):
 
 
 class _Conv:
-    """Grouped convolution with R times the groups does R convolutions."""
+    """R convolutions as one grouped convolution with R times the groups."""
 
     weight: Tensor
     bias: Tensor | None
@@ -68,7 +68,7 @@ class Conv2d(_Conv, nn.Conv2d):
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Statistics are per channel, so R*C channels are R layers by themselves."""
+    """Statistics are per channel, so R*C channels act as R separate layers."""
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
     def _momentum(self) -> float:
-        """How far a batch moves the running statistics; without momentum they are the mean of all batches."""
+        """Return the weight of a batch in the running statistics. Without momentum they are the mean of all batches."""
         if self.momentum is not None:
             return self.momentum
         if not self.training or self.num_batches_tracked is None:
@@ -95,10 +95,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    """Tensors [R, C]; the input [B, R*C] or [B, R*C, L].
+    """Tensors are [R, C], inputs [B, R*C] or [B, R*C, L].
 
-    Vectors are normalised as one signal [1, R*C, B], the memory order of `Linear`: each channel's sums run over a
-    row of its own, so their bits do not depend on the slot.
+    Vectors are normalised as one signal [1, R*C, B], the memory order of `Linear`. Each channel is then summed over a
+    separate row, so its bits do not depend on the slot.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -109,11 +109,11 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    """Tensors [R, C]; the input [B, R*C, H, W]."""
+    """Tensors are [R, C], inputs [B, R*C, H, W]."""
 
 
 class GroupNorm(nn.GroupNorm):
-    """Tensors [R, C]; R times the groups on R*C channels."""
+    """Tensors are [R, C]; R*C channels have R times the groups."""
 
     def forward(self, input: Tensor) -> Tensor:
         replicas = input.shape[1] // self.num_channels
@@ -121,11 +121,11 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Tensors [R, F] on inputs [..., R*F]; normalisation over one axis only."""
+    """Tensors are [R, F], inputs [..., R*F]. Only one axis can be normalised."""
 
     def forward(self, input: Tensor) -> Tensor:
         if len(self.normalized_shape) != 1:
-            raise CannotFoldError("LayerNorm over more than one axis has no twin")
+            raise CannotFoldError("LayerNorm over more than one axis cannot be stacked")
         out = F.layer_norm(input.unflatten(-1, (-1, *self.normalized_shape)), self.normalized_shape, eps=self.eps)
         if self.elementwise_affine:
             out = out * self.weight
@@ -134,28 +134,28 @@ class LayerNorm(nn.LayerNorm):
 
 
 class DropoutStreams:
-    """One generator for each distinct seed, shared by all layers and by all replicas of that seed."""
+    """Generators of dropout masks: one for each distinct seed, shared by all layers and all replicas of that seed."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.seeds = list(dict.fromkeys(seeds))
         self.slots = [self.seeds.index(seed) for seed in seeds]
         self.generators: list[torch.Generator] = []
-        self._left_at: list[Tensor] = []  # states that the generators are to begin with
+        self._initial_states: list[Tensor] = []  # initial states of the generators after a resume
 
     @property
     def positions(self) -> list[Tensor]:
-        """The states of the generators; none before the first draw."""
+        """States of the generators; empty before the first draw."""
         return [generator.get_state() for generator in self.generators]
 
     @positions.setter
     def positions(self, states: list[Tensor]) -> None:
-        self.generators, self._left_at = [], states
+        self.generators, self._initial_states = [], states
 
     def keep(self, like: Tensor, probability: float) -> Tensor:
-        """Masks of zeros and ones, [B, R*C, ...]: what plain dropout draws after `manual_seed(seed)`."""
+        """Draw masks of zeros and ones, [B, R*C, ...], equal to plain dropout's after `manual_seed(seed)`."""
         if not self.generators:
             self.generators = [torch.Generator(like.device).manual_seed(seed) for seed in self.seeds]
-            for generator, state in zip(self.generators, self._left_at, strict=False):
+            for generator, state in zip(self.generators, self._initial_states, strict=False):
                 generator.set_state(state)
         shape = (like.shape[0], like.shape[1] // len(self.slots), *like.shape[2:])
         masks = [
@@ -166,7 +166,7 @@ class DropoutStreams:
 
 
 class Dropout(nn.Dropout):
-    """Masks come from the seed's own generator, never from the global one."""
+    """Dropout with masks from the generator of the replica's seed, never from the global one."""
 
     streams: DropoutStreams
 
@@ -178,7 +178,7 @@ class Dropout(nn.Dropout):
         return input * self.streams.keep(input, 1 - self.p).div_(1 - self.p)
 
 
-TWINS: dict[type[nn.Module], type[nn.Module]] = {
+STACKED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
@@ -191,20 +191,20 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def fold_modules(modules: Sequence[nn.Module]) -> nn.Module:
-    """A copy of the first module with twins for leaf layers and every tensor stacked to [R, ...].
+    """Return a copy of the first module with stacked leaf layers and every tensor stacked to [R, ...].
 
     Raises:
-        CannotFoldError: a layer with tensors of its own has no twin, or the modules' tensors differ in name or shape.
+        CannotFoldError: a layer with tensors has no stacked version, or the modules' tensors differ in name or shape.
     """
     folded = copy.deepcopy(modules[0])
     for name, layer in folded.named_modules():
-        if type(layer) in TWINS:
-            layer.__class__ = TWINS[type(layer)]
-        elif any(True for _ in layer.parameters(recurse=False)) or any(True for _ in layer.buffers(recurse=False)):
-            raise CannotFoldError(f"{type(layer).__name__} ({name or 'the model itself'}) has tensors and no twin")
+        if type(layer) in STACKED_LAYERS:
+            layer.__class__ = STACKED_LAYERS[type(layer)]
+        elif [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]:
+            raise CannotFoldError(f"{type(layer).__name__} ({name or 'the model itself'}) has no stacked version")
     states = [dict([*m.named_parameters(), *m.named_buffers()]) for m in modules]
     for name, tensor in [*folded.named_parameters(), *folded.named_buffers()]:
         if any(name not in state or state[name].shape != tensor.shape for state in states):
-            raise CannotFoldError(f"the modules disagree about {name}")
+            raise CannotFoldError(f"the modules differ in the shape of {name}, or one has no {name}")
         tensor.data = torch.stack([state[name].detach() for state in states])
     return folded

@@ -1,4 +1,4 @@
-"""What an object remembers between calls, so that a loss or a model that counts its own steps can go on from them."""
+"""State of an object between calls: a loss or a model that counts its own steps can be resumed."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_OF_TORCH = set(vars(nn.Module()))  # registers and hooks: no memory
+_OF_TORCH = set(vars(nn.Module()))  # registers and hooks: no state
 
-Memory = list[dict[str, Any]]
+ObjectState = list[dict[str, Any]]
 
 
-def get_object_state(thing: Any) -> Memory:
-    """The buffers and plain attributes of a callable, or of every part of a module."""
-    return [dict(_remembered(part)) for part in _parts(thing)]
+def get_object_state(thing: Any) -> ObjectState:
+    """Return the buffers and plain attributes of a callable, or of every part of a module."""
+    return [dict(_state_of(part)) for part in _parts(thing)]
 
 
 @torch.no_grad()
-def set_object_state(thing: Any, memory: Memory, device: torch.device) -> None:
-    """Give its memory back to an object that was made as its owner was."""
-    for part, values in zip(_parts(thing), memory, strict=True):
+def set_object_state(thing: Any, state: ObjectState, device: torch.device) -> None:
+    """Restore the state of an object that was built in the same way."""
+    for part, values in zip(_parts(thing), state, strict=True):
         for name, value in values.items():
             old = getattr(part, name, None)
             if isinstance(value, Tensor) and isinstance(old, Tensor) and old.shape == value.shape:
@@ -34,7 +34,7 @@ def _parts(thing: Any) -> list[Any]:
     return list(thing.modules()) if isinstance(thing, nn.Module) else [thing] * hasattr(thing, "__dict__")
 
 
-def _remembered(part: Any) -> Iterator[tuple[str, Any]]:
+def _state_of(part: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(part, nn.Module):
         yield from part.named_buffers(recurse=False)
     for name, value in vars(part).items():
@@ -43,7 +43,7 @@ def _remembered(part: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it can be read back from a file without executing code."""
+    """Return True if the value can be read back from a file without executing code."""
     if type(value) is dict:
         return _is_plain([*value, *value.values()])
     if type(value) in (list, tuple):

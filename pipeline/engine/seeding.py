@@ -1,12 +1,12 @@
-"""Where random numbers come from, and what a seed changes.
+"""Streams of random numbers, and the meaning of a seed.
 
-Every use has a stream of its own, named by its seed and purpose. A seed changes all that is random, or one part of it
-while the others stay those of seed 0:
+Every use of random numbers has a separate stream, named by seed and purpose. The key `vary` says which streams depend
+on the seed. The others use seed 0:
 
-all      initial weights, and everything that is drawn while training
-weights  the initial weights alone
-order    what is drawn while training alone: batch order, dropout masks, a loss's own random numbers
-bit      the lowest bit of one initial weight, another one for every seed
+all      initial weights, and all draws during training
+weights  initial weights only
+order    draws during training only: batch order, dropout masks, random numbers of a loss
+bit      only the lowest bit of one initial weight; every seed flips another weight
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-FIXED = 0  # the seed of what does not vary
+FIXED = 0  # seed of the streams that do not depend on the replica's seed
 
 SCOPE = {
     "all": "",
@@ -27,48 +27,39 @@ SCOPE = {
     "order": " (batch order, dropout and other draws alone)",
     "bit": " (one bit of one initial weight alone)",
 }
-"""What is said beside the seeds."""
+"""Text that follows the seeds in a verdict, for each value of `vary`."""
 
 _BITS = {4: torch.int32, 8: torch.int64}
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed for one purpose, such as `derive_seed(seed, "order", epoch)`; distinct parts, distinct streams."""
+    """Return a 63-bit seed for one purpose, such as `derive_seed(seed, "order", epoch)`."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
 class RandomStream:
-    """A position in torch's global random number generators that can be resumed again and again.
+    """Separate stream of torch's global random number generators, which can be resumed many times.
 
-    Code that draws from the global generators, such as dropout in a plain module or a loss that adds noise, runs
-    inside `with stream.resumed():` and so neither sees nor moves anybody else's randomness.
+    Code that draws from the global generators runs inside `with stream.resumed():`. Examples are dropout in a plain
+    module, and a loss that adds noise. Its draws neither depend on other streams nor change them.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
         with self._saved():
             torch.manual_seed(seed)
-            self._start = self._state = self._read()
+            self._start = self.position = self._read()  # the states of the generators
 
     def restarted(self) -> RandomStream:
-        """The same stream, back where it began."""
-        self._state = self._start
+        """Reset the stream to its start and return it."""
+        self.position = self._start
         return self
 
     @property
     def moved(self) -> bool:
-        """Whether anything was drawn from it."""
-        return not all(map(torch.equal, self._start, self._state))
-
-    @property
-    def position(self) -> list[Tensor]:
-        """Where it was left: the states of the generators."""
-        return self._state
-
-    @position.setter
-    def position(self, state: list[Tensor]) -> None:
-        self._state = state
+        """True if random numbers were drawn from the stream."""
+        return not all(map(torch.equal, self._start, self.position))
 
     def _read(self) -> list[Tensor]:
         return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self._cuda)] if self._cuda else [])
@@ -88,31 +79,31 @@ class RandomStream:
 
     @contextmanager
     def resumed(self) -> Iterator[None]:
-        """The global generators stand where this stream was left; afterwards as they were before."""
+        """Set the global generators to this stream inside the block, and restore them afterwards."""
         with self._saved():
-            self._write(self._state)
+            self._write(self.position)
             try:
                 yield
             finally:
-                self._state = self._read()
+                self.position = self._read()
 
 
 @dataclass(frozen=True)
 class Variation:
-    """The seed of every source of randomness, and the bit that is flipped, given a replica's seed."""
+    """Seeds of the initial weights and of the training draws, given the seed of a replica."""
 
     vary: str = "all"
 
     def initial(self, seed: int) -> int:
-        """Of the initial weights."""
+        """Return the seed of the initial weights."""
         return seed if self.vary in ("all", "weights") else FIXED
 
     def training(self, seed: int) -> int:
-        """Of what is drawn while training."""
+        """Return the seed of all draws during training."""
         return seed if self.vary in ("all", "order") else FIXED
 
     def touch(self, module: nn.Module, seed: int) -> nn.Module:
-        """The module as it begins under a seed: as it is, or with the seed's bit flipped."""
+        """Return the module, with one bit flipped if `vary` is `bit`."""
         if self.vary == "bit":
             flip_lowest_bit(module, seed)
         return module
@@ -123,9 +114,9 @@ EVERYTHING = Variation()
 
 @torch.no_grad()
 def flip_lowest_bit(module: nn.Module, number: int) -> None:
-    """Flip the lowest bit of one entry of the parameters, in place; different numbers choose different entries.
+    """Flip the lowest bit of one entry of the parameters, in place. Different numbers choose different entries.
 
-    Of an entry that is exactly 0 that makes the smallest denormal number, which the first step rounds away.
+    If the entry is exactly 0, the flip gives the smallest subnormal, which the first update rounds away.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     entries = sum(parameter.numel() for parameter in parameters)

@@ -1,7 +1,6 @@
-"""Where training went: a small linear image of the weights at a few steps, kept with every cell.
+"""Linear sketch of the weights at a few steps, stored with every cell.
 
-The image is linear, so the distance between two runs can be told later from what each left behind, even where
-they were trained on different days: ||S a - S b|| = ||S (a - b)||.
+Because it is linear, the distance of two runs follows from their stored sketches: ||S a - S b|| = ||S (a - b)||.
 """
 
 from __future__ import annotations
@@ -11,22 +10,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-EXACT = 2048  # up to here the parameters themselves are kept
-BUCKETS = 2039  # a prime: one column of a weight matrix spreads over all buckets, whatever the matrix's width
+EXACT = 2048  # up to this number of parameters the sketch is the parameters themselves
+BUCKETS = 2039  # prime: a column of a weight matrix is spread over all buckets, for every width of the matrix
 
 
 def snapshot_steps(last: int) -> list[int]:
-    """1, 3, 10, 30, 100, ... and the last step."""
+    """Return the steps at which a sketch is taken: 1, 3, 10, 30, 100, ... and the last step."""
     steps = [base * 10**power for power in range(len(str(last))) for base in (1, 3)]
     return sorted({step for step in steps if step < last} | {last})
 
 
 def sketch(parameters: Mapping[str, Tensor]) -> Tensor:
-    r"""A float64 vector of at most 2048 numbers whose norm estimates the norm of all parameters.
+    r"""Return a float64 vector of at most 2048 numbers whose norm estimates the norm of all parameters.
 
-    Up to 2048 parameters it is the parameters themselves, so distances are exact. Beyond, coordinates get fixed
-    random signs and every 2039th is summed up: E ||S x||^2 = ||x||^2 with a relative standard deviation of about
-    sqrt(2 / 2039) = 3 % of the square, 1.6 % of the norm; equal weights give equal sketches.
+    Up to 2048 parameters it is the parameters themselves, so distances are exact. For more, coordinates get fixed
+    random signs and every 2039th is summed up: E ||S x||^2 = ||x||^2. The relative standard deviation is about
+    sqrt(2 / 2039) = 3 % of the square, 1.6 % of the norm. Equal weights give equal sketches.
     Source: Charikar, Chen and Farach-Colton, *Finding frequent items in data streams*, 2002.
     """
     flat = torch.cat([tensor.detach().double().flatten() for tensor in parameters.values()])
@@ -40,7 +39,7 @@ def sketch(parameters: Mapping[str, Tensor]) -> Tensor:
 
 
 def sketch_distance(candidate: Tensor, reference: Tensor) -> Tensor:
-    """||theta_X - theta_A|| / ||theta_A|| from sketches [steps, width]; 0 where the weights are equal."""
+    """Return ||theta_X - theta_A|| / ||theta_A|| from sketches [steps, width]; 0 where the weights are equal."""
     distance: Tensor = torch.linalg.vector_norm(candidate - reference, dim=-1)
     size: Tensor = torch.linalg.vector_norm(reference, dim=-1)
     return distance / size

@@ -1,12 +1,12 @@
-"""R plain modules as one and back.
+"""Stack of R plain modules as one module, and the loop engine.
 
 A `Stack` runs R modules of one architecture, each on its own batch, in one of two engines:
 
-fold    one copy of the model whose leaf layers are swapped for stacked twins that hold all replicas' tensors,
-        [R, ...], under the plain names; the model's own forward code runs on channels folded as [B, R*C, ...].
-loop    the plain modules themselves, one after the other: bitwise the plain module.
+fold    one copy of the model in which stacked layers replace the leaf layers. Their tensors [R, ...] hold all replicas
+        under the plain names. The model's own forward code runs on channels folded as [B, R*C, ...].
+loop    the plain modules, one after the other. The result is bitwise that of the plain module.
 
-Both take and give the same shapes. Replica i of a stack is `stack.weights(i)`, which loads into the plain module.
+Both have the same input and output shapes. `stack.weights(i)` is replica i and loads into the plain module.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pipeline.engine.seeding import RandomStream, derive_seed
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one forward pass of a stack gives; the last three only where they were asked for.
+    """Outputs of one forward pass of a stack. The last three are set only if `fused=True`.
 
     Attributes:
         logits: [R, B, C], contiguous.
         hidden: [R, B, D], the head's input.
         weight: R head weights [C, D].
-        bias: R head biases [C], or None where the head has none.
+        bias: R head biases [C], or None if the head has no bias.
     """
 
     logits: Tensor
@@ -39,7 +39,7 @@ class Outputs:
     bias: Sequence[Tensor] | None = None
 
     def first(self, count: int) -> Outputs:
-        """The outputs of the first replicas alone."""
+        """Return the outputs of the first `count` replicas."""
         if count == len(self.logits):
             return self
         parts = (self.logits, self.hidden, self.weight, self.bias)
@@ -47,11 +47,11 @@ class Outputs:
 
 
 class Stack(nn.Module):
-    """R replicas of one model as one module; see `fold` and `loop` for how to make one.
+    """R replicas of one model as one module. `choose.build_stack` makes one.
 
     Attributes:
         engine: "fold" or "loop".
-        replica_axis: which axis of the inputs counts replicas: 1 for fold, 0 for loop.
+        replica_axis: axis of the inputs that counts replicas: 1 for fold, 0 for loop.
     """
 
     engine: str
@@ -62,76 +62,80 @@ class Stack(nn.Module):
         self.num_replicas, self.head = num_replicas, head
 
     def forward(self, inputs: Tensor, fused: bool = False) -> Outputs:
-        """Logits of every replica on its own batch: inputs [B, R, ...] in fold, [R, B, ...] in loop."""
+        """Compute the logits of every replica on its own batch: inputs [B, R, ...] in fold, [R, B, ...] in loop."""
         raise NotImplementedError
 
     def weights(self, replica: int) -> dict[str, Tensor]:
-        """A copy of one replica's parameters and buffers, as the plain module's `state_dict`."""
+        """Return a copy of one replica's parameters and buffers, as the `state_dict` of the plain module."""
         raise NotImplementedError
 
     def parameters_of(self, replica: int) -> dict[str, Tensor]:
-        """One replica's parameters, not copied, under the plain names."""
+        """Return one replica's parameters under the plain names, without a copy."""
+        raise NotImplementedError
+
+    def gradients_of(self, replica: int) -> dict[str, Tensor]:
+        """Return one replica's gradients under the plain names, without a copy."""
         raise NotImplementedError
 
     def gradient_norms(self) -> Tensor:
-        """Euclidean norm of each replica's whole gradient, [R]."""
+        """Return the Euclidean norm of each replica's whole gradient, [R]."""
         raise NotImplementedError
 
     def scale_gradients(self, factors: Tensor) -> None:
-        """Multiply each replica's gradient by its own factor, in place."""
+        """Multiply each replica's gradient by its factor, in place."""
         raise NotImplementedError
 
     def scale_step(self, before: Sequence[Tensor], factors: Tensor) -> None:
-        """Make each replica's last step its own factor times as long, given all parameters as they were before it.
+        """Multiply the length of each replica's last step by its factor, given all parameters before the step.
 
-        Every optimizer that a stack takes moves a weight in proportion to the learning rate, so this is a rate of the
-        replica's own, up to rounding: what the optimizer rounded is made longer with the step. Where the factor is 1
-        the bits stay as they are.
+        Every permitted optimizer moves a weight in proportion to the learning rate. The factor therefore acts as a
+        learning rate per replica, up to rounding (the optimizer's rounding error is scaled too). A factor of 1 keeps
+        the bits.
         """
         with torch.no_grad():
             for now, old, factor in self._by_factor(before, factors):
                 now.copy_(torch.where(factor == 1, now, old + factor * (now - old)))
 
     def _by_factor(self, before: Sequence[Tensor], factors: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Parameters, what they were, and factors that broadcast to them."""
+        """Yield parameters, their values before the step, and factors that broadcast to them."""
         raise NotImplementedError
 
     @property
     def positions(self) -> list[Any]:
-        """Where the streams of random numbers stand that dropout masks are drawn from."""
+        """Positions of the random streams of the dropout masks."""
         raise NotImplementedError
 
     @positions.setter
     def positions(self, positions: list[Any]) -> None:
         raise NotImplementedError
 
-    def progress(self) -> dict[str, Any]:
-        """All that training changes: parameters, buffers, what the model's code remembers, and the streams."""
+    def training_state(self) -> dict[str, Any]:
+        """Return all state that training changes: parameters, buffers, plain attributes, and the streams."""
         parameters = [parameter.detach() for parameter in self.parameters()]
-        return {"parameters": parameters, "memory": get_object_state(self), "streams": self.positions}
+        return {"parameters": parameters, "object_state": get_object_state(self), "streams": self.positions}
 
     @torch.no_grad()
-    def go_on_from(self, progress: Mapping[str, Any]) -> None:
-        """Stand where another stack of the same replicas stood."""
-        for parameter, value in zip(self.parameters(), progress["parameters"], strict=True):
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of another stack of the same replicas."""
+        for parameter, value in zip(self.parameters(), state["parameters"], strict=True):
             parameter.copy_(value)
-        set_object_state(self, progress["memory"], next(self.parameters()).device)
-        self.positions = progress["streams"]
+        set_object_state(self, state["object_state"], next(self.parameters()).device)
+        self.positions = state["streams"]
 
     def shared(self, inputs: Tensor) -> Tensor:
-        """One batch [B, ...] laid out for all replicas, without a copy."""
+        """Return one batch [B, ...] in the layout for all replicas, without a copy."""
         axis = self.replica_axis
         return inputs.unsqueeze(axis).expand(*inputs.shape[:axis], self.num_replicas, *inputs.shape[axis:])
 
     def clip_gradients(self, max_norm: float) -> None:
-        """Clip every replica's gradient by its own norm, as `torch.nn.utils.clip_grad_norm_` does for one model."""
+        """Clip every replica's gradient by its norm, as `torch.nn.utils.clip_grad_norm_` does for one model."""
         self.scale_gradients((max_norm / (self.gradient_norms() + 1e-6)).clamp(max=1.0))
 
 
 class Loop(Stack):
-    """The loop engine: plain modules, each drawing its dropout masks from a stream of its own.
+    """Loop engine: plain modules, each with a separate random stream for its dropout masks.
 
-    With `fast` their convolutions keep pictures channels last, which changes bits and nothing else.
+    With `fast` the convolutions use the channels-last memory format, which changes results only by rounding.
     """
 
     engine, replica_axis = "loop", 0
@@ -177,6 +181,9 @@ class Loop(Stack):
 
     def parameters_of(self, replica: int) -> dict[str, Tensor]:
         return dict(self.replicas[replica].named_parameters())
+
+    def gradients_of(self, replica: int) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.replicas[replica].named_parameters() if p.grad is not None}
 
     @property
     def positions(self) -> list[Any]:

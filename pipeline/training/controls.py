@@ -1,11 +1,12 @@
-"""What a trial trains beside its candidates to know what its own answers are worth.
+"""Controls: runs that a trial adds in order to check its own answers.
 
-replay   the reference again, in another slot: anything but the same bits means that this platform is not deterministic
-placebo  the reference with other roundings, twice: in float32 once in float64 and cast back, once with its classes in
-         another order; in bfloat16 with gradients from float64, rounded up or down at random, by two draws.
-         What they do is what rounding does: the measure for the candidates' early steps, and equivalent by construction
-dose     the reference with its logits times 1 + d: a difference of a known size, which the study has to notice
-rank     where asked for: copies of the reference, and the candidates, with gradients rounded at random
+replay   negative control: the reference again in another slot. If its bits differ, the platform is not deterministic.
+placebo  negative control: the reference with different rounding, in two variants. In float32: computed in float64 and
+         cast back, and with permuted classes. In bfloat16: gradients from float64, rounded up or down at random, with
+         two draws. It measures how far rounding alone moves the weights, and is equivalent by construction.
+dose     positive control: the reference with its logits times 1 + d. The trial must detect this known difference.
+rank     runs of the rank test, if requested: copies of the reference, and the candidates, with gradients rounded at
+         random.
 """
 
 from __future__ import annotations
@@ -24,55 +25,56 @@ from likelihood_lab.stats.trajectory import BITS
 from pipeline.replica import CANDIDATE, COPY, DITHERED, DITHERED_AGAIN, DOSE, IN_FLOAT64, REORDERED, REPLAY
 from pipeline.training.objectives import Formulation
 
+Given = dict[str, Tensor | None]
+Change = Callable[[Given], Given]
+
 _MADE_OF_LOGITS = ("logits", "log_probs", "probs")
 
 
 def ranked(arm: str, formulations: Mapping[str, Formulation], reference: str) -> Formulation:
-    """An arm of the rank test; the draws of every copy, and of a candidate, are others."""
+    """Return the loss of one arm of the rank test. Every copy has different draws; all candidates share one number."""
     if arm.startswith(COPY):
         return dithered(arm, formulations[reference], BITS, int(arm.removeprefix(COPY)))
     return dithered(arm, formulations[arm.removeprefix(CANDIDATE)], BITS, 0)
 
 
 def control(name: str, reference: Formulation, dose: float | None = None) -> Formulation:
-    """The control of that name as a formulation of its own.
+    """Return the loss of a control.
 
     Args:
-        dose: d of the negative control.
+        dose: d of the positive control.
     """
     if name == REPLAY:
         return replace(reference, name=name)
-    wrap: Mapping[str, Callable[[LossFn], LossFn]] = {
-        IN_FLOAT64: lambda fn: _Rewritten(fn, reference.args, _in_float64),
-        DITHERED: lambda fn: _Rewritten(fn, reference.args, partial(_dithered, number=1)),
-        DITHERED_AGAIN: lambda fn: _Rewritten(fn, reference.args, partial(_dithered, number=2)),
-        REORDERED: lambda fn: _Rewritten(fn, reference.args, _reordered),
-        DOSE: lambda fn: _Rewritten(fn, reference.args, lambda given: _dosed(given, dose or 0.0)),
+    changes: Mapping[str, Change] = {
+        IN_FLOAT64: _in_float64,
+        DITHERED: partial(_dithered, number=1),
+        DITHERED_AGAIN: partial(_dithered, number=2),
+        REORDERED: _reordered,
+        DOSE: partial(_dosed, dose=dose or 0.0),
     }
-    return replace(reference, name=name, args=base_args(reference.args), make=lambda: wrap[name](reference.make()))
+    return _rewritten(name, reference, changes[name])
 
 
 def dithered(name: str, formulation: Formulation, bits: int, number: int) -> Formulation:
-    """A formulation whose gradients are rounded at random to so many significant bits; its own precision is kept."""
-    change = partial(_dithered, number=number, bits=bits, double=False)
-    args = formulation.args
-    return replace(
-        formulation, name=name, args=base_args(args), make=lambda: _Rewritten(formulation.make(), args, change)
-    )
+    """Return the loss with gradients rounded at random to `bits` significant bits. It is computed in its precision."""
+    return _rewritten(name, formulation, partial(_dithered, number=number, bits=bits, double=False))
+
+
+def _rewritten(name: str, loss: Formulation, change: Change) -> Formulation:
+    make = partial(_Rewritten, args=loss.args, change=change)
+    return replace(loss, name=name, args=base_args(loss.args), make=lambda: make(loss.make()))
 
 
 def base_args(args: tuple[str, ...]) -> tuple[str, ...]:
-    """What `args` are made of: log_probs and probs become logits, from which a control takes them itself."""
+    """Replace log_probs and probs by logits. A control derives them from the logits itself."""
     return tuple(dict.fromkeys("logits" if arg in _MADE_OF_LOGITS else arg for arg in args))
 
 
-Given = dict[str, Tensor | None]
-
-
 class _Rewritten(nn.Module):
-    """A loss called with inputs that are changed first; its value comes back in the precision that came in."""
+    """Loss on changed inputs. Its value has the dtype of the unchanged inputs."""
 
-    def __init__(self, fn: LossFn, args: tuple[str, ...], change: Callable[[Given], Given]) -> None:
+    def __init__(self, fn: LossFn, args: tuple[str, ...], change: Change) -> None:
         super().__init__()
         self.fn, self.args, self.change = fn, args, change
         self._double: LossFn | None = None
@@ -89,7 +91,7 @@ class _Rewritten(nn.Module):
         return value.to(first.dtype)
 
     def _fn(self, changed: Given) -> LossFn:
-        """The loss itself, or its copy in float64 where its inputs are."""
+        """Return the loss, or its float64 copy if an input is float64."""
         doubles = any(t is not None and t.dtype == torch.float64 for t in changed.values())
         if not (doubles and isinstance(self.fn, nn.Module)):
             return self.fn
@@ -104,10 +106,10 @@ def _in_float64(given: Given) -> Given:
 
 
 class _Dither(torch.autograd.Function):
-    """The identity; its gradient comes back with so many significant bits, rounded up or down at random without bias.
+    """Identity whose gradient is rounded at random, without bias, to `bits` significant bits.
 
-    What decides is drawn on the way forward, where the replica's own stream of random numbers is open. `number` tells
-    the arms of one seed apart, whose streams are alike.
+    The random numbers are drawn in the forward pass, inside the random stream of the replica. Arms of one seed have
+    equal streams; `number` makes their draws different.
     """
 
     @staticmethod
@@ -123,7 +125,7 @@ class _Dither(torch.autograd.Function):
         (drawn,) = ctx.saved_tensors
         mantissa, exponent = torch.frexp(upstream[0].double())
         whole = torch.ldexp(mantissa, torch.tensor(ctx.bits))
-        rounded = (whole + drawn).floor()  # up with a probability of what is cut off
+        rounded = (whole + drawn).floor()  # rounds up with the probability of the part that is cut off
         return torch.ldexp(rounded, exponent - ctx.bits).to(ctx.dtype), None, None
 
 
@@ -131,7 +133,7 @@ SIGNIFICANT = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.fl
 
 
 def _dithered(given: Given, number: int, bits: int | None = None, double: bool = True) -> Given:
-    """Gradients that reach the inputs dithered, to `bits` or to what the inputs have; the loss itself in float64."""
+    """Round the gradients at random, to `bits` or the bits of the dtype. With `double` the loss is in float64."""
 
     def changed(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or not tensor.is_floating_point():
@@ -144,7 +146,7 @@ def _dithered(given: Given, number: int, bits: int | None = None, double: bool =
 
 
 def _reordered(given: Given) -> Given:
-    """Every class under another number, in inputs and labels alike: sums over classes round otherwise."""
+    """Permute the classes of inputs and labels, so that sums over classes round differently."""
     wide = next(t for name, t in given.items() if t is not None and name in ("logits", "target_probs", "weight"))
     classes = wide.shape[0] if "weight" in given and wide is given["weight"] else wide.shape[-1]
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(classes)).to(wide.device)
@@ -162,11 +164,11 @@ def _in_order(name: str, tensor: Tensor | None, order: Tensor) -> Tensor | None:
 
 
 def _dosed(given: Given, dose: float) -> Given:
-    """Logits times 1 + d; of a fused loss, what they are made of."""
+    """Multiply the logits by 1 + d; for a fused loss, the tensors that the logits are made of."""
     scaled = ("logits", "hidden", "bias")
     return {name: t * (1 + dose) if t is not None and name in scaled else t for name, t in given.items()}
 
 
 def declared(name: str, reference: Mapping[str, Any], dose: float | None) -> dict[str, Any]:
-    """What a control's cells are made from: the reference's declaration, and what was done to it."""
+    """Return the declaration of a control for its cells: that of the reference, with the name and dose added."""
     return {**reference, "control": name} | ({"dose": dose} if name == DOSE else {})

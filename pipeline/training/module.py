@@ -1,4 +1,4 @@
-"""The Lightning module: one step for all replicas of a stack, side by side on paired batches."""
+"""Lightning module that trains all replicas of a stack on paired batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EVALUATION_BATCH = 500
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and with what every replica is trained."""
+    """Training settings that all replicas share."""
 
     epochs: int
     batch_size: int
@@ -42,24 +42,24 @@ class Recipe:
     variation: Variation = EVERYTHING
 
     def steps_per_epoch(self, num_examples: int) -> int:
-        """Batches in an epoch; the last one may be short."""
+        """Return the number of batches in an epoch. The last one may be short."""
         return math.ceil(num_examples / self.batch_size)
 
     def rate(self, step: int, last: int) -> float:
-        """Factor of the learning rate at a step: linear warm-up, then constant or half a cosine to 0."""
+        """Return the factor of the learning rate at a step: linear warm-up, then constant or half a cosine to 0."""
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return warm * (0.5 * (1 + math.cos(math.pi * step / last)) if self.schedule == "cosine" else 1.0)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's examples and targets, a row for each distinct seed.
+    """Examples and targets of one step, with a row for each distinct seed.
 
     Attributes:
         indices: [S, B].
-        layout: the same for every replica, as the stack takes its inputs: [B, R] or [R, B].
+        layout: indices for every replica in the input layout of the stack: [B, R] or [R, B].
         labels: [S, B].
-        target_probs: [S, B, C], where a loss asks for them.
+        target_probs: [S, B, C], or None if no loss takes them.
     """
 
     indices: Tensor
@@ -70,16 +70,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a replica first stopped being a model."""
+    """First step at which a replica failed or was not finite, and the cause."""
 
     step: int
     cause: str
 
 
 class StepChunks:
-    """An epoch as runs of consecutive step numbers; the data are gathered inside the step.
+    """Epoch as slices of consecutive step numbers. The data are gathered inside the step.
 
-    Neither is a sequence: Lightning takes a list for several loaders, and rebuilds a range that it is to move.
+    It yields slices and is no sequence: Lightning treats a list as several loaders, and copies a range to the device.
     """
 
     def __init__(self, num_steps: int, size: int) -> None:
@@ -93,11 +93,11 @@ class StepChunks:
 
 
 class StackTrainingModule(pl.LightningModule):
-    """Trains all replicas of one stack.
+    """Lightning module that trains all replicas of one stack.
 
-    One index gather serves a step: a row of `indices` [S, B] is the batch of all arms of one seed. A
-    Lightning `training_step` does several optimizer steps and logs nothing; measurements are kept as tensors and
-    read once at the end.
+    One gather by index reads the data of a step: a row of `indices` [S, B] is the batch of all losses of one seed.
+    One Lightning `training_step` does several optimizer steps and logs nothing. Measurements stay tensors until the
+    end.
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class StackTrainingModule(pl.LightningModule):
         self.data, self.input_shape = data, input_shape
         self.num_examples = len(data.splits["train"])
         self.last_step = recipe.epochs * recipe.steps_per_epoch(self.num_examples)
-        self.epochs_done = self.steps_done = 0  # of a training that goes on: what was done before it
-        self.snapshots = snapshot_steps(self.last_step)
-        self.sketches: list[Tensor] = []  # one [R, width] a snapshot
-        self.moments = {1, self.last_step // 4, self.last_step // 2, self.last_step} - {0}
-        self.met: list[tuple[int, Tensor, Tensor]] = []  # step, logits [R, B, C], examples [S, B] at these moments
+        self.epochs_done = self.steps_done = 0
+        self.sketch_steps = snapshot_steps(self.last_step)
+        self.sketches: list[Tensor] = []  # one [R, width] for each of these steps
+        self.captured_steps = {1, self.last_step // 4, self.last_step // 2, self.last_step} - {0}
+        self.captured_batches: list[tuple[int, Tensor, Tensor]] = []  # step, logits [R, B, C], examples [S, B]
         fillers = stack.num_replicas - len(replicas)
         self._slots = torch.tensor(objectives.slots + objectives.slots[-1:] * fillers)
         self._measured: list[tuple[str, int, Tensor]] = []
@@ -128,10 +128,10 @@ class StackTrainingModule(pl.LightningModule):
         scales = objectives.lr_scales + [1.0] * fillers
         self._lr_scales = None if set(scales) == {1.0} else torch.tensor(scales, dtype=torch.float64, device=device)
         self._first_nonfinite = torch.zeros(len(self.replicas), dtype=torch.int64, device=device)
-        self._objectives: list[tuple[int, Tensor]] = []  # this epoch's: batch size, [R]
-        self._optimizer_progress: Any = None  # of a training that goes on
+        self._objectives: list[tuple[int, Tensor]] = []  # of the current epoch: batch size, values [R]
+        self._optimizer_state: Any = None  # of the checkpoint, in a resumed training
 
-    # --- what Lightning calls
+    # --- hooks that Lightning calls
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.recipe.make_optimizer(self.stack.parameters())
@@ -145,8 +145,8 @@ class StackTrainingModule(pl.LightningModule):
         self._optimizer = optimizer
         self._trained = list(self.stack.parameters())
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
-        if self._optimizer_progress is not None:
-            optimizer.load_state_dict(self._optimizer_progress)
+        if self._optimizer_state is not None:
+            optimizer.load_state_dict(self._optimizer_state)
 
     def on_train_epoch_start(self) -> None:
         train = self.data.splits["train"]
@@ -163,7 +163,7 @@ class StackTrainingModule(pl.LightningModule):
             self._step(batch)
 
     def _batches(self, steps: slice) -> Iterator[Batch]:
-        """The batches of these steps; everything but the inputs, which are large, is looked up for all at once."""
+        """Yield the batches of these steps. All but the inputs, which are large, is gathered for all steps at once."""
         size, axis = self.recipe.batch_size, self.stack.replica_axis
         indices = self._orders[:, steps.start * size : steps.stop * size]
         layout = indices[self._slots].movedim(0, axis).contiguous()
@@ -179,7 +179,7 @@ class StackTrainingModule(pl.LightningModule):
             )
 
     def on_train_epoch_end(self) -> None:
-        self._settle_objectives()
+        self._finish_epoch_objectives()
         self._evaluate("val")
         self.epochs_done += 1
 
@@ -187,42 +187,42 @@ class StackTrainingModule(pl.LightningModule):
         for split in ("train", "test"):
             self._evaluate(split)
 
-    # --- going on after a kill
+    # --- checkpoints
 
-    def progress(self) -> dict[str, Any]:
-        """Everything that the next epoch, and what is recorded of the earlier ones, depends on."""
+    def training_state(self) -> dict[str, Any]:
+        """Return all state that the next epoch and the records of earlier epochs need."""
         return {
             "epochs_done": self.epochs_done,
             "steps_done": self.steps_done,
-            "stack": self.stack.progress(),
+            "stack": self.stack.training_state(),
             "optimizer": self._optimizer.state_dict(),
-            "objectives": self.objectives.progress(),
+            "objectives": self.objectives.training_state(),
             "measured": self._measured,
             "first_nonfinite": self._first_nonfinite,
             "sketches": self.sketches,
-            "met": self.met,
+            "captured_batches": self.captured_batches,
         }
 
-    def go_on_from(self, progress: Mapping[str, Any]) -> None:
-        """Stand, before `fit`, where the training of the same replicas stood at the end of an epoch."""
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Restore, before `fit`, the state of the same replicas at the end of an epoch."""
         device = self._slots.device
-        self.epochs_done, self.steps_done = progress["epochs_done"], progress["steps_done"]
-        self.stack.go_on_from(progress["stack"])
-        self._optimizer_progress = progress["optimizer"]
-        self.objectives.go_on_from(progress["objectives"])
-        self._measured, self.sketches = progress["measured"], progress["sketches"]
-        self._first_nonfinite = progress["first_nonfinite"].to(device)
-        self.met = [(step, logits.to(device), indices.to(device)) for step, logits, indices in progress["met"]]
+        self.epochs_done, self.steps_done = state["epochs_done"], state["steps_done"]
+        self.stack.load_training_state(state["stack"])
+        self._optimizer_state = state["optimizer"]
+        self.objectives.load_training_state(state["objectives"])
+        self._measured, self.sketches = state["measured"], state["sketches"]
+        self._first_nonfinite = state["first_nonfinite"].to(device)
+        self.captured_batches = [(step, z.to(device), i.to(device)) for step, z, i in state["captured_batches"]]
 
     # --- the step
 
     def _step(self, batch: Batch) -> None:
-        """One optimizer step of every replica on its own batch."""
+        """Do one optimizer step of every replica on its own batch."""
         self._set_rate()
         with self._autocast():
             objectives = torch.stack(self._forward(batch))
         objectives.backward(torch.ones_like(objectives))
-        if self.objectives.fused:  # one that ignores the bias must not depend on a neighbour that does not
+        if self.objectives.fused:  # a loss that does not use the bias must not depend on a neighbour that does
             for parameter in self._trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -233,11 +233,11 @@ class StackTrainingModule(pl.LightningModule):
             parameter.grad = None
         self.steps_done += 1
         self._objectives.append((batch.indices.shape[1], objectives.detach()))
-        if self.steps_done in self.snapshots:
-            self._snapshot()
+        if self.steps_done in self.sketch_steps:
+            self._add_sketch()
 
     def _update(self) -> None:
-        """The optimizer's step, longer or shorter for replicas whose loss declares a rate of its own."""
+        """Do the optimizer's step, scaled for replicas whose loss declares an `lr_scale`."""
         if self._lr_scales is None:
             self._optimizer.step()
             return
@@ -248,16 +248,16 @@ class StackTrainingModule(pl.LightningModule):
     def _forward(self, batch: Batch) -> list[Tensor]:
         inputs = self._take(batch.layout)
         outputs = self.stack(inputs, fused=self.objectives.fused).first(len(self.replicas))
-        if self.steps_done + 1 in self.moments:
-            self.met.append((self.steps_done + 1, outputs.logits.detach().clone(), batch.indices.clone()))
+        if self.steps_done + 1 in self.captured_steps:
+            self.captured_batches.append((self.steps_done + 1, outputs.logits.detach().clone(), batch.indices.clone()))
         return self.objectives(outputs, batch.labels, batch.target_probs)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 where the recipe says so."""
+        """Return the bfloat16 autocast context if the recipe asks for it."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.recipe.autocast else nullcontext()
 
     def _take(self, indices: Tensor) -> Tensor:
-        """Inputs; grey pictures repeated where the model takes colour."""
+        """Return the inputs. Grey pictures are repeated if the model takes colour."""
         return self.data.take(indices)[0].expand(*indices.shape, *self.input_shape)
 
     def _set_rate(self) -> None:
@@ -268,10 +268,10 @@ class StackTrainingModule(pl.LightningModule):
         for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * factor
 
-    # --- measuring
+    # --- measurements
 
-    def _settle_objectives(self) -> None:
-        """The epoch's mean objective over examples, and the first step at which a replica's was not finite."""
+    def _finish_epoch_objectives(self) -> None:
+        """Record the epoch's mean objective over examples, and the first step with an objective that is not finite."""
         sizes, objectives = zip(*self._objectives, strict=True)
         values = torch.stack(objectives).double()  # [steps, R]
         self._measure("train/objective", torch.einsum("s,sr->r", values.new_tensor(sizes), values) / self.num_examples)
@@ -281,7 +281,7 @@ class StackTrainingModule(pl.LightningModule):
         self._first_nonfinite = torch.where(fresh, first, self._first_nonfinite)
         self._objectives.clear()
 
-    def _snapshot(self) -> None:
+    def _add_sketch(self) -> None:
         replicas = range(len(self.replicas))
         self.sketches.append(torch.stack([sketch(self.stack.parameters_of(r)) for r in replicas]))
 
@@ -293,7 +293,7 @@ class StackTrainingModule(pl.LightningModule):
         metrics = MetricSums(len(self.replicas), self.device)
         was_training = self.stack.training
         self.stack.eval()
-        for indices in without_a_lonely_one(self.data.splits[split]):
+        for indices in evaluation_batches(self.data.splits[split]):
             inputs, labels = self._take(indices), self.data.labels[indices]
             with self._autocast():
                 logits = self.stack(self.stack.shared(inputs)).first(len(self.replicas)).logits
@@ -303,21 +303,21 @@ class StackTrainingModule(pl.LightningModule):
             self._measure(f"{split}/{metric}", values)
 
     def batches(self, replica: int) -> list[dict[str, Any]]:
-        """What reached one replica's loss at the first step, after a quarter, half and all of the training."""
+        """Return the logits and targets of one replica at the first step, and after 1/4, 1/2 and all of the steps."""
         seed = self.objectives.slots[replica]
-        # A clone: with a part of a tensor, torch saves the whole.
-        mine = ((step, logits[replica].clone(), indices[seed]) for step, logits, indices in self.met)
+        # Cloned, because torch saves the whole storage of a view.
+        mine = ((step, logits[replica].clone(), indices[seed]) for step, logits, indices in self.captured_batches)
         return [{"step": step, "logits": logits.cpu(), **self._targets(indices)} for step, logits, indices in mine]
 
     def _targets(self, indices: Tensor) -> dict[str, Tensor]:
-        """Labels [B] and, where they are not one-hot, targets [B, C] in float64, on the CPU."""
+        """Return labels [B] and, for soft targets, targets [B, C] in float64, on the CPU."""
         found = {"labels": self.data.labels[indices]}
         if self.data.soft_targets is not None:
             found["target_probs"] = self.data.soft_targets[indices]
         return {name: tensor.cpu() for name, tensor in found.items()}
 
     def latest(self, metric: str) -> dict[str, float]:
-        """The last measured value of a metric, averaged over each arm's replicas."""
+        """Return the last measured value of a metric, as the mean over the replicas of each arm."""
         values = next(values for name, _, values in reversed(self._measured) if name == metric)
         arms = dict.fromkeys(replica.arm for replica in self.replicas)
         return {
@@ -326,13 +326,13 @@ class StackTrainingModule(pl.LightningModule):
         }
 
     def history(self, replica: int) -> pd.DataFrame:
-        """All that was measured of one replica: metric, step, value."""
+        """Return all measurements of one replica: metric, step, value."""
         metrics, steps, values = zip(*self._measured, strict=True)
         column = torch.stack([each.cpu() for each in values])[:, replica]
         return pd.DataFrame({"metric": list(metrics), "step": np.array(steps), "value": column.numpy()})
 
     def divergences(self) -> Iterator[Divergence | None]:
-        """For each replica where and how it became non-finite, or None: objective, weights or yardsticks."""
+        """Yield for each replica when and how objective, weights or logits became non-finite, or None."""
         final = {metric: values for metric, _, values in self._measured}
         for replica, step in enumerate(self._first_nonfinite.tolist()):
             weights = self.stack.weights(replica)
@@ -348,15 +348,15 @@ class StackTrainingModule(pl.LightningModule):
                 yield None
 
 
-def without_a_lonely_one(indices: Tensor) -> tuple[Tensor, ...]:
-    """The examples in batches for evaluation, none of a single one where there are more: folded, it has other bits."""
+def evaluation_batches(indices: Tensor) -> tuple[Tensor, ...]:
+    """Split examples into batches, none of a single example: in the fold engine its bits depend on the neighbours."""
     size = next(size for size in range(EVALUATION_BATCH, 0, -1) if len(indices) % size != 1 or len(indices) == 1)
     batches: tuple[Tensor, ...] = indices.split(size)
     return batches
 
 
 def fit(module: StackTrainingModule, callbacks: Sequence[pl.Callback], accelerator: str) -> None:
-    """Train the stack; SIGINT and SIGTERM leave as KeyboardInterrupt."""
+    """Train the stack. SIGINT and SIGTERM raise KeyboardInterrupt."""
     trainer = pl.Trainer(
         accelerator=accelerator, devices=1, max_epochs=module.recipe.epochs - module.epochs_done,
         callbacks=list(callbacks), logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -364,10 +364,10 @@ def fit(module: StackTrainingModule, callbacks: Sequence[pl.Callback], accelerat
     )  # fmt: skip
     try:
         trainer.fit(module)
-    except SystemExit as error:  # Lightning's answer to both signals
+    except SystemExit as error:  # Lightning raises it for both signals
         if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         line = f"the model's own code calls sys.exit({error.code}) in training; raise an error there"
         raise UsageError(line) from error
-    if module.steps_done < module.last_step:  # Lightning takes a StopIteration from anywhere for the end
+    if module.steps_done < module.last_step:  # Lightning treats every StopIteration as the end
         raise RuntimeError(f"training ended after {module.steps_done} of {module.last_step} steps")

@@ -1,6 +1,6 @@
-"""A loss from its declaration, and every replica's own loss on its own batch.
+"""Losses built from their declarations, and the objectives of all replicas of a stack.
 
-The declared callable is what runs, once for each replica.
+The declared callable itself runs, once for each replica on its own batch.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class _Arm:
 
 
 class Objectives:
-    """The objectives of a stack whose replicas are sorted by arm.
+    """Objectives of a stack whose replicas are sorted by arm.
 
-    Nothing that one arm needs is computed for another: softmax and its logarithm are taken of an arm's own logits,
-    so an arm's bits do not depend on who else is in the trial.
+    Softmax and its logarithm are computed separately for each arm. Therefore the bits of an arm do not depend on the
+    other arms of the trial.
 
     Attributes:
-        seeds: the distinct seeds; labels and targets come once for each.
-        lr_scales: what each replica's learning rate is multiplied by.
+        seeds: the distinct seeds; labels and targets have one row for each.
+        lr_scales: factor of each replica's learning rate.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class Objectives:
     ) -> None:
         self.seeds = list(dict.fromkeys(replica.seed for replica in replicas))
         self.slots = [self.seeds.index(replica.seed) for replica in replicas]
-        self.raised: dict[int, tuple[int, str]] = {}  # replica -> the call at which its loss first raised, and what
+        self.raised: dict[int, tuple[int, str]] = {}  # replica -> call at which its loss first raised, and the cause
         self.calls = 0
         self.device = device
         self.arms: list[_Arm] = []
         for formulation in formulations:
             seeds = [variation.training(replica.seed) for replica in replicas if replica.arm == formulation.name]
-            draws = probe(formulation, num_classes, device, dtype).draws_random_numbers
+            draws = probe(formulation, num_classes, device, dtype)
             streams = [RandomStream(derive_seed(seed, "loss"), device) for seed in seeds] if draws else None
             self.arms.append(_Arm(formulation, [formulation.instance(device, dtype) for _ in seeds], streams))
         self.sizes = [len(arm.fns) for arm in self.arms]
@@ -73,7 +73,7 @@ class Objectives:
         self.needs_target_probs = any("target_probs" in arm.formulation.args for arm in self.arms)
 
     def __call__(self, outputs: Outputs, labels: Tensor, target_probs: Tensor | None) -> list[Tensor]:
-        """R scalars in replica order, from logits [R, B, C], labels [S, B] and target_probs [S, B, C] by seed."""
+        """Return R scalars in replica order, from logits [R, B, C], labels [S, B] and target_probs [S, B, C]."""
         by_seed = {"labels": labels} if target_probs is None else {"labels": labels, "target_probs": target_probs}
         objectives: list[Tensor] = []
         self.calls += 1
@@ -81,7 +81,7 @@ class Objectives:
             mine = slice(len(objectives), len(objectives) + len(arm.fns))
             given: Given = {name: tensor.unbind() for name, tensor in derive(arm.formulation.args, logits).items()}
             for name in arm.formulation.args:
-                if name in by_seed:  # the arm's own copy: what writes behind torch's back reaches no other
+                if name in by_seed:  # a copy for each arm: a loss that changes `.data` in place changes no other arm
                     rows = by_seed[name].clone().unbind()
                     given[name] = [rows[slot] for slot in self.slots[mine]]
                 elif name in FUSED_INPUTS:
@@ -90,21 +90,21 @@ class Objectives:
                 objectives += self._of_arm(arm, given, logits, mine.start)
         return objectives
 
-    def progress(self) -> dict[str, Any]:
-        """What the losses remember, where their streams stand, and which have raised."""
+    def training_state(self) -> dict[str, Any]:
+        """Return the state of the losses, the positions of their streams, and the errors that they raised."""
         return {
             "calls": self.calls,
             "raised": self.raised,
-            "memory": [[get_object_state(fn) for fn in arm.fns] for arm in self.arms],
+            "object_state": [[get_object_state(fn) for fn in arm.fns] for arm in self.arms],
             "streams": [[stream.position for stream in arm.streams or ()] for arm in self.arms],
         }
 
-    def go_on_from(self, progress: Mapping[str, Any]) -> None:
-        """Stand where the objectives of the same replicas stood."""
-        self.calls, self.raised = progress["calls"], progress["raised"]
-        for arm, memories, positions in zip(self.arms, progress["memory"], progress["streams"], strict=True):
-            for fn, memory in zip(arm.fns, memories, strict=True):
-                set_object_state(fn, memory, self.device)
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of the objectives of the same replicas."""
+        self.calls, self.raised = state["calls"], state["raised"]
+        for arm, object_states, positions in zip(self.arms, state["object_state"], state["streams"], strict=True):
+            for fn, object_state in zip(arm.fns, object_states, strict=True):
+                set_object_state(fn, object_state, self.device)
             for stream, position in zip(arm.streams or (), positions, strict=True):
                 stream.position = position
 
@@ -117,7 +117,7 @@ class Objectives:
                     objectives.append(arm.formulation.objective(fn, batch))
             except UsageError:
                 raise
-            except (Exception, SystemExit) as error:  # this replica has failed; its neighbours go on
+            except (Exception, SystemExit) as error:  # only this replica fails; the others continue
                 if is_out_of_memory(error):
                     raise
                 self.raised.setdefault(
@@ -128,20 +128,20 @@ class Objectives:
 
 
 def _of_fused(outputs: Outputs, name: str, mine: slice) -> Sequence[Tensor | None]:
-    """An arm's share of `hidden`, `weight` or `bias`; a head may have no bias."""
+    """Return an arm's part of `hidden`, `weight` or `bias`. A head may have no bias."""
     tensors: Sequence[Tensor] | None = getattr(outputs, name)
     return [None] * (mine.stop - mine.start) if tensors is None else tensors[mine]
 
 
 @dataclass(frozen=True)
 class Formulation:
-    """One way to write a loss.
+    """Declaration of a loss.
 
     Attributes:
-        name: the arm's name.
-        args: what the callable receives, in its own order; a subset of `INPUTS`.
-        make: returns a fresh instance of the callable; every replica gets its own.
-        lr_scale: the arm's learning rate is the trial's times this; what a loss that is k times another needs 1/k of.
+        name: the name of the loss.
+        args: inputs of the callable, in its own order; a subset of `INPUTS`.
+        make: returns a new instance of the callable; every replica gets its own.
+        lr_scale: factor of the trial's learning rate. A loss that is k times another needs 1/k.
     """
 
     name: str
@@ -156,7 +156,11 @@ class Formulation:
             raise UsageError(f"loss.{self.name}.args {problem}; choose from {', '.join(INPUTS)}")
 
     def instance(self, device: torch.device, dtype: torch.dtype) -> LossFn:
-        """A callable of its own for one replica, its buffers on the device; trainable ones are refused."""
+        """Make the callable of one replica, with its buffers on the device.
+
+        Raises:
+            UsageError: it cannot be called, or has trainable parameters.
+        """
         fn = self.make()
         if not callable(fn):
             raise UsageError(
@@ -166,7 +170,7 @@ class Formulation:
         if isinstance(fn, nn.Module):
             if any(p.requires_grad for p in fn.parameters()):
                 raise UsageError(
-                    f"loss.{self.name}.fn has trainable parameters of its own; a formulation is a fixed function: "
+                    f"loss.{self.name}.fn has trainable parameters of its own; a loss is a fixed function: "
                     "freeze them or move them into the model"
                 )
             fn = fn.to(device, dtype)
@@ -174,11 +178,11 @@ class Formulation:
 
     @property
     def fused(self) -> bool:
-        """Whether it takes the last layer's input and weights instead of the logits."""
+        """True if the loss takes the input and weights of the last layer instead of the logits."""
         return bool(FUSED_INPUTS & set(self.args))
 
     def objective(self, fn: LossFn, batch: Sequence[Tensor | None]) -> Tensor:
-        """The declared callable's scalar value on one replica's batch, given in the order of `args`."""
+        """Return the scalar value of the callable on one replica's batch, given in the order of `args`."""
         value = fn(*batch)
         if not isinstance(value, Tensor) or value.ndim != 0:
             got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -190,15 +194,11 @@ class Formulation:
 
     @contextmanager
     def forbid_inplace_changes(self, inputs: Given) -> Iterator[None]:
-        """Refuse a loss that overwrites an input that others share, or any view of it.
-
-        Raises:
-            UsageError: it did.
-        """
+        """Raise a UsageError if the loss overwrites an input that other losses share, or a view of it."""
         before = {name: _changes(tensors) for name, tensors in inputs.items()}
         try:
             yield
-        finally:  # also of one that torch itself stopped for it
+        finally:  # also if torch raised an error because of the overwriting
             for name, tensors in inputs.items():
                 if _changes(tensors) != before[name]:
                     raise UsageError(
@@ -207,21 +207,15 @@ class Formulation:
 
 
 def _changes(tensors: Sequence[Tensor | None]) -> int:
-    """Torch's count of in-place changes, which a tensor shares with its views."""
+    """Return torch's count of in-place changes, which a tensor shares with its views."""
     return sum(tensor._version for tensor in tensors if tensor is not None)
 
 
-@dataclass(frozen=True)
-class ProbeFinding:
-    """What one call of a loss on made-up data showed."""
+def probe(formulation: Formulation, num_classes: int, device: torch.device, dtype: torch.dtype, width: int = 8) -> bool:
+    """Call a new instance once, forward and backward, so that a loss that cannot run fails before training.
 
-    draws_random_numbers: bool
-
-
-def probe(
-    formulation: Formulation, num_classes: int, device: torch.device, dtype: torch.dtype, width: int = 8
-) -> ProbeFinding:
-    """Call a fresh instance once, forward and backward, so that a loss that cannot run fails before training.
+    Returns:
+        True if the loss draws random numbers.
 
     Raises:
         UsageError: it raises, returns no scalar, or passes no gradient to the logits (or to hidden and weight).
@@ -232,7 +226,7 @@ def probe(
     bias = torch.zeros(num_classes, device=device, dtype=dtype, requires_grad=True)
     labels = torch.arange(4, device=device) % num_classes
     logits = F.linear(hidden, weight, bias)
-    in_a_stack = derive(formulation.args, logits.unsqueeze(0))  # in training, too, it gets a slice
+    in_a_stack = derive(formulation.args, logits.unsqueeze(0))  # a slice of a stack, as in training
     inputs = {name: tensor.unbind()[0] for name, tensor in in_a_stack.items()} | {
         "hidden": hidden, "weight": weight, "bias": bias, "labels": labels,
         "target_probs": F.one_hot(labels, num_classes).to(dtype),
@@ -251,11 +245,11 @@ def probe(
         raise UsageError(f"loss {formulation.name} failed when called with {shapes}: {first_line(error)}") from error
     if not value.requires_grad:
         raise UsageError(f"loss {formulation.name} passes no gradient to its inputs: it is detached from them")
-    return ProbeFinding(draws_random_numbers=stream.moved)
+    return stream.moved
 
 
 def code_digest(target: Any) -> str:
-    """What code stands behind a callable: "package==version" where installed, else a digest of its source file."""
+    """Identify the code of a callable: "package==version" if installed, else the digest of its source file."""
     target = inspect.unwrap(getattr(target, "func", target))
     if not (inspect.isclass(target) or inspect.isroutine(target)):
         target = type(target)

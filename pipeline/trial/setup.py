@@ -20,11 +20,11 @@ from pipeline.data.dataset import Dataset
 from pipeline.engine.choose import (
     build_stack,
     choose_engine,
-    convolves,
     fast_path_holds,
     find_head,
     gains_channels_last,
-    pads,
+    has_convolutions,
+    pads_tiles,
     tile_size,
 )
 from pipeline.engine.seeding import SCOPE, Variation
@@ -163,7 +163,7 @@ class TrialSetup:
         Where tiles are padded, copies of the last replica fill the rest.
         """
         seeds = [replica.seed for replica in replicas]
-        if self.engine == "fold" and pads(self.device):
+        if self.engine == "fold" and pads_tiles(self.device):
             seeds += [seeds[-1]] * (self.tile - len(seeds))
         vary = self.recipe.variation
         fresh = (self.builder(vary.initial(seed)).to(self.device, self.dtype) for seed in seeds)
@@ -243,7 +243,7 @@ def _engine(
         return "loop", why, config["trainer"]["tile"] or 4, channels_last
     batch_bytes = recipe.batch_size * math.prod(builder.input_shape) * dtype.itemsize
     tile = config["trainer"]["tile"] or tile_size("fold", first, batch_bytes, device)
-    static_loop = requested == "loop" or (requested == "auto" and convolves(first) and device.type == "cpu")
+    static_loop = requested == "loop" or (requested == "auto" and has_convolutions(first) and device.type == "cpu")
     modules = [first] if static_loop else [builder(seed).to(device, dtype) for seed in range(tile)]
     engine, reason = choose_engine(requested, modules, builder.input_shape, recipe.batch_size, recipe.make_optimizer)
     if engine == "loop" and requested == "fold":

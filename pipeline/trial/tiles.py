@@ -31,7 +31,7 @@ from pipeline.training.module import StackTrainingModule, fit
 from pipeline.training.objectives import Objectives
 from pipeline.trial.setup import TrialSetup
 
-FORMAT = 1  # raised whenever what is kept changes
+FORMAT = 2  # raised whenever what is kept changes
 SHARE = 50  # training takes at least so many times as long as keeping it
 
 
@@ -115,7 +115,7 @@ def _results(
             module.history(slot),
             {
                 "weights": weights,
-                "sketch_steps": module.snapshots,
+                "sketch_steps": module.sketch_steps,
                 "sketches": sketches,
                 "batches": module.batches(slot),
             },
@@ -148,7 +148,7 @@ class TileCheckpoint(pl.Callback):
         if self.path.exists():
             kept = _load(self.path)
             self.started = kept["started"]
-            module.go_on_from(kept["progress"])
+            module.load_training_state(kept["training_state"])
             done, epochs = module.epochs_done, module.recipe.epochs
             console.print(
                 f"{len(self.replicas)} runs go on where they were interrupted, after epoch {done} of {epochs}"
@@ -170,7 +170,7 @@ class TileCheckpoint(pl.Callback):
 
     def _keep(self, module: StackTrainingModule) -> None:
         replicas = [(replica.arm, replica.seed) for replica in self.replicas]
-        kept = {"replicas": replicas, "started": self.started, "progress": module.progress()}
+        kept = {"replicas": replicas, "started": self.started, "training_state": module.training_state()}
         with writing_whole(self.path) as file:
             sink = _Sink(file)
             torch.save(kept, sink)  # type: ignore[arg-type]  # it needs no more than write and flush

@@ -1,19 +1,23 @@
+"""The dense fast path has the bits of autograd; other models, fused losses and autocast use autograd."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from pipeline.data.dataset import Dataset
 from pipeline.engine.choose import fast_path_holds
-from pipeline.engine.fold import DenseFastPath, Fold, dense_fast_path_of
+from pipeline.engine.fold import DenseFastPath, dense_fast_path_of
 from pipeline.engine.layers import fold_modules
+from pipeline.engine.stack import Stack
 from pipeline.models import cnn, mlp, softmax_regression
-from tests.laboratory import builder, recipe, same_bits, shipped, stack_of, toy_data, trained, weights_of
+from pipeline.training.module import Recipe
+from tests.laboratory import builder, recipe, same_bits, shipped, stack_of, toy_data, trained
 
 Make = Callable[..., nn.Module]
 
@@ -32,66 +36,55 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 ARMS, SEEDS = ("nll", "ce", "kl"), (0, 3, 5, 6)
 
 
-def both_ways(make: Make, dtype: torch.dtype, **how: Any) -> tuple[Any, Any]:
-    """The same training with the fast path and without; 21 examples leave a short last batch."""
-    data = toy_data(num_classes=4, train=21, dtype=dtype)
-    fast, plain = (
-        trained(builder(make, data), data, shipped(*ARMS), SEEDS, recipe(**how), fast=fast) for fast in (True, False)
-    )
+def assert_same_training(make: Make, data: Dataset, how: Recipe) -> None:
+    """Bitwise equal weights and histories with the fast path and without."""
+    fast, plain = (trained(builder(make, data), data, shipped(*ARMS), SEEDS, how, fast=fast) for fast in (True, False))
     assert fast.stack.fast_path is not None
     assert plain.stack.fast_path is None
-    return fast, plain
+    for replica in range(len(fast.replicas)):
+        assert same_bits(fast.stack.weights(replica), plain.stack.weights(replica))
+        assert fast.history(replica).equals(plain.history(replica))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", DENSE)
-def test_a_training_has_the_same_bits_with_the_fast_path_and_without(
-    name: str, optimizer: str, dtype: torch.dtype
-) -> None:
-    fast, plain = both_ways(DENSE[name], dtype, make_optimizer=OPTIMIZERS[optimizer])
-    for arm in ARMS:
-        for seed in SEEDS:
-            assert same_bits(weights_of(fast, arm, seed), weights_of(plain, arm, seed))
-    assert fast.history(5).equals(plain.history(5))
+def test_fast_path_has_the_bits_of_autograd(name: str, optimizer: str, dtype: torch.dtype) -> None:
+    """21 examples leave a short last batch."""
+    data = toy_data(num_classes=4, train=21, dtype=dtype)
+    assert_same_training(DENSE[name], data, recipe(make_optimizer=OPTIMIZERS[optimizer]))
 
 
-def test_gradients_are_clipped_as_autograd_would_have_left_them() -> None:
-    fast, plain = both_ways(DENSE["mlp"], torch.float32, clip_norm=0.05)
-    assert same_bits(weights_of(fast, "ce", 3), weights_of(plain, "ce", 3))
+def test_clipping_has_the_bits_of_autograd() -> None:
+    assert_same_training(DENSE["mlp"], toy_data(num_classes=4, train=21), recipe(clip_norm=0.05))
 
 
-def test_a_replica_that_becomes_nan_leaves_its_neighbours_bits_alone() -> None:
+def test_batch_of_one_has_the_bits_of_autograd() -> None:
+    data = toy_data((1, 8, 8), num_classes=10, train=21)
+    assert_same_training(partial(mlp, hidden=[128]), data, recipe(batch_size=10))
+
+
+def test_nan_replica_keeps_the_bits_of_its_neighbours() -> None:
     data = toy_data(num_classes=4)
-    make = builder(partial(mlp, hidden=[16]), data)
 
-    def after_a_step(poison: bool) -> Fold:
-        stack = stack_of(make, SEEDS, "fold")
-        assert isinstance(stack, Fold)
+    def after_backward(poison: float) -> Stack:
+        stack = stack_of(builder(DENSE["mlp"], data), SEEDS, "fold")
         logits = stack(stack.shared(data.take(torch.arange(8))[0])).logits
         upstream = torch.ones_like(logits)
-        upstream[1] *= torch.nan if poison else 1
+        upstream[1] *= poison
         logits.backward(upstream)
         return stack
 
-    healthy, poisoned = after_a_step(False), after_a_step(True)
-    for exact, ours in zip(healthy.parameters(), poisoned.parameters(), strict=True):
-        assert exact.grad is not None
-        assert ours.grad is not None
-        assert ours.grad[1].isnan().any()
-        for replica in (0, 2, 3):
-            assert torch.equal(ours.grad[replica], exact.grad[replica])
+    healthy, poisoned = after_backward(1.0), after_backward(torch.nan)
+    assert all(gradient.isnan().any() for gradient in poisoned.gradients_of(1).values())
+    for replica in (0, 2, 3):
+        assert healthy.gradients_of(replica)
+        assert same_bits(healthy.gradients_of(replica), poisoned.gradients_of(replica))
 
 
-def hooked() -> nn.Module:
+def changed(change: Callable[[nn.Module], object]) -> nn.Module:
     module = mlp((1, 4, 4), 4, hidden=[8])
-    module[1].register_forward_hook(lambda *_: None)  # type: ignore[index]
-    return module
-
-
-def frozen() -> nn.Module:
-    module = mlp((1, 4, 4), 4, hidden=[8])
-    next(module.parameters()).requires_grad_(False)
+    change(module[1])
     return module
 
 
@@ -108,45 +101,36 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "two linear layers in a row": lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 8), nn.ReLU()),
     "part of the picture": lambda: nn.Sequential(nn.Flatten(2), nn.Linear(16, 4)),
     "a class of its own": lambda: type("Own", (nn.Sequential,), {})(nn.Flatten(), nn.Linear(16, 4)),
-    "a hook": hooked,
-    "a frozen layer": frozen,
+    "a hook": lambda: changed(lambda layer: layer.register_forward_hook(lambda *_: None)),
+    "a frozen layer": lambda: changed(lambda layer: layer.requires_grad_(False)),
     "tied layers": tied,
     "nothing": nn.Sequential,
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_any_other_model_keeps_to_autograd(name: str) -> None:
+def test_other_models_use_autograd(name: str) -> None:
     assert dense_fast_path_of(fold_modules([OTHERS[name]()])) is None
 
 
-def test_a_reparametrised_layer_is_no_dense_layer() -> None:
+def test_reparametrised_layer_uses_autograd() -> None:
     module = mlp((1, 4, 4), 4)
-    weight_norm(module[1])  # type: ignore[index]
+    weight_norm(module[1])
     assert dense_fast_path_of(module) is None
 
 
-def test_a_fused_loss_keeps_to_autograd() -> None:
+def test_fused_loss_and_autocast_use_autograd() -> None:
     data = toy_data(num_classes=4)
-    stack = stack_of(builder(softmax_regression, data), SEEDS, "fold", head="1")
-    assert isinstance(stack, Fold)
-    assert stack.fast_path is None
-
-
-def test_under_autocast_autograd_does_it() -> None:
-    data = toy_data(num_classes=4)
-    stack = stack_of(builder(softmax_regression, data), SEEDS, "fold")
-    inputs = stack.shared(data.take(torch.arange(8))[0])
+    build = builder(softmax_regression, data)
+    assert stack_of(build, SEEDS, "fold", head="1").fast_path is None
+    stack = stack_of(build, SEEDS, "fold")
     with torch.autocast("cpu", torch.bfloat16):
-        assert stack(inputs).logits.dtype == torch.bfloat16
+        assert stack(stack.shared(data.take(torch.arange(8))[0])).logits.dtype == torch.bfloat16
 
 
-def modules() -> list[nn.Module]:
-    return [mlp((1, 4, 4), 4, hidden=[16]) for _ in range(5)]
-
-
-def test_the_check_passes_what_has_the_same_bits_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fast_path_holds(modules(), (1, 4, 4), 16)
+def test_check_requires_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = [mlp((1, 4, 4), 4, hidden=[16]) for _ in range(5)]
+    assert fast_path_holds(modules, (1, 4, 4), 16)
     assert not fast_path_holds([cnn((1, 4, 4), 4)], (1, 4, 4), 16)
 
     backward = DenseFastPath.backward
@@ -158,14 +142,4 @@ def test_the_check_passes_what_has_the_same_bits_and_nothing_else(monkeypatch: p
         gradient.view(-1)[-1:] = torch.nextafter(gradient.view(-1)[-1:], torch.tensor(torch.inf))
 
     monkeypatch.setattr(DenseFastPath, "backward", off_by_a_bit)
-    assert not fast_path_holds(modules(), (1, 4, 4), 16)
-
-
-def test_a_batch_of_one_has_autograds_bits_too() -> None:
-    data = toy_data((1, 8, 8), num_classes=10, train=21)
-    build = builder(partial(mlp, hidden=[128]), data)
-    fast, plain = (
-        trained(build, data, shipped(*ARMS), SEEDS, recipe(batch_size=10), fast=fast) for fast in (True, False)
-    )
-    for seed in SEEDS:
-        assert same_bits(weights_of(fast, "ce", seed), weights_of(plain, "ce", seed))
+    assert not fast_path_holds(modules, (1, 4, 4), 16)

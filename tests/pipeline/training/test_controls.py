@@ -1,7 +1,8 @@
-"""Controls: the reference again, with other roundings, and with a difference of a known size."""
+"""Controls: replay and placebos (negative), and dose (positive)."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,6 @@ from pipeline.replica import (
     DOSE,
     IN_FLOAT64,
     NAMES,
-    REORDERED,
     REPLAY,
     is_control,
 )
@@ -44,119 +44,106 @@ def callable_of(formulation: Formulation) -> Loss:
     return Loss(formulation.instance(CPU, torch.float32), formulation.args)
 
 
-def finding(name: str, reference: str, **settings: Any) -> Any:
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [(REPLAY, "identical"), *((name, "rounding") for name in BY_PRECISION["float32"]), (DOSE, "different")],
+)
+def test_controls_are_classified_by_the_audit(name: str, word: str, reference: str) -> None:
     original = REFERENCES[reference]
-    made = control(name, original, **settings)
+    made = control(name, original, 1e-3)
     audit = audit_of(callable_of(original), made.args, num_classes=(2, 10), dtype=torch.float32)
-    return examine(audit, callable_of(made))
+    finding = examine(audit, callable_of(made))
+    assert finding.objective == word, finding.sentence
 
 
-@pytest.mark.parametrize("reference", REFERENCES)
-def test_a_replay_is_the_reference_itself(reference: str) -> None:
-    assert finding(REPLAY, reference).objective == "identical"
+def made(name: str, reference: Formulation, dtype: torch.dtype = torch.float32, dose: float | None = None) -> Any:
+    return control(name, reference, dose).instance(CPU, dtype)
 
 
-@pytest.mark.parametrize("reference", REFERENCES)
-@pytest.mark.parametrize("name", BY_PRECISION["float32"])
-def test_a_placebo_is_the_same_function_and_not_the_same_bits(name: str, reference: str) -> None:
-    found = finding(name, reference)
-    assert found.objective == "rounding", found.sentence
-
-
-@pytest.mark.parametrize("reference", REFERENCES)
-def test_a_dose_is_another_function(reference: str) -> None:
-    assert finding(DOSE, reference, dose=1e-3).objective == "different"
-
-
-def test_a_dose_is_a_temperature() -> None:
-    logits = torch.randn(8, 10, dtype=torch.float64)
-    labels = torch.arange(8)
-    dosed = control(DOSE, REFERENCES["ce"], 0.5).instance(CPU, torch.float64)
+def test_dose_is_a_temperature() -> None:
+    logits, labels = torch.randn(8, 10, dtype=torch.float64), torch.arange(8)
+    dosed = made(DOSE, REFERENCES["ce"], torch.float64, 0.5)
     assert torch.equal(dosed(logits, labels), F.cross_entropy(1.5 * logits, labels))
 
 
-def test_in_float64_a_placebo_is_more_exact_than_the_reference() -> None:
-    logits = torch.randn(64, 10).requires_grad_()
-    labels = torch.arange(64) % 10
+def test_placebo_in_float64_has_the_exact_gradient() -> None:
+    logits, labels = torch.randn(64, 10).requires_grad_(), torch.arange(64) % 10
     exact = torch.autograd.grad(F.cross_entropy(logits.double(), labels), logits)[0]
-    placebo = control(IN_FLOAT64, REFERENCES["nll"]).instance(CPU, torch.float32)
-    value = placebo(logits, labels)
+    value = made(IN_FLOAT64, REFERENCES["nll"])(logits, labels)
     assert value.dtype == torch.float32
     assert torch.equal(torch.autograd.grad(value, logits)[0], exact)
 
 
-def test_reordering_leaves_ignored_labels_alone() -> None:
-    logits, labels = torch.randn(6, 5), torch.tensor([0, 4, -100, 2, -100, 1])
-    reordered = control(REORDERED, REFERENCES["ce"]).instance(CPU, torch.float32)
-    assert reordered(logits, labels).item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+WEIGHTS = torch.tensor([0.1, 0.2, 0.7])
 
 
-def test_a_module_s_buffers_follow_it_into_float64() -> None:
-    weights = torch.tensor([0.1, 0.2, 0.7])
-    weighted = Formulation("w", ("logits", "labels"), lambda: nn.CrossEntropyLoss(weight=weights))
-    placebo = control(IN_FLOAT64, weighted).instance(CPU, torch.float32)
+@pytest.mark.parametrize("name", BY_PRECISION["float32"])
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        (nn.CrossEntropyLoss, F.cross_entropy),
+        (partial(nn.CrossEntropyLoss, reduction="sum"), partial(F.cross_entropy, reduction="sum")),
+        (lambda: lambda z, y: (F.cross_entropy(z, y), None), F.cross_entropy),
+    ],
+    ids=["ignored labels", "sum", "first of several results"],
+)
+def test_placebo_has_the_value_of_the_reference(name: str, reference: Any, expected: Any) -> None:
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 2, -100, 2, -100, 1])
+    placebo = made(name, Formulation("mine", ("logits", "labels"), reference))
+    assert placebo(logits, labels).item() == pytest.approx(expected(logits, labels).item(), rel=1e-6)
+
+
+def test_buffers_of_a_module_become_float64() -> None:
+    weighted = Formulation("w", ("logits", "labels"), lambda: nn.CrossEntropyLoss(weight=WEIGHTS))
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 2])
-    value = placebo(logits, labels)
-    assert value.item() == pytest.approx(F.cross_entropy(logits, labels, weight=weights).item(), rel=1e-6)
+    value = made(IN_FLOAT64, weighted)(logits, labels)
+    assert value.item() == pytest.approx(F.cross_entropy(logits, labels, weight=WEIGHTS).item(), rel=1e-6)
 
 
-def test_a_control_gets_what_its_own_inputs_are_made_of() -> None:
+def test_base_args_are_what_the_inputs_are_made_of() -> None:
     assert base_args(("log_probs", "labels")) == ("logits", "labels")
     assert base_args(("probs", "logits", "target_probs")) == ("logits", "target_probs")
     assert base_args(("hidden", "weight", "labels")) == ("hidden", "weight", "labels")
 
 
-def test_every_control_is_made_from_its_reference_and_says_so() -> None:
+def test_control_declarations_differ_and_contain_the_reference() -> None:
     reference = {"fn": {"_target_": "torch.nn.CrossEntropyLoss"}, "args": ["logits", "labels"]}
-    made = [declared(name, reference, 0.5) for name in NAMES]
-    assert all(reference.items() <= entry.items() for entry in made)
-    assert len({str(entry) for entry in made}) == len(NAMES)
-    assert declared(DOSE, reference, 0.5) != declared(DOSE, reference, 0.6)
-
-
-def test_the_names_that_are_refused_for_losses_are_the_controls() -> None:
+    declarations = [*(declared(name, reference, 0.5) for name in NAMES), declared(DOSE, reference, 0.6)]
+    assert all(reference.items() <= entry.items() for entry in declarations)
+    assert len({str(entry) for entry in declarations}) == len(NAMES) + 1
     assert all(map(is_control, NAMES))
     assert not is_control("ce")
 
 
-def test_a_loss_that_returns_several_things_is_judged_by_the_first() -> None:
-    def returns_two(logits: Tensor, labels: Tensor) -> tuple[Tensor, None]:
-        return F.cross_entropy(logits, labels), None
+# --- random rounding in bfloat16
 
-    placebo = control(IN_FLOAT64, Formulation("t", ("logits", "labels"), lambda: returns_two))
-    value = placebo.instance(CPU, torch.float32)(torch.zeros(2, 2), torch.tensor([0, 1]))
-    assert value.item() == pytest.approx(0.693147, rel=1e-5)
+LABELS = torch.arange(8)
 
 
-def gradient(name: str, logits: Tensor, labels: Tensor) -> Tensor:
-    placebo = control(name, REFERENCES["ce"]).instance(CPU, torch.bfloat16)
-    return torch.autograd.grad(placebo(logits, labels), logits)[0]
+def dithered_gradient(name: str, logits: Tensor) -> Tensor:
+    return torch.autograd.grad(made(name, REFERENCES["ce"], torch.bfloat16)(logits, LABELS), logits)[0]
 
 
 def test_dithering_rounds_to_a_neighbour_without_bias() -> None:
     logits = torch.randn(8, 10, dtype=torch.bfloat16).requires_grad_()
-    labels = torch.arange(8)
-    exact = torch.autograd.grad(F.cross_entropy(logits.double(), labels), logits, create_graph=False)[0].double()
     double = logits.detach().double().requires_grad_()
-    truth = torch.autograd.grad(F.cross_entropy(double, labels), double)[0]
+    truth = torch.autograd.grad(F.cross_entropy(double, LABELS), double)[0]
     torch.manual_seed(0)
-    drawn = torch.stack([gradient(DITHERED, logits, labels).double() for _ in range(400)])
-    ulp = (torch.nextafter(exact.bfloat16(), torch.tensor(torch.inf, dtype=torch.bfloat16)) - exact.bfloat16()).double()
+    drawn = torch.stack([dithered_gradient(DITHERED, logits).double() for _ in range(400)])
+    ulp = (torch.nextafter(truth.bfloat16(), torch.tensor(torch.inf, dtype=torch.bfloat16)) - truth.bfloat16()).double()
     assert ((drawn - truth).abs() <= 2 * ulp.abs()).all()
     assert (drawn.std(0) > 0).any()
     assert torch.equal(drawn, drawn.bfloat16().double())
     bias = (drawn.mean(0) - truth) / ulp.abs()
-    assert (
-        bias.abs().max() < 5 * 0.5 / 400**0.5
-    )  # a rounding is at most half a unit from its mean, in standard deviation
+    # the standard deviation of one rounding is at most half a unit
+    assert bias.abs().max() < 5 * 0.5 / 400**0.5
 
 
-def test_two_ditherings_from_one_stream_differ() -> None:
-    logits, labels = torch.randn(8, 10, dtype=torch.bfloat16).requires_grad_(), torch.arange(8)
-    torch.manual_seed(0)
-    one = gradient(DITHERED, logits, labels)
-    torch.manual_seed(0)
-    other = gradient(DITHERED_AGAIN, logits, labels)
-    torch.manual_seed(0)
-    assert torch.equal(gradient(DITHERED, logits, labels), one)
-    assert not torch.equal(one, other)
+def test_two_ditherings_of_one_stream_differ() -> None:
+    logits, found = torch.randn(8, 10, dtype=torch.bfloat16).requires_grad_(), []
+    for name in (DITHERED, DITHERED_AGAIN, DITHERED):
+        torch.manual_seed(0)
+        found.append(dithered_gradient(name, logits))
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])

@@ -153,10 +153,10 @@ def test_a_killed_training_goes_on_to_the_same_bits(case: str, killed_before: in
     whole = train(made(case))
     file = io.BytesIO()
     with pytest.raises(Killed):
-        train(made(case), KilledBefore(killed_before, lambda module: torch.save(module.progress(), file)))
+        train(made(case), KilledBefore(killed_before, lambda module: torch.save(module.training_state(), file)))
     file.seek(0)
     resumed = made(case)
-    resumed.go_on_from(torch.load(file, weights_only=True))
+    resumed.load_training_state(torch.load(file, weights_only=True))
     assert resumed.steps_done == 4 * killed_before
     train(resumed)
     assert list(resumed.divergences()) == list(whole.divergences())
