@@ -100,7 +100,7 @@ def test_the_options_reach_the_audit(arguments: tuple[str, ...], capsys: pytest.
         ("command_losses:right --reference no:where", "no module 'no'"),
         ("command_losses:right --dtype bf16", "--dtype bf16 (did you mean 'bfloat16'?): choose from bfloat16"),
         ("command_losses:right --args logit,labels", "args names 'logit' (did you mean 'logits'?)"),
-        ("command_losses:right --num-classes 2,x", "'2,x' is no list of numbers such as 2,10"),
+        ("command_losses:right --num-classes 2,x", "'2,x' is not a list of numbers such as 2,10"),
         ("command_losses:right --num-classes 1", "each at least 2"),
         ("command_losses:right --ignore-index one", "--ignore-index"),
         ("command_losses:right --device nowhere", "device=nowhere cannot be used here"),

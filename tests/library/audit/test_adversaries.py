@@ -66,7 +66,7 @@ class _Forgetful(torch.autograd.Function):
 def test_a_loss_that_forgets_an_earlier_call_is_not_the_same() -> None:
     found = check(_Forgetful.apply, num_classes=(2, 10))
     assert found.objective == "different"
-    assert any(effect.startswith("keeps state: a call forgets") for effect in found.side_effects)
+    assert any(effect.startswith("keeps state: a second forward") for effect in found.side_effects)
 
 
 def test_a_reference_without_a_gradient_judges_nothing() -> None:

@@ -169,7 +169,7 @@ def test_a_sum_is_reweighted_by_the_batch_size_and_says_what_each_divides_by() -
     for low, high in found.scale.by_classes.values():  # type: ignore[misc]
         assert low == pytest.approx(1, rel=1e-12)
         assert high == pytest.approx(300, rel=1e-12)
-    assert "divides by nothing but a constant, the reference divides by rows" in found.sentence
+    assert "this is a sum (constant divisor), the reference is a mean (divides by rows)" in found.sentence
 
 
 def weights_of(logits: Tensor) -> Tensor:
@@ -630,7 +630,7 @@ def test_the_power_is_what_a_candidate_meets(dtype: torch.dtype) -> None:
 
 def test_the_finding_as_text() -> None:
     power = {"label smoothing": {"float32": 3e-6, "float64": None}}
-    shown = replace(audited("nll_softmax"), power=lambda: power).show()
+    shown = replace(audited("nll_softmax"), detection_limits=lambda: power).show()
     assert shown.startswith("rounding: ")
     assert "\n  domain        from the label's logit 90.16 below the largest on, the gradient is NaN" in shown
     for line in (
@@ -672,7 +672,7 @@ def test_the_finding_as_strict_json(find: Callable[[], Finding]) -> None:
 
 
 def test_json_has_the_numbers_of_the_finding() -> None:
-    entry = audited("kl_mean").as_json(power={})
+    entry = audited("kl_mean").as_json({})
     assert entry["scale"] == {"formula": "1/C", "by_classes": {"2": 0.5, "10": 0.1}}
     assert entry["domain"] == {"axis": "masked", "limit": 1.0, "behaviour": "value is NaN"}
     assert entry["normaliser"]["divides_by"] == "rows"

@@ -15,9 +15,9 @@ from experiments.audit import catalogue
 from experiments.audit.case import Case
 from experiments.audit.catalogue import CATALOGUE, SOURCES, row_number
 from likelihood_lab.audit.api import check
-from likelihood_lab.audit.classify import SAMENESS, separating
+from likelihood_lab.audit.classify import separating
 from likelihood_lab.audit.compare import BatchComparison
-from likelihood_lab.audit.finding import Finding
+from likelihood_lab.audit.finding import SAME_FUNCTION, Finding
 from likelihood_lab.audit.rounding import ScaleInterval
 from likelihood_lab.categorical.batches import BatchShape, make_batch
 
@@ -158,7 +158,7 @@ def test_a_batch_whose_gradient_is_too_small_to_tell_does_not_hide_the_trait() -
     wrong = BatchComparison(strided, torch.float64, units=100.0, interval=known)
     right = BatchComparison(seen, torch.float64, units=1.0, interval=known)
     mute = BatchComparison(strided, torch.float64, units=1.0)
-    trait = [("on strided inputs", lambda cell: cell.batch.layout == "strided")]
+    trait = [("on strided inputs", lambda case: case.batch.layout == "strided")]
     assert separating([wrong, right], [wrong], trait) == "on strided inputs"
     assert separating([wrong, right, mute], [wrong], trait) == "on strided inputs"
     assert separating([wrong, right, replace(mute, interval=known)], [wrong], trait) is None
@@ -232,4 +232,4 @@ def test_a_loss_that_changes_later_is_the_same_at_most_under_the_flag(calls: int
 
 
 def test_the_words_of_sameness_are_three() -> None:
-    assert set(SAMENESS) == {"identical", "rounding", "offset"}
+    assert set(SAME_FUNCTION) == {"identical", "rounding", "offset"}
