@@ -105,23 +105,23 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def check(given: argparse.Namespace, output: TextIO) -> int:
+def check(options: argparse.Namespace, output: TextIO) -> int:
     """Audit the loss, print the finding, and return the exit code."""
-    fn, reference = load(given.loss), load(given.reference)
+    fn, reference = load(options.loss), load(options.reference)
     import torch
 
     from likelihood_lab.audit.api import LOGITS_AND_LABELS, check, reproduction
 
     torch.set_num_threads(1)  # the tensors are small; more threads are slower
     settings = {
-        "args": given.args or LOGITS_AND_LABELS, "reference_args": given.reference_args or LOGITS_AND_LABELS,
-        "dtype": _dtype(given.dtype), "device": given.device, "ignore_index": given.ignore_index,
-        "soft_targets": given.soft_targets, "tokens": given.tokens, "num_classes": given.num_classes,
+        "args": options.args or LOGITS_AND_LABELS, "reference_args": options.reference_args or LOGITS_AND_LABELS,
+        "dtype": _dtype(options.dtype), "device": options.device, "ignore_index": options.ignore_index,
+        "soft_targets": options.soft_targets, "tokens": options.tokens, "num_classes": options.num_classes,
     }  # fmt: skip
     finding = check(fn, reference, **settings)
     same = finding.same and finding.value_holds
-    if given.json:
-        entry = {"loss": given.loss, "reference": given.reference, "same": same, **finding.as_json()}
+    if options.json:
+        entry = {"loss": options.loss, "reference": options.reference, "same": same, **finding.as_json()}
         print(json.dumps(entry, indent=2, allow_nan=False), file=output)
     else:
         shown = "" if same else reproduction(fn, reference, finding, settings)
@@ -145,9 +145,9 @@ def _reserved_output(reserve: bool) -> Iterator[TextIO]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
-        given = parser().parse_args(arguments)
-        with _reserved_output(given.json) as output:
-            return check(given, output)
+        options = parser().parse_args(arguments)
+        with _reserved_output(options.json) as output:
+            return check(options, output)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE

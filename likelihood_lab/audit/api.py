@@ -222,10 +222,10 @@ def reproduction(fn: LossFn, reference: LossFn, finding: Finding, settings: Mapp
     upstream = f", torch.tensor({batch.upstream}, dtype=torch.{dtype})" if batch.upstream != 1 else ""
     for loss, default in ((Loss(reference, reference_args), "reference"), (Loss(fn, args), "mine")):
         name, flat = _name(loss.fn, default), loss.flattens and batch.labels.ndim > 1
-        given = [_expression(arg, flat) for arg in loss.args]
+        expressions = [_expression(arg, flat) for arg in loss.args]
         if default == "reference" and loss.fn is F.cross_entropy and settings.get("ignore_index") is not None:
-            given.append(f"ignore_index={settings['ignore_index']}")
-        lines.append(f"print(torch.autograd.grad({name}({', '.join(given)}), z{upstream})[0].tolist())")
+            expressions.append(f"ignore_index={settings['ignore_index']}")
+        lines.append(f"print(torch.autograd.grad({name}({', '.join(expressions)}), z{upstream})[0].tolist())")
     return "\n".join(lines)
 
 

@@ -83,8 +83,8 @@ class _LossRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _WITH_LOGITS or func in _WITH_LOG_PROBS:
-            given = dict(zip(("input", "target"), args, strict=False)) | kwargs
-            self._record(given["input"], given["target"], kwargs.get("ignore_index", -100))
+            arguments = dict(zip(("input", "target"), args, strict=False)) | kwargs
+            self._record(arguments["input"], arguments["target"], kwargs.get("ignore_index", -100))
         return func(*args, **kwargs)
 
     def _record(self, logits: Tensor, target: Tensor, ignore_index: int) -> None:

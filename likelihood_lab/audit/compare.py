@@ -67,12 +67,12 @@ class BatchComparison:
 
     @property
     def same(self) -> bool:
-        """Whether rounding explains the difference."""
+        """True if rounding explains the difference."""
         return self.error is None and self.units <= CONSTANT
 
     @property
     def parallel(self) -> bool:
-        """Whether a factor and rounding explain the difference."""
+        """True if a factor and rounding explain the difference."""
         return self.error is None and self.residual <= CONSTANT
 
     @property

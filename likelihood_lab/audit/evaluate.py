@@ -47,14 +47,14 @@ class Loss:
 
     @property
     def flattens(self) -> bool:
-        """Whether it gets [B, T, V] as [B * T, V]; torch's own losses need this, they expect classes second."""
+        """True for torch's own losses: they get [B, T, V] as [B * T, V], because they expect classes second."""
         target = getattr(self.fn, "func", self.fn)
         return target in _CLASSES_SECOND or isinstance(self.fn, _CLASSES_SECOND_MODULES)
 
-    def __call__(self, given: Mapping[str, Tensor | None], dtype: torch.dtype, device: torch.device) -> Any:
-        """Call the loss with its inputs from `given`, in its own order."""
-        tensors = [given[arg] for arg in self.args]
-        if self.flattens and given["labels"] is not None and given["labels"].ndim > 1:
+    def __call__(self, loss_inputs: Mapping[str, Tensor | None], dtype: torch.dtype, device: torch.device) -> Any:
+        """Call the loss with its inputs from `loss_inputs`, in its own order."""
+        tensors = [loss_inputs[arg] for arg in self.args]
+        if self.flattens and loss_inputs["labels"] is not None and loss_inputs["labels"].ndim > 1:
             tensors = [
                 t if t is None else t.flatten() if arg == "labels" else t.flatten(0, -2)
                 for arg, t in zip(self.args, tensors, strict=True)
@@ -102,7 +102,7 @@ def differentiable(batch: AuditBatch) -> tuple[str, ...]:
 def inputs(
     batch: AuditBatch, args: tuple[str, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-    """Return (leaves, given): the tensors to differentiate by, and the copies of them that the loss receives.
+    """Return (leaves, loss_inputs): the tensors to differentiate by, and the copies of them that the loss receives.
 
     Comparing the two afterwards shows whether the loss has overwritten an input.
     """
@@ -110,19 +110,19 @@ def inputs(
         name: _with_layout(getattr(batch, name), batch.layout).to(device, dtype).requires_grad_()
         for name in differentiable(batch)
     }
-    given: dict[str, Tensor | None] = {name: _copy_for_loss(leaf, batch.layout) for name, leaf in leaves.items()}
+    loss_inputs: dict[str, Tensor | None] = {name: _copy_for_loss(leaf, batch.layout) for name, leaf in leaves.items()}
     if batch.hidden is not None:
-        given.setdefault("bias", None)
+        loss_inputs.setdefault("bias", None)
         if _FROM_LOGITS & set(args):
-            given["logits"] = F.linear(*(given[name] for name in ("hidden", "weight", "bias")))  # type: ignore[arg-type]
+            loss_inputs["logits"] = F.linear(*(loss_inputs[name] for name in ("hidden", "weight", "bias")))  # type: ignore[arg-type]
     labels = batch.labels.to(device, copy=True)
     if batch.layout == "strided":
         labels = torch.stack([labels, labels], -1)[..., 0]
-    given["labels"] = labels
-    given["target_probs"] = batch.target_probs.to(device, dtype, copy=True) if "target_probs" in args else None
-    if (logits := given.get("logits")) is not None:
-        given |= {name: tensor for name, tensor in derive(args, logits).items() if name != "logits"}
-    return leaves, given
+    loss_inputs["labels"] = labels
+    loss_inputs["target_probs"] = batch.target_probs.to(device, dtype, copy=True) if "target_probs" in args else None
+    if (logits := loss_inputs.get("logits")) is not None:
+        loss_inputs |= {name: tensor for name, tensor in derive(args, logits).items() if name != "logits"}
+    return leaves, loss_inputs
 
 
 def _with_layout(tensor: Tensor, layout: str) -> Tensor:
@@ -160,11 +160,11 @@ def scalar(output: Any) -> Tensor:
 
 def evaluate(loss: Loss, batch: AuditBatch, dtype: torch.dtype, device: torch.device) -> Evaluation:
     """Call a loss on a batch with inputs in `dtype`. Its exceptions become `Evaluation.error`."""
-    leaves, given = inputs(batch, loss.args, dtype, device)
-    passed = {name: given[name] for name in dict.fromkeys(loss.args)}
+    leaves, loss_inputs = inputs(batch, loss.args, dtype, device)
+    passed = {name: loss_inputs[name] for name in dict.fromkeys(loss.args)}
     before = {name: _original(name, tensor, leaves, batch) for name, tensor in passed.items()}
     try:
-        value = scalar(loss(given, dtype, device))
+        value = scalar(loss(loss_inputs, dtype, device))
         derivatives: tuple[Tensor | None, ...] = (None,) * len(leaves)
         outside = torch.full_like(value, batch.upstream)
         if value.requires_grad:

@@ -128,7 +128,7 @@ class ScaleInterval:
 
     @property
     def determined(self) -> bool:
-        """Whether the factor is known in spite of rounding."""
+        """True if the factor is known in spite of rounding."""
         return math.isfinite(self.factor) and self.tolerance < self.enough * abs(self.factor)
 
 

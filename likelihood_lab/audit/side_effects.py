@@ -52,8 +52,8 @@ def interleaved_effects(loss: Loss, shape: BatchShape, dtype: torch.dtype, devic
     calls = []
     try:
         for batch in batches:
-            leaves, given = inputs(batch, loss.args, dtype, device)
-            calls.append((list(leaves.values()), scalar(loss(given, dtype, device))))
+            leaves, loss_inputs = inputs(batch, loss.args, dtype, device)
+            calls.append((list(leaves.values()), scalar(loss(loss_inputs, dtype, device))))
         for result, (leaves_of, value) in zip(alone, calls, strict=True):
             gradients = torch.autograd.grad(value, leaves_of, allow_unused=True)
             if not all(
@@ -69,13 +69,13 @@ def interleaved_effects(loss: Loss, shape: BatchShape, dtype: torch.dtype, devic
 
 def backward_effects(loss: Loss, shape: BatchShape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
     """Detect a second backward that differs or raises, and a gradient into soft targets."""
-    leaves, given = inputs(_small_batch(shape, shape.typical_classes).at(dtype), loss.args, dtype, device)
+    leaves, loss_inputs = inputs(_small_batch(shape, shape.typical_classes).at(dtype), loss.args, dtype, device)
     wanted = list(leaves.values())
-    targets = given.get("target_probs") if shape.soft else None
+    targets = loss_inputs.get("target_probs") if shape.soft else None
     if targets is not None:
         wanted.append(targets.requires_grad_())
     try:
-        value = scalar(loss(given, dtype, device))
+        value = scalar(loss(loss_inputs, dtype, device))
         gradients = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True)
         first = [None if g is None else g.clone() for g in gradients]  # the memory may be that of the inputs
     except Exception:  # the evaluation of the grid reports it

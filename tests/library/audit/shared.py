@@ -6,10 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from likelihood_lab import Finding, check
+from likelihood_lab.categorical.inputs import LossFn
 
 NARROW = (2, 10)
 FUSED = ("hidden", "weight", "labels")
@@ -19,7 +21,7 @@ SOFT: dict[str, Any] = {"reference_args": ON_TARGETS, "soft_targets": True}
 SUM = partial(F.cross_entropy, reduction="sum")
 
 
-def quick(fn: Callable[..., Any], reference: Callable[..., Any] = F.cross_entropy, **settings: Any) -> Finding:
+def quick(fn: LossFn, reference: LossFn = F.cross_entropy, **settings: Any) -> Finding:
     """`check` on few classes."""
     return check(fn, reference, **({"num_classes": NARROW} | settings))
 
@@ -37,18 +39,24 @@ def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.softmax(1) - F.one_hot(labels, logits.shape[1]).to(logits.dtype)) / len(labels)
 
 
-def smoothed_where(
-    condition: Callable[[Tensor, Tensor], Any], amount: float = 1e-3
-) -> Callable[[Tensor, Tensor], Tensor]:
+def smoothed_where(condition: Callable[[Tensor, Tensor], Any], amount: float = 1e-3) -> LossFn:
     """Cross-entropy with label smoothing under a condition, exact otherwise."""
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=amount if condition(logits, labels) else 0.0)
-
-    return loss
+    return lambda z, y: F.cross_entropy(z, y, label_smoothing=amount if condition(z, y) else 0.0)
 
 
-def forward_of_cross_entropy(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-    """Forward of an autograd function that saves its inputs."""
-    ctx.save_for_backward(logits, labels)
-    return F.cross_entropy(logits, labels)
+def by_hand(backward: Callable[[Any, Tensor], Tensor]) -> LossFn:
+    """Mean cross-entropy whose gradient is `backward(ctx, upstream)`; ctx has saved_tensors and a count of calls."""
+
+    class ByHand(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+            ctx.save_for_backward(logits, labels)
+            ctx.calls = 0
+            return F.cross_entropy(logits, labels)
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+            ctx.calls += 1
+            return backward(ctx, upstream[0]), None
+
+    return ByHand.apply
