@@ -1,10 +1,10 @@
-"""Is it the same loss, and did it train the same model? For Python and pytest.
+"""Library that tests whether two losses are the same function and train the same model.
 
     from likelihood_lab import assert_same_loss
     assert_same_loss(my_cross_entropy, torch.nn.functional.cross_entropy)
 
-From the shell: `python -m likelihood_lab check my_losses:my_cross_entropy`. A name is imported when it is first used:
-importing the package loads no torch.
+Command line: `python -m likelihood_lab check my_losses:my_cross_entropy`. Each name is imported on first use, so that
+`import likelihood_lab` does not load torch.
 """
 
 from __future__ import annotations

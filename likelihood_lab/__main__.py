@@ -1,6 +1,8 @@
-"""The command for people who write losses: python -m likelihood_lab check MODULE:FUNCTION.
+"""Command line of the audit: python -m likelihood_lab check MODULE:FUNCTION.
 
-Exit codes: 0 the same loss, 1 another one, 2 the request is wrong, 3 a fault of this program, 130 interrupted.
+Exit codes: 0 same loss, 1 another loss, 2 wrong request, 3 a fault of this program, 130 interrupted.
+
+Example: `python -m likelihood_lab check my_losses:focal --num-classes 2,10 --json`
 """
 
 from __future__ import annotations
@@ -27,31 +29,31 @@ CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all refusals are."""
+    """Argument parser that reports errors as UsageError, in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see python -m {self.prog} --help")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = _Parser(prog="likelihood_lab", description="Is it the same loss?")
-    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    """Return the parser of the command line."""
+    root = _Parser(prog="likelihood_lab", description="Is it the same loss?")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     about = "compare a loss with a reference, by gradients and values; exit code 0 same, 1 not, 2 wrong request"
     check = commands.add_parser("check", help=about, description=about)
     check.add_argument("loss", metavar="MODULE:FUNCTION", help="the loss; the current folder is importable")
     check.add_argument("--reference", default=CROSS_ENTROPY, metavar="MODULE:FUNCTION", help="default: %(default)s")
     inputs = "of logits, log_probs, probs, hidden, weight, bias, labels, target_probs; default: logits,labels"
-    check.add_argument("--args", type=_names, metavar="A,B", help=f"what the loss takes, in its own order: {inputs}")
+    check.add_argument("--args", type=_names, metavar="A,B", help=f"inputs of the loss, in its own order: {inputs}")
     check.add_argument("--reference-args", type=_names, metavar="A,B", help="the same for the reference")
-    check.add_argument("--dtype", metavar="DTYPE", help=f"judge in this precision alone: {', '.join(DTYPES)}")
+    check.add_argument("--dtype", metavar="DTYPE", help=f"use only this precision: {', '.join(DTYPES)}")
     check.add_argument("--device", default="cpu", help="default: %(default)s")
-    check.add_argument("--ignore-index", type=int, metavar="N", help="rows with this label count for nothing")
+    check.add_argument("--ignore-index", type=int, metavar="N", help="rows with this label must not count")
     check.add_argument("--soft-targets", action="store_true", help="target_probs are distributions, not one-hot")
     check.add_argument("--tokens", action="store_true", help="logits are [B, T, C], labels [B, T]")
-    check.add_argument("--num-classes", type=_numbers, metavar="C,C", help="the numbers of classes to try")
+    check.add_argument("--num-classes", type=_numbers, metavar="C,C", help="the numbers of classes to test")
     check.add_argument("--json", action="store_true", help="print strict JSON and nothing else")
-    return made
+    return root
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -62,14 +64,16 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 2,10") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 2,10") from None
 
 
 def load(path: str) -> Any:
-    """The object behind MODULE:NAME; the current folder is searched first.
+    """Import the object MODULE:NAME. The current folder is searched first.
 
-    Raises:
-        UsageError: there is no such module or no such name in it, or importing it fails.
+    Raises
+    ------
+    UsageError
+        The module or the name does not exist, or the import fails.
     """
     module, _, name = path.partition(":")
     if not module or not name or module.endswith(".py") or "/" in module:
@@ -84,8 +88,8 @@ def load(path: str) -> Any:
             raise UsageError(f"no module {module!r} here or on PYTHONPATH; check the spelling") from error
         raise UsageError(f"{module} cannot be imported: {first_line(error)}; install what it needs") from error
     except (Exception, SystemExit) as error:
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(f"{module} cannot be imported: {said}; correct it first") from error
+        text = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{module} cannot be imported: {text}; correct it first") from error
     try:
         return attrgetter(name)(owner)
     except AttributeError:
@@ -101,23 +105,23 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def check(given: argparse.Namespace, output: TextIO) -> int:
-    """Check the loss, print what was found, and return the exit code."""
-    fn, reference = load(given.loss), load(given.reference)
+def check(options: argparse.Namespace, output: TextIO) -> int:
+    """Audit the loss, print the finding, and return the exit code."""
+    fn, reference = load(options.loss), load(options.reference)
     import torch
 
     from likelihood_lab.audit.api import LOGITS_AND_LABELS, check, reproduction
 
-    torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
+    torch.set_num_threads(1)  # the tensors are small; more threads are slower
     settings = {
-        "args": given.args or LOGITS_AND_LABELS, "reference_args": given.reference_args or LOGITS_AND_LABELS,
-        "dtype": _dtype(given.dtype), "device": given.device, "ignore_index": given.ignore_index,
-        "soft_targets": given.soft_targets, "tokens": given.tokens, "num_classes": given.num_classes,
+        "args": options.args or LOGITS_AND_LABELS, "reference_args": options.reference_args or LOGITS_AND_LABELS,
+        "dtype": _dtype(options.dtype), "device": options.device, "ignore_index": options.ignore_index,
+        "soft_targets": options.soft_targets, "tokens": options.tokens, "num_classes": options.num_classes,
     }  # fmt: skip
     finding = check(fn, reference, **settings)
     same = finding.same and finding.value_holds
-    if given.json:
-        entry = {"loss": given.loss, "reference": given.reference, "same": same, **finding.as_json()}
+    if options.json:
+        entry = {"loss": options.loss, "reference": options.reference, "same": same, **finding.as_json()}
         print(json.dumps(entry, indent=2, allow_nan=False), file=output)
     else:
         shown = "" if same else reproduction(fn, reference, finding, settings)
@@ -128,7 +132,7 @@ def check(given: argparse.Namespace, output: TextIO) -> int:
 
 @contextlib.contextmanager
 def _reserved_output(reserve: bool) -> Iterator[TextIO]:
-    """The standard output; where it is reserved, all that others print goes to the standard error instead."""
+    """Yield the standard output. If reserved, everything that others print goes to the standard error."""
     if not reserve:
         yield sys.stdout
         return
@@ -141,9 +145,9 @@ def _reserved_output(reserve: bool) -> Iterator[TextIO]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
-        given = parser().parse_args(arguments)
-        with _reserved_output(given.json) as output:
-            return check(given, output)
+        options = parser().parse_args(arguments)
+        with _reserved_output(options.json) as output:
+            return check(options, output)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE

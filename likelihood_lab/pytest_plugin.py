@@ -1,4 +1,4 @@
-"""The pytest plugin: a fixture, so that a test of a loss is one line and imports nothing.
+"""Pytest plugin with the fixture `assert_same_loss`, so that a test of a loss needs no import.
 
 def test_my_loss(assert_same_loss):
     assert_same_loss(my_cross_entropy)
@@ -13,7 +13,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def assert_same_loss() -> Callable[..., None]:
-    """`likelihood_lab.assert_same_loss`; torch is imported by the first test that asks for it."""
+    """Return `likelihood_lab.assert_same_loss`. The first test that uses it imports torch."""
     from likelihood_lab.audit.api import assert_same_loss
 
     return assert_same_loss

@@ -35,8 +35,7 @@ from experiments.audit.measuring import (
 from experiments.audit.planted import BLIND_SPOTS
 from experiments.audit.tables import environment, markdown
 from likelihood_lab.audit.api import check
-from likelihood_lab.audit.context import name_of
-from likelihood_lab.audit.rounding import CONSTANT, SYSTEMATIC
+from likelihood_lab.audit.rounding import CONSTANT, SYSTEMATIC, name_of
 
 CONSTANTS = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
 THRESHOLDS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)

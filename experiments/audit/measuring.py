@@ -54,7 +54,7 @@ class Ruler:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.audit = audit_of(Loss(F.cross_entropy, LOGITS_AND_LABELS), LOGITS_AND_LABELS, dtype=dtype)
-        self.cells = [self._cell(batch) for batch, _ in self.audit.cells]
+        self.cells = [self._cell(batch) for batch, _ in self.audit.cases]
 
     def _cell(self, batch: AuditBatch) -> tuple[AuditBatch, Tensor, Tensor, Tensor]:
         """Return (batch, exact gradient [N, C], units [N], units without sqrt(C) [N])."""

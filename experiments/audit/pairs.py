@@ -85,7 +85,7 @@ def _word(mutant: str, d: float) -> str:
 @cache
 def limits() -> Any:
     """Return {mutant: {precision: smallest d detected}} on the grid of mean cross-entropy."""
-    return audit_of(Loss(F.cross_entropy, LOGITS_AND_LABELS), ON_TARGETS).power
+    return audit_of(Loss(F.cross_entropy, LOGITS_AND_LABELS), ON_TARGETS).detection_limits
 
 
 def planted() -> Iterator[Pair]:

@@ -1,1 +1,1 @@
-"""The audit: is a loss the same function as a reference, judged by gradients and values."""
+"""The audit: it compares gradients and values of a loss and a reference to decide whether they are one function."""

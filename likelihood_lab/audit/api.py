@@ -1,10 +1,4 @@
-"""The audit as a Python call: is this loss the same function as that one?
-
-    from likelihood_lab import assert_same_loss
-    assert_same_loss(my_cross_entropy, torch.nn.functional.cross_entropy)
-
-Neither Hydra, Lightning nor MLflow is needed.
-"""
+"""Audit a loss from Python: is it the same function as a reference? It needs neither Hydra, Lightning nor MLflow."""
 
 from __future__ import annotations
 
@@ -30,10 +24,9 @@ from likelihood_lab.errors import UsageError, did_you_mean, first_line
 __all__ = ["Finding", "assert_same_loss", "capture", "check"]
 
 LOGITS_AND_LABELS = ("logits", "labels")
+LITERAL = 40  # batches of at most so many logits are printed as code
 _audits: dict[tuple[Any, ...], AuditContext] = {}
-
-
-LITERAL = 40  # logits that are written out
+_with_ignore: dict[tuple[LossFn, int | None], LossFn] = {}
 
 
 def check(
@@ -50,39 +43,72 @@ def check(
     num_classes: Sequence[int] | None = None,
     batches: Sequence[AuditBatch] = (),
 ) -> Finding:
-    r"""Whether `fn` is the same function as `reference`, judged by gradients and values, without training anything.
+    r"""Test whether `fn` is the same function as `reference`, by gradients and values. Nothing is trained.
 
-    Both are called on a grid of batches in float32 and float64; an error is measured in units of what rounding must
-    cost that row, max(the reference's own error, u (1 + max_j max(|z_j|, |log p_j|) + sqrt(C)) s), u the unit roundoff
-    and s the row's weight; 12 units are allowed.
+    Both are called on a grid of batches. A row's error is measured in units of the error that rounding must cause,
 
-    Args:
-        fn: returns the scalar objective, or a tuple that begins with it.
-        reference: what it is compared with; usually the mean cross-entropy in nats.
-        args, reference_args: what each receives, in its own order: logits [N, C], log_probs, probs, labels int64 [N],
-            target_probs [N, C], or hidden [N, D], weight [C, D] and bias [C] of fused losses. A reference that takes
-            logits is compared with a fused loss through a linear layer.
-        dtype: judge in this precision alone, such as torch.bfloat16; by default in float32 and float64.
-        ignore_index: the label of rows that count for nothing; some rows then bear it.
-        soft_targets: target_probs are distributions, not one-hot.
-        tokens: logits are [B, T, C] and labels [B, T].
-        num_classes: the C to try; by default 2 to 50 000, and for fused and token losses 2 to 128 256.
-        batches: batches of your own, from `capture`, asked besides the grid.
+        max(the reference's own error, u (1 + max_j max(|z_j|, |log p_j|) + sqrt(C)) s),
 
-    Raises:
-        UsageError: the request is wrong; one line that says what to do.
+    where u is the unit roundoff, z [N, C] are the logits, p their softmax and s is the row's weight (1/N for a mean).
+    At most 12 units are allowed.
+
+    Parameters
+    ----------
+    fn : callable
+        Returns the scalar objective, or a tuple that begins with it.
+    reference : callable
+        Usually the mean cross-entropy in nats, in [0, inf).
+    args, reference_args : sequence of str
+        Inputs of each callable, in its own order: logits [N, C], log_probs [N, C], probs [N, C], labels int64 [N],
+        target_probs [N, C]; hidden [N, D], weight [C, D] and bias [C] for fused losses. A reference that takes logits
+        is compared with a fused loss through a linear layer.
+    dtype : torch.dtype, optional
+        Only this precision, such as torch.bfloat16; by default float32 and float64.
+    device : torch.device or str
+        Device on which both are called.
+    ignore_index : int, optional
+        Label of rows that must not count. Some rows then have it, and torch's own losses as reference receive it.
+    soft_targets : bool
+        target_probs are distributions instead of one-hot.
+    tokens : bool
+        Logits are [B, T, C] and labels [B, T].
+    num_classes : sequence of int, optional
+        The C to test; by default 2 to 50 000, and 2 to 128 256 for fused and token losses.
+    batches : sequence of AuditBatch
+        Your own batches from `capture`, in addition to the grid.
+
+    Returns
+    -------
+    Finding
+        The word (`objective`), the reason (`sentence`), factor, offset, limits and side effects.
+
+    Raises
+    ------
+    UsageError
+        The request is wrong; the message is one line with a remedy.
+
+    References
+    ----------
+    Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41 (2019).
+
+    Examples
+    --------
+    >>> import torch.nn.functional as F
+    >>> from likelihood_lab import check
+    >>> check(lambda z, y: F.nll_loss(z.log_softmax(1), y), num_classes=(2, 10)).objective
+    'identical'
     """
     for key, names in (("args", args), ("reference_args", reference_args)):
         _check_args(key, names)
-    for key, given in (("fn", fn), ("reference", reference)):
-        if isinstance(given, type) or not callable(given):
-            raise UsageError(f"{key} is {given!r}; give a function, or an instance such as torch.nn.CrossEntropyLoss()")
+    for key, loss in (("fn", fn), ("reference", reference)):
+        if isinstance(loss, type) or not callable(loss):
+            raise UsageError(f"{key} is {loss!r}; give a function, or an instance such as torch.nn.CrossEntropyLoss()")
     if isinstance(fn, torch.nn.Module) and any(parameter.requires_grad for parameter in fn.parameters()):
         raise UsageError("fn has trainable parameters of its own; a loss is a fixed function: freeze them")
     if ignore_index is not None and not isinstance(ignore_index, int):
         raise UsageError(f"ignore_index={ignore_index!r}; give an integer such as -100, or nothing")
     if not isinstance(batches, Sequence):
-        raise UsageError(f"batches={batches!r}; give what `capture` has kept")
+        raise UsageError(f"batches={batches!r}; give the batches of `capture`")
     if isinstance(num_classes, str) or not (num_classes is None or isinstance(num_classes, Sequence)):
         raise UsageError(f"num_classes={num_classes!r}; give a tuple such as (10,)")
     settings: dict[str, Any] = {
@@ -92,14 +118,9 @@ def check(
     reference = _ignoring(reference, ignore_index)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(settings["device"].type, enabled=False):
         audit = _audit(Loss(reference, tuple(reference_args)), tuple(args), settings, batches)
-    return examined(audit, Loss(fn, tuple(args)))
-
-
-def examined(audit: AuditContext, loss: Loss) -> Finding:
-    """`examine`, with what the loss prints among the side effects."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        finding = examine(audit, loss)
+        finding = examine(audit, Loss(fn, tuple(args)))
     line = next((line for line in printed.getvalue().splitlines() if line.strip()), None)
     if line is None:
         return finding
@@ -107,15 +128,31 @@ def examined(audit: AuditContext, loss: Loss) -> Finding:
 
 
 def assert_same_loss(fn: LossFn, reference: LossFn = F.cross_entropy, **settings: Any) -> None:
-    """Fail unless `fn` is identical to `reference`, equal up to rounding, or off by a constant in its value alone.
+    """Fail unless `fn` trains as `reference` does: identical, equal up to rounding, or offset by a constant value.
 
-    Args:
-        settings: as for `check`.
+    Parameters
+    ----------
+    fn : callable
+        Returns the scalar objective, or a tuple that begins with it.
+    reference : callable
+        Usually the mean cross-entropy in nats.
+    **settings
+        The other parameters of `check`.
 
-    Raises:
-        AssertionError: with the finding's sentence and a few lines that show the difference.
+    Raises
+    ------
+    AssertionError
+        The message is the finding's sentence and a few lines of code that reproduce the difference.
+    UsageError
+        The request is wrong; the message is one line with a remedy.
+
+    Examples
+    --------
+    >>> import torch.nn.functional as F
+    >>> from likelihood_lab import assert_same_loss
+    >>> assert_same_loss(lambda z, y: F.nll_loss(z.log_softmax(1), y), F.cross_entropy, num_classes=(2, 10))
     """
-    __tracebackhide__ = True  # pytest shows the finding, not these lines
+    __tracebackhide__ = True  # pytest then omits this frame
     finding = check(fn, reference, **settings)
     if not (finding.same and finding.value_holds):
         effects = [effect for effect in finding.side_effects if effect.startswith("value")]
@@ -133,11 +170,8 @@ def _check_args(key: str, names: Sequence[str]) -> None:
         raise UsageError(f"{key} is empty; choose from {', '.join(INPUTS)}")
 
 
-_with_ignore: dict[tuple[LossFn, int | None], LossFn] = {}
-
-
 def _ignoring(reference: LossFn, ignore_index: int | None) -> LossFn:
-    """A reference of torch's with its ignore_index; the same object each time, so that its audit is found again."""
+    """Return the reference with its ignore_index; the same object each time, so that its cached audit is used."""
     if not inspect.isroutine(reference):
         return with_ignored(reference, ignore_index)
     return _with_ignore.setdefault((reference, ignore_index), with_ignored(reference, ignore_index))
@@ -146,32 +180,32 @@ def _ignoring(reference: LossFn, ignore_index: int | None) -> LossFn:
 def _audit(
     reference: Loss, args: tuple[str, ...], settings: dict[str, Any], batches: Sequence[AuditBatch]
 ) -> AuditContext:
-    """An audit that is kept for the next candidate of the same shape."""
+    """Return an audit, from the cache if the last one had the same reference and settings."""
     if batches or not inspect.isroutine(getattr(reference.fn, "func", reference.fn)):  # a module may change
         return audit_of(reference, args, **settings, batches=list(batches))
     fused = tuple(sorted({"hidden", "weight", "bias"} & {*args, *reference.args}))
     key = (reference.fn, reference.args, fused, *(str(value) for value in settings.values()))
     try:
         if key not in _audits:
-            _audits.clear()  # one at a time: it holds the reference's gradients
+            _audits.clear()  # only one: it holds all gradients of the reference
             _audits[key] = audit_of(reference, args, **settings)
         return _audits[key]
-    except TypeError as error:  # a reference that cannot be hashed
+    except TypeError as error:  # the reference is not hashable
         if "unhashable" not in first_line(error):
             raise
         return audit_of(reference, args, **settings)
 
 
 def reproduction(fn: LossFn, reference: LossFn, finding: Finding, settings: Mapping[str, Any]) -> str:
-    """The smallest batch that speaks against sameness, as code; empty where there is none to show."""
+    """Return code that shows the difference on the simplest batch; empty if there is no such batch."""
     if finding.worst is None:
         return ""
     batch, dtype = finding.worst
     args = tuple(settings.get("args", ("logits", "labels")))
     reference_args = tuple(settings.get("reference_args", ("logits", "labels")))
     if batch.hidden is not None or batch.logits.numel() > LITERAL or not batch.contiguous:
-        asked = ", ".join(f"{key}={value!r}" for key, value in settings.items() if key != "batches")
-        call = f"check(mine, {_name(reference, 'reference')}{', ' if asked else ''}{asked})"
+        shown = [f"{key}={value!r}" for key, value in settings.items() if key != "batches"]
+        call = f"check({', '.join(['mine', _name(reference, 'reference'), *shown])})"
         return (
             f"# the smallest batch that shows it: {dtype}, {batch.where}\n"
             f"batch, dtype = likelihood_lab.{call}.worst  # batch.logits, .labels, .hidden, .weight"
@@ -186,12 +220,12 @@ def reproduction(fn: LossFn, reference: LossFn, finding: Finding, settings: Mapp
     if "target_probs" in (*args, *reference_args):
         lines.append(f"target_probs = torch.tensor({batch.target_probs.tolist()}, dtype=torch.{dtype})")
     upstream = f", torch.tensor({batch.upstream}, dtype=torch.{dtype})" if batch.upstream != 1 else ""
-    for loss, otherwise in ((Loss(reference, reference_args), "reference"), (Loss(fn, args), "mine")):
-        name, flat = _name(loss.fn, otherwise), loss.flattens and batch.labels.ndim > 1
-        given = [_expression(arg, flat) for arg in loss.args]
-        if otherwise == "reference" and loss.fn is F.cross_entropy and settings.get("ignore_index") is not None:
-            given.append(f"ignore_index={settings['ignore_index']}")
-        lines.append(f"print(torch.autograd.grad({name}({', '.join(given)}), z{upstream})[0].tolist())")
+    for loss, default in ((Loss(reference, reference_args), "reference"), (Loss(fn, args), "mine")):
+        name, flat = _name(loss.fn, default), loss.flattens and batch.labels.ndim > 1
+        expressions = [_expression(arg, flat) for arg in loss.args]
+        if default == "reference" and loss.fn is F.cross_entropy and settings.get("ignore_index") is not None:
+            expressions.append(f"ignore_index={settings['ignore_index']}")
+        lines.append(f"print(torch.autograd.grad({name}({', '.join(expressions)}), z{upstream})[0].tolist())")
     return "\n".join(lines)
 
 
@@ -200,7 +234,7 @@ def _expression(arg: str, flat: bool) -> str:
     return made + (".flatten()" if arg == "labels" else ".flatten(0, -2)") if flat else made
 
 
-def _name(fn: LossFn, otherwise: str) -> str:
-    """How torch's own functions are called; another loss by the name that it goes by in the test."""
+def _name(fn: LossFn, default: str) -> str:
+    """Return "F.name" for torch's own functions, and `default` for others."""
     name = getattr(fn, "__name__", "")
-    return f"F.{name}" if name and getattr(F, name, None) is fn else otherwise
+    return f"F.{name}" if name and getattr(F, name, None) is fn else default

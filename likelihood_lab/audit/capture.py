@@ -1,4 +1,4 @@
-"""Batches of a user's own run: what reaches the loss while a model trains, kept for the audit."""
+"""Record batches of a user's own training run: the inputs of its loss, for the audit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.overrides import TorchFunctionMode
 from likelihood_lab.categorical.batches import AuditBatch
 from likelihood_lab.errors import UsageError
 
-MOST = 4  # batches that are kept
+MAX_BATCHES = 4
 _WITH_LOGITS = (F.cross_entropy,)
 _WITH_LOG_PROBS = (F.nll_loss, F.kl_div)
 
 
 class Captured(list[AuditBatch]):
-    """The batches kept so far; a list that `check(..., batches=...)` takes as it is."""
+    """List of the recorded batches, for `check(..., batches=...)`."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -28,12 +28,21 @@ class Captured(list[AuditBatch]):
         self.head: tuple[Tensor, nn.Linear] | None = None
 
     def add(self, logits: Tensor, target: Tensor, ignore_index: int = -100) -> None:
-        """Keep a batch: logits [..., C], and labels int64 [...] or target probabilities [..., C].
+        """Record a batch. If the model's last linear layer has just given the logits, record its input and weights too.
 
-        Where the logits are what the model's last linear layer has just given, its input and weights are kept too.
+        Parameters
+        ----------
+        logits : Tensor
+            Logits [..., C], or log-probabilities.
+        target : Tensor
+            Labels int64 [...], or target probabilities [..., C].
+        ignore_index : int
+            Label of rows that do not count.
 
-        Raises:
-            UsageError: the shapes do not fit each other.
+        Raises
+        ------
+        UsageError
+            The shapes do not fit each other.
         """
         if len(self) >= self.most:
             return
@@ -64,8 +73,8 @@ class Captured(list[AuditBatch]):
         return hidden.detach().cpu().double(), layer.weight.detach().cpu().double(), bias
 
 
-class _Listening(TorchFunctionMode):
-    """Keeps what torch's own losses are called with."""
+class _LossRecorder(TorchFunctionMode):
+    """Record the inputs of torch's own losses."""
 
     def __init__(self, captured: Captured) -> None:
         super().__init__()
@@ -74,45 +83,64 @@ class _Listening(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _WITH_LOGITS or func in _WITH_LOG_PROBS:
-            given = dict(zip(("input", "target"), args, strict=False)) | kwargs
-            self._keep(given["input"], given["target"], kwargs.get("ignore_index", -100))
+            arguments = dict(zip(("input", "target"), args, strict=False)) | kwargs
+            self._record(arguments["input"], arguments["target"], kwargs.get("ignore_index", -100))
         return func(*args, **kwargs)
 
-    def _keep(self, logits: Tensor, target: Tensor, ignore_index: int) -> None:
-        if logits.ndim > 2:  # torch has classes second
+    def _record(self, logits: Tensor, target: Tensor, ignore_index: int) -> None:
+        if logits.ndim > 2:  # torch expects classes second
             logits = logits.movedim(1, -1)
             target = target.movedim(1, -1) if target.is_floating_point() else target
         self.captured.add(logits, target, ignore_index)
 
 
 @contextmanager
-def capture(model: nn.Module, most: int = MOST) -> Iterator[Captured]:
-    """Keep the first batches that reach a loss inside the block.
+def capture(model: nn.Module, most: int = MAX_BATCHES) -> Iterator[Captured]:
+    """Record the first batches that reach a loss inside the block.
 
-    torch's `cross_entropy`, `nll_loss` and `kl_div`, and the modules over them, are listened to; for any other loss
-    call `.add(logits, target)`. Log-probabilities serve as logits: they are logits of the same probabilities. Of a
-    model whose last linear layer gives the logits, (hidden, weight, bias) are kept too, for fused losses.
+    It records calls of torch's `cross_entropy`, `nll_loss` and `kl_div`, and of the modules that use them. For any
+    other loss call `.add(logits, target)`. Log-probabilities serve as logits, because they are logits of the same
+    probabilities. If the model's last linear layer gives the logits, (hidden, weight, bias) are recorded for fused
+    losses.
 
-    Example:
-        with capture(model) as batches:
-            F.cross_entropy(model(x), y).backward()
-        assert_same_loss(mine, F.cross_entropy, batches=batches)
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model whose logits reach the loss.
+    most : int
+        Largest number of batches to record.
 
-    Raises:
-        UsageError: no loss was seen.
+    Yields
+    ------
+    Captured
+        List of AuditBatch with logits [..., C], labels [...] and target_probs [..., C].
+
+    Raises
+    ------
+    UsageError
+        No loss was called in the block.
+
+    Examples
+    --------
+    >>> import torch, torch.nn.functional as F
+    >>> from likelihood_lab import assert_same_loss, capture
+    >>> model, x, y = torch.nn.Linear(20, 5), torch.randn(8, 20), torch.randint(5, (8,))
+    >>> with capture(model) as batches:
+    ...     F.cross_entropy(model(x), y).backward()
+    >>> assert_same_loss(lambda z, y: F.nll_loss(z.log_softmax(1), y), batches=batches, num_classes=(2, 10))
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"capture needs a torch.nn.Module, got {type(model).__name__}")
     captured = Captured(most)
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
 
-    def remember(layer: nn.Module, given: tuple[Any, ...], _: Any) -> None:
+    def record_head(layer: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
         if isinstance(layer, nn.Linear):
-            captured.head = given[0], layer
+            captured.head = inputs[0], layer
 
-    hooks = [layer.register_forward_hook(remember) for layer in layers[-1:]]
+    hooks = [layer.register_forward_hook(record_head) for layer in layers[-1:]]
     try:
-        with _Listening(captured):
+        with _LossRecorder(captured):
             yield captured
     finally:
         for hook in hooks:

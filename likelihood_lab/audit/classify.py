@@ -1,4 +1,4 @@
-"""From the judgements of all batches to one word, and from the values of same gradients to an offset."""
+"""Classify a loss from the comparisons of all cases, and find a constant offset between values."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from likelihood_lab.audit.evaluate import Loss, evaluate
 from likelihood_lab.audit.rounding import CONSTANT, ScaleInterval, narrowest, overlap
 from likelihood_lab.categorical.batches import BatchShape, make_batch
 
-SAMENESS = ("identical", "rounding", "offset")
-DIGITS = 12
-SHARP = 1e-10
-
-
+DIGITS = 12  # significant digits of a factor
+SHARP = 1e-10  # relative uncertainty of the factors that a range is taken from, if there are any
 TARGET_SETS = 3
-LOGIT_DRAWS = 4
+LOGIT_DRAWS = 4  # for each set of targets
 
 
 @dataclass(frozen=True)
 class Scale:
     """The factor between two gradients.
 
-    Attributes:
-        formula: the factor in terms of C where one fits ("1/C", "0.1"), else "by C"; of a reweighted loss "by batch".
-        by_classes: the factor for each C; of a reweighted loss the smallest and the largest that was met.
+    Attributes
+    ----------
+    formula: the factor in terms of C ("1/C", "0.1"), or "by C"; for a reweighted loss "by batch".
+    by_classes: the factor for each C; for a reweighted loss the smallest and the largest factor.
     """
 
     formula: str
@@ -36,13 +34,13 @@ class Scale:
 
     @property
     def largest(self) -> float:
-        """The largest factor that was met."""
+        """The largest factor in any batch."""
         return max(k if isinstance(k, float) else max(k) for k in self.by_classes.values())
 
 
 @dataclass(frozen=True)
 class Classification:
-    """A word, why, and the smallest batch that speaks against sameness."""
+    """A word of the column `function`, the reason, and the simplest batch that contradicts sameness."""
 
     word: str
     reason: str
@@ -50,66 +48,66 @@ class Classification:
     worst: BatchComparison | None = None
 
 
-def classify(cells: Sequence[BatchComparison]) -> Classification:
-    """The word for a candidate whose gradients were judged in these cells, in the order of protocol section 2."""
-    failing = [cell for cell in cells if not cell.same]
+def classify(cases: Sequence[BatchComparison]) -> Classification:
+    """Return the word for a candidate's comparisons, in the order of protocol section 2."""
+    failing = [case for case in cases if not case.same]
     if not failing:
-        if all(cell.bitwise for cell in cells):
-            return Classification("identical", f"gradients equal bit for bit in {len(cells)} of {len(cells)} batches")
-        largest = max(cell.units for cell in cells)
+        if all(case.bitwise for case in cases):
+            return Classification("identical", f"gradients equal bit for bit in {len(cases)} of {len(cases)} batches")
+        largest = max(case.units for case in cases)
         return Classification("rounding", f"gradients equal up to rounding: errors of {largest:.2g} units at most")
     worst = _simplest(failing)
-    if not any(cell.finite for cell in cells):
+    if not any(case.finite for case in cases):
         return Classification("different", "gradients are not finite in any batch", worst=worst)
-    if _ordinary_rows_hold(cells):
+    if _ordinary_rows_hold(cases):
         return Classification("domain", "", worst=worst)
-    return _scaled(cells, failing)
+    return _scaled(cases, failing)
 
 
 def _simplest(failing: Sequence[BatchComparison]) -> BatchComparison:
-    """The batch that is most easily written out: contiguous, small, with nothing from outside."""
+    """Return the comparison whose batch is simplest to print: contiguous, small, upstream gradient 1."""
     return min(
-        failing, key=lambda cell: (not cell.batch.contiguous, cell.batch.logits.numel(), cell.batch.upstream != 1)
+        failing, key=lambda case: (not case.batch.contiguous, case.batch.logits.numel(), case.batch.upstream != 1)
     )
 
 
-def _ordinary_rows_hold(cells: Sequence[BatchComparison]) -> bool:
-    """Rows with .1 <= -log p_y <= 1 are right wherever they occur, whatever shares the batch with them."""
-    for dtype in {cell.dtype for cell in cells}:
-        asked = [cell for cell in cells if cell.dtype == dtype]
-        if not any(cell.ordinary.any() for cell in asked):
+def _ordinary_rows_hold(cases: Sequence[BatchComparison]) -> bool:
+    """Return whether rows with .1 <= -log p_y <= 1 are right in every batch."""
+    for dtype in {case.dtype for case in cases}:
+        of_dtype = [case for case in cases if case.dtype == dtype]
+        if not any(case.ordinary.any() for case in of_dtype):
             return False
-        if any((cell.row_units[cell.ordinary] > CONSTANT).any() for cell in asked):
+        if any((case.row_units[case.ordinary] > CONSTANT).any() for case in of_dtype):
             return False
-    return all(cell.same for cell in cells if cell.batch.family == "ordinary")
+    return all(case.same for case in cases if case.batch.family == "ordinary")
 
 
-def _scaled(cells: Sequence[BatchComparison], failing: Sequence[BatchComparison]) -> Classification:
-    """Parallel to the reference in every batch where that can be told, or not at all."""
+def _scaled(cases: Sequence[BatchComparison], failing: Sequence[BatchComparison]) -> Classification:
+    """Classify a loss that fails in ordinary rows: parallel to the reference in every batch, or different."""
     worst = _simplest(failing)
-    finite = [cell for cell in cells if cell.finite]
-    known = [cell for cell in finite if cell.interval.determined]
-    not_parallel = [cell for cell in known if not cell.parallel]
+    finite = [case for case in cases if case.finite]
+    known = [case for case in finite if case.interval.determined]
+    not_parallel = [case for case in known if not case.parallel]
     if not known or not_parallel:
-        reason = _apart(cells, failing, known, not_parallel)
+        reason = _apart(cases, failing, known, not_parallel)
         return Classification("different", reason, worst=_simplest(not_parallel) if not_parallel else worst)
-    factors = [cell.interval.factor for cell in known]
+    factors = [case.interval.factor for case in known]
     if min(factors) < 0:
         turned = "points the other way" if max(factors) < 0 else "points the other way in some batches"
         reason = f"the gradient {turned}: k from {min(factors):.4g} to {max(factors):.4g}"
         return Classification("different", reason, worst=worst)
-    if any(cell.growth > CONSTANT * max(factors) for cell in finite if not cell.interval.determined):
+    if any(case.growth > CONSTANT * max(factors) for case in finite if not case.interval.determined):
         return Classification("different", "parallel in most batches, finite and wrong in others", worst=worst)
     by_classes: dict[int, list[ScaleInterval]] = {}
-    for cell in known:
-        by_classes.setdefault(cell.batch.num_classes, []).append(cell.interval)
+    for case in known:
+        by_classes.setdefault(case.batch.num_classes, []).append(case.interval)
     if all(overlap(intervals) for intervals in by_classes.values()):
         scale = _constant({c: narrowest(intervals) for c, intervals in sorted(by_classes.items())})
-        if not all(cell.finite for cell in cells) and scale.formula.split()[0] == "1":
+        if not all(case.finite for case in cases) and scale.formula.split()[0] == "1":
             reason = f"right in most batches, no finite gradient in others ({worst.where})"
             return Classification("different", reason, worst=worst)
         return Classification("scaled", f"k = {scale.formula} in every batch", scale, worst)
-    if (where := separating(cells, failing, _of_the_call(cells))) is not None:
+    if (where := separating(cases, failing, _of_the_call(cases))) is not None:
         reason = f"wrong {where}: k from {min(factors):.4g} to {max(factors):.4g}"
         return Classification("different", reason, worst=worst)
     spans = {c: _span(intervals) for c, intervals in sorted(by_classes.items())}
@@ -127,7 +125,7 @@ def _span(intervals: Sequence[ScaleInterval]) -> tuple[float, float]:
 
 
 def _constant(intervals: Mapping[int, ScaleInterval]) -> Scale:
-    """One formula for all C, where there is one to DIGITS digits, or to as many as the precision gives."""
+    """Return one formula for all C, if one holds to DIGITS digits or to the digits that the dtype gives."""
     uncertain = max(interval.tolerance / abs(interval.factor) for interval in intervals.values())
     digits = max(1, min(DIGITS, math.floor(-math.log10(max(uncertain, 10.0**-DIGITS)))))
     by_classes = {c: interval.factor for c, interval in intervals.items()}
@@ -144,25 +142,25 @@ def _constant(intervals: Mapping[int, ScaleInterval]) -> Scale:
     return Scale("by C", rounded)
 
 
-# --- what tells the batches where a candidate is right from those where it is wrong
+# --- the property that separates the batches in which a candidate is right from the others
 
 Trait = tuple[str, Callable[[BatchComparison], bool]]
 
 
 def _apart(
-    cells: Sequence[BatchComparison],
+    cases: Sequence[BatchComparison],
     failing: Sequence[BatchComparison],
     known: Sequence[BatchComparison],
     not_parallel: Sequence[BatchComparison],
 ) -> str:
-    where = separating(cells, failing, _traits(cells)) or _where_rows_fail(failing)
+    where = separating(cases, failing, _traits(cases)) or _where_rows_fail(failing)
     if where is not None:
-        worst = max(failing, key=lambda cell: cell.units if math.isfinite(cell.units) else 0.0)
+        worst = max(failing, key=lambda case: case.units if math.isfinite(case.units) else 0.0)
         off = f", off by {worst.distance:.2g} relative to the reference" if worst.distance > 0 else ""
         return f"wrong {where}{off}"
     if not known:
         return "gradients bear no relation to the reference's"
-    largest = max(not_parallel, key=lambda cell: cell.residual if math.isfinite(cell.residual) else 0.0)
+    largest = max(not_parallel, key=lambda case: case.residual if math.isfinite(case.residual) else 0.0)
     size = f"{largest.residual:.2g} units of rounding, where {CONSTANT:g} are allowed ({largest.where})"
     if largest.distance == 0:  # the first input's gradient is right, another's is not
         return f"wrong in the gradient of {largest.worst_input}: {size}"
@@ -170,115 +168,111 @@ def _apart(
 
 
 def separating(
-    cells: Sequence[BatchComparison], failing: Sequence[BatchComparison], traits: Sequence[Trait]
+    cases: Sequence[BatchComparison], failing: Sequence[BatchComparison], traits: Sequence[Trait]
 ) -> str | None:
-    """The one trait that all failing batches share and no other has, in words.
+    """Return the first trait that all failing batches have and no other batch has, in words.
 
-    A batch that passes because its gradient is too small to tell counts for neither.
+    A batch that passes only because its gradient is too small to compare is left out.
     """
-    failed = {id(cell) for cell in failing}
-    telling = [cell for cell in cells if id(cell) in failed or cell.interval.determined]
-    if len(failed) == len(telling):
+    failed = {id(case) for case in failing}
+    comparable = [case for case in cases if id(case) in failed or case.interval.determined]
+    if len(failed) == len(comparable):
         return None
     for words, holds in traits:
-        if all(holds(cell) == (id(cell) in failed) for cell in telling):
+        if all(holds(case) == (id(case) in failed) for case in comparable):
             return words
     return None
 
 
 def _where_rows_fail(failing: Sequence[BatchComparison]) -> str | None:
-    """What the rows that fail have in common and others of the same batches have not."""
+    """Return the property that all failing rows have and no other row of the same batches has, in words."""
     others = 0
-    for cell in failing:
-        labels = cell.batch.labels.flatten()
-        if len(labels) != len(cell.row_units) or not cell.finite:
+    for case in failing:
+        labels = case.batch.labels.flatten()
+        if len(labels) != len(case.row_units) or not case.finite:
             return None
-        last = labels == cell.batch.num_classes - 1
-        if (cell.row_units[~last] > CONSTANT).any() or not (cell.row_units[last] > CONSTANT).any():
+        last = labels == case.batch.num_classes - 1
+        if (case.row_units[~last] > CONSTANT).any() or not (case.row_units[last] > CONSTANT).any():
             return None
         others += int((~last).sum())
     return "in rows of the last class" if others else None
 
 
-def _of_the_call(cells: Sequence[BatchComparison]) -> list[Trait]:
-    """Traits of how a loss is called, rather than of what it is asked about."""
+def _of_the_call(cases: Sequence[BatchComparison]) -> list[Trait]:
+    """Return traits of the call: memory layout, upstream gradient, dtype."""
     return [
-        ("on inputs that are not contiguous", lambda cell: not cell.batch.contiguous),
-        ("where a gradient other than 1 reaches it from outside", lambda cell: cell.batch.upstream != 1),
-        *((f"in {dtype}", _is(lambda cell: cell.dtype_name, dtype)) for dtype in {c.dtype_name for c in cells}),
+        ("on inputs that are not contiguous", lambda case: not case.batch.contiguous),
+        ("where a gradient other than 1 reaches it from outside", lambda case: case.batch.upstream != 1),
+        *((f"in {name}", lambda case, name=name: case.dtype_name == name) for name in {c.dtype_name for c in cases}),
     ]
 
 
-def _traits(cells: Sequence[BatchComparison]) -> list[Trait]:
+def _traits(cases: Sequence[BatchComparison]) -> list[Trait]:
     traits: list[Trait] = [
-        *_of_the_call(cells),
-        ("where some targets are ignored", lambda cell: not bool(cell.batch.valid.all())),
-        ("in a batch of one row", lambda cell: cell.batch.num_rows == 1),
+        *_of_the_call(cases),
+        ("where some targets are ignored", lambda case: not bool(case.batch.valid.all())),
+        ("in a batch of one row", lambda case: case.batch.num_rows == 1),
     ]
-    for rows in sorted({cell.batch.num_rows for cell in cells})[:-1]:
-        traits.append((f"in batches of more than {rows} rows", _above(lambda cell: cell.batch.num_rows, rows)))
-    for classes in sorted({cell.batch.num_classes for cell in cells})[:-1]:
-        traits.append((f"for more than {classes} classes", _above(lambda cell: cell.batch.num_classes, classes)))
+    for rows in sorted({case.batch.num_rows for case in cases})[:-1]:
+        traits.append((f"in batches of more than {rows} rows", _above(lambda case: case.batch.num_rows, rows)))
+    for classes in sorted({case.batch.num_classes for case in cases})[:-1]:
+        traits.append((f"for more than {classes} classes", _above(lambda case: case.batch.num_classes, classes)))
     return traits
 
 
-def _is(read: Callable[[BatchComparison], str], value: str) -> Callable[[BatchComparison], bool]:
-    return lambda cell: read(cell) == value
-
-
 def _above(read: Callable[[BatchComparison], int], value: int) -> Callable[[BatchComparison], bool]:
-    return lambda cell: read(cell) > value
+    return lambda case: read(case) > value
 
 
 @dataclass(frozen=True)
 class Offset:
-    """Value minus the reference's, constant in the logits.
+    """Difference of two values that does not depend on the logits.
 
-    Attributes:
-        constant: it, in nats; where it moves with the targets, what it was for one set of them.
-        moves: whether it depends on the targets.
+    Attributes
+    ----------
+    constant: the value minus the reference's, in nats; for one set of targets if it depends on them.
+    moves: whether it depends on the targets.
     """
 
     constant: float
     moves: bool
 
 
-def judged_values(cells: Sequence[BatchComparison]) -> str | None:
-    """What is wrong with the values of the core, in words; None where rounding accounts for all of it."""
-    wrong = [cell for cell in cells if cell.value_units > CONSTANT]
+def judged_values(cases: Sequence[BatchComparison]) -> str | None:
+    """Describe the largest error of the values in the core; None if rounding explains all errors."""
+    wrong = [case for case in cases if case.value_units > CONSTANT]
     if not wrong:
         return None
-    infinite = [cell for cell in wrong if not cell.value_error < torch.inf]
+    infinite = [case for case in wrong if not case.value_error < torch.inf]
     if infinite:
         return f"value is not finite where the reference's is ({infinite[0].where})"
-    worst = max(wrong, key=lambda cell: cell.value_units)
+    worst = max(wrong, key=lambda case: case.value_units)
     return f"value off by {worst.value_error:.3g} nats ({worst.where})"
 
 
 def offset(
     loss: Loss, standard: ReferenceEvaluations, shape: BatchShape, dtype: torch.dtype, allowed_in: torch.dtype
 ) -> Offset | None:
-    """The constant between two values, where the difference does not move with the logits.
+    """Return the constant between the two values, or None if their difference depends on the logits.
 
-    Several draws of logits are asked for each of several sets of targets, one of them of another size.
+    For each of several sets of targets, one of another size, several draws of logits are compared.
     """
-    draw = torch.Generator().manual_seed(7)
-    classes = next((c for c in shape.num_classes if c >= 10), shape.num_classes[0])
-    asked = replace(shape, ignoring=False)
+    generator = torch.Generator().manual_seed(7)
+    classes, no_ignored = shape.typical_classes, replace(shape, ignoring=False)
     constants: list[float] = []
     unit = 0.0
     for place in range(TARGET_SETS):
         lead = ((2, 4), (2, 4), (1, 5))[place] if shape.tokens else ((8,), (8,), (5,))[place]
-        first = make_batch("random", lead, classes, asked, draw).at(dtype)
+        first = make_batch("random", lead, classes, no_ignored, generator).at(dtype)
         differences = []
         for _ in range(LOGIT_DRAWS):
-            other = make_batch("random", lead, classes, asked, draw).at(dtype)
+            other = make_batch("random", lead, classes, no_ignored, generator).at(dtype)
             batch = replace(other, labels=first.labels, target_probs=first.target_probs)
             fresh = ReferenceEvaluations(standard.loss, standard.device)
-            found, exact = evaluate(loss, batch, dtype, standard.device), fresh.exact(batch)
-            if found.value is None or exact.value is None:
+            result, exact = evaluate(loss, batch, dtype, standard.device), fresh.exact(batch)
+            if result.value is None or exact.value is None:
                 return None
-            differences.append(found.value.double().item() - exact.value.double().item())
+            differences.append(result.value.double().item() - exact.value.double().item())
             unit = max(unit, fresh.value_unit(batch, allowed_in), abs(differences[-1]) * torch.finfo(allowed_in).eps)
         if not max(differences) - min(differences) <= 2 * CONSTANT * unit:
             return None

@@ -1,4 +1,4 @@
-"""One batch, one precision: how far a loss is from the reference, in units of what rounding may do."""
+"""Compare a loss with the reference on one batch in one dtype. Errors are in units of rounding."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from likelihood_lab.audit.rounding import (
     Rows,
     ScaleInterval,
     in_units,
+    name_of,
     relative_distance,
     row_errors,
     rows_of,
@@ -27,23 +28,24 @@ from likelihood_lab.categorical.batches import ORDINARY, ORDINARY_LOGITS, AuditB
 
 @dataclass(frozen=True)
 class BatchComparison:
-    """What a batch showed of a candidate.
+    """Result of comparing a candidate with the reference on one batch.
 
-    Attributes:
-        error: why there is no gradient to judge; then nothing else counts.
-        finite: whether every gradient is finite where the reference's exact one is.
-        bitwise: gradients equal to the reference's in the same precision, the sign of a zero aside.
-        units: the largest error of a row of any input's gradient, in units.
-        guilty: the input whose gradient has it.
-        row_units: those of the rows [N] themselves.
-        surprise: -log p_y of the rows [N].
-        magnitude: the largest |logit| or |log p| of the rows [N].
-        interval: the factor between the gradients.
-        residual: as `units`, once the factor is taken out.
-        growth: the largest factor by which a row exceeds the reference's own size and its tolerance.
-        distance: ||g_B - g_A|| / ||g_A||, both in this precision.
-        value_error: value minus the exact one.
-        value_units: the same, in units of its own.
+    Attributes
+    ----------
+    error: the reason if there is no gradient; the other attributes are then meaningless.
+    finite: whether every gradient is finite wherever the reference's exact gradient is.
+    bitwise: whether gradients equal the reference's in the same dtype; +0 equals -0.
+    units: the largest row error of any input's gradient, in units.
+    worst_input: the input whose gradient has that error.
+    row_units: errors of the rows of the first input's gradient [N], in units.
+    surprisal: -log p_y of the rows [N], in nats.
+    magnitude: the largest |logit| or |log p| of the rows [N].
+    interval: the factor between the gradients.
+    residual: the same as `units`, after the factor is removed.
+    growth: the largest ratio of a row to the reference's row plus its tolerance.
+    distance: ||g_B - g_A|| / ||g_A||, both in this dtype.
+    value_error: the value minus the exact value, in nats.
+    value_units: the same in units of the value's rounding.
     """
 
     batch: AuditBatch
@@ -65,63 +67,61 @@ class BatchComparison:
 
     @property
     def same(self) -> bool:
-        """Whether rounding accounts for the difference."""
+        """True if rounding explains the difference."""
         return self.error is None and self.units <= CONSTANT
 
     @property
     def parallel(self) -> bool:
-        """Whether rounding accounts for what a factor leaves."""
+        """True if a factor and rounding explain the difference."""
         return self.error is None and self.residual <= CONSTANT
 
     @property
     def ordinary(self) -> Tensor:
-        """Which rows [N] any loss should get right: neither saturated nor far from 0."""
+        """Mask [N] of the rows that any correct loss gets right: not saturated, and logits not far from 0."""
         low, high = ORDINARY
         return (self.surprisal >= low) & (self.surprisal <= high) & (self.magnitude <= ORDINARY_LOGITS)
 
     @property
     def dtype_name(self) -> str:
-        """float32, say."""
-        return str(self.dtype).removeprefix("torch.")
+        """The dtype's name, such as "float32"."""
+        return name_of(self.dtype)
 
     @property
     def where(self) -> str:
-        """The batch and the precision in words."""
+        """The dtype and the batch in words."""
         return f"{self.dtype_name}, {self.batch.where}"
 
 
-LARGE = 2**20  # weights of a last layer, whose gradients are not kept for every batch
+LARGE = 2**20  # weights; with a larger last layer, only the gradients of the latest batch stay in memory
 
 
 class ReferenceEvaluations:
-    """The reference on the batches of an audit: computed once, whatever the number of candidates."""
+    """Cached evaluations of the reference on the batches of an audit, shared by all candidates."""
 
     def __init__(self, loss: Loss, device: torch.device) -> None:
         self.loss, self.device = loss, device
         self._kept: dict[tuple[int, torch.dtype], tuple[AuditBatch, Evaluation]] = {}
-        self._latest: dict[
-            tuple[int, torch.dtype], tuple[AuditBatch, Evaluation]
-        ] = {}  # of the latest large batch alone
+        self._latest: dict[tuple[int, torch.dtype], tuple[AuditBatch, Evaluation]] = {}  # of one large batch
         self._rows: dict[int, tuple[AuditBatch, Rows]] = {}
 
     def at(self, batch: AuditBatch, dtype: torch.dtype) -> Evaluation:
-        """The reference in a precision, its inputs those of the batch."""
+        """Return the reference evaluated on the batch in a dtype."""
         kept = self._kept
         if batch.weight is not None and batch.weight.numel() > LARGE:
             kept = self._latest
             if any(other is not batch for other, _ in kept.values()):
                 kept.clear()
         key = id(batch), dtype
-        if key not in kept:  # the batch is kept too, so that its id stays its own
+        if key not in kept:  # the batch is stored too, so that its id is not used again
             kept[key] = batch, evaluate(self.loss, batch, dtype, self.device)
         return kept[key][1]
 
     def exact(self, batch: AuditBatch) -> Evaluation:
-        """The reference in float64."""
+        """Return the reference evaluated in float64."""
         return self.at(batch, torch.float64)
 
     def rows(self, batch: AuditBatch) -> Rows:
-        """What the batch's rows allow."""
+        """Return the properties of the batch's rows that decide their rounding units."""
         if id(batch) not in self._rows:
             flat = {name: getattr(batch, name).flatten(0, -2) for name in ("logits", "target_probs")}
             size = None
@@ -133,24 +133,24 @@ class ReferenceEvaluations:
         return self._rows[id(batch)][1]
 
     def rounding(self, batch: AuditBatch, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What rounding in `dtype` must cost every row of every gradient, whoever computes it."""
+        """Return the unavoidable rounding error in `dtype` of each row of each gradient."""
         flat = {"hidden": None if batch.hidden is None else batch.hidden.flatten(0, -2), "weight": batch.weight}
         rows, u = self.rows(batch), unit_roundoff(dtype)
         return {name: units(rows, u, name, **flat) for name in differentiable(batch)}
 
     def allowed(self, batch: AuditBatch, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The unit of every row of every gradient: `rounding`, or the reference's own error where that is larger."""
+        """Return the unit of each row of each gradient: `rounding`, or the reference's own error if larger."""
         own, exact = self.at(batch, dtype), self.exact(batch)
-        found = {}
+        allowed = {}
         for name, unit in self.rounding(batch, dtype).items():
             if own.error is None:
                 mine = row_errors(_flat(own.exact(name), name), _flat(exact.exact(name), name))
                 unit = torch.maximum(unit, torch.where(mine.isfinite(), mine, 0.0))
-            found[name] = unit
-        return found
+            allowed[name] = unit
+        return allowed
 
     def value_unit(self, batch: AuditBatch, dtype: torch.dtype) -> float:
-        """What rounding may do to the value."""
+        """Return the unit of the value: its unavoidable rounding error, or the reference's own error if larger."""
         rows, own, exact = self.rows(batch), self.at(batch, dtype), self.exact(batch)
         valid = batch.valid.flatten()
         unit = unit_roundoff(dtype) * (rows.weight * rows.reach)[valid].sum().item()
@@ -166,30 +166,30 @@ def judge(
     dtype: torch.dtype,
     computes_in: torch.dtype | None = None,
 ) -> BatchComparison:
-    """Compare a candidate, called in `dtype`, with the reference.
+    """Evaluate a candidate in `dtype` and compare it with the reference.
 
     Args:
-        computes_in: the precision that it is allowed, where it is known to compute in a coarser one than `dtype`.
+        computes_in: the coarser precision in which the loss is known to compute; its units then apply.
     """
-    found = evaluate(candidate, batch, dtype, standard.device)
-    if found.error is not None:
-        return BatchComparison(batch, dtype, found.error)
-    return compare(found, standard, batch, dtype, computes_in)
+    result = evaluate(candidate, batch, dtype, standard.device)
+    if result.error is not None:
+        return BatchComparison(batch, dtype, result.error)
+    return compare(result, standard, batch, dtype, computes_in)
 
 
 def compare(
-    found: Evaluation,
+    result: Evaluation,
     standard: ReferenceEvaluations,
     batch: AuditBatch,
     dtype: torch.dtype,
     computes_in: torch.dtype | None = None,
 ) -> BatchComparison:
-    """`judge`, for what a candidate has already been found to give."""
+    """Compare an evaluation of a candidate with the reference; see `judge`."""
     allowed = standard.allowed(batch, computes_in or dtype)
     exact, own = standard.exact(batch), standard.at(batch, dtype)
     names = differentiable(batch)
     first = names[0]
-    mine = {name: _flat(found.exact(name), name) for name in names}
+    mine = {name: _flat(result.exact(name), name) for name in names}
     truth = {name: _flat(exact.exact(name), name) for name in names}
     known = {
         name: truth[name].flatten(1).isfinite().all(1) if truth[name].ndim > 1 else truth[name].isfinite()
@@ -202,11 +202,11 @@ def compare(
         in_units(row_errors(mine[name], interval.factor * truth[name]), abs(interval.factor) * allowed[name])
         for name in names
     ]
-    judgement = BatchComparison(
+    comparison = BatchComparison(
         batch,
         dtype,
         finite=all(bool(gradient.isfinite().all()) for gradient in mine.values()),
-        bitwise=own.error is None and all(same_bits(found.gradients[name], own.gradients[name]) for name in names),
+        bitwise=own.error is None and all(same_bits(result.gradients[name], own.gradients[name]) for name in names),
         units=_largest(errors.values()),
         worst_input=max(errors, key=lambda name: _largest([errors[name]])),
         row_units=errors[first],
@@ -217,17 +217,17 @@ def compare(
         growth=_largest(_size(mine[name]) / (_size(truth[name]) + CONSTANT * allowed[name]) for name in names),
     )
     if own.error is None:
-        judgement = replace(judgement, distance=relative_distance(found.exact(first), own.exact(first)))
-    if found.value is None or exact.value is None or not exact.value.isfinite():
-        return judgement
-    difference = (found.value.double() - exact.value.double()).item()
+        comparison = replace(comparison, distance=relative_distance(result.exact(first), own.exact(first)))
+    if result.value is None or exact.value is None or not exact.value.isfinite():
+        return comparison
+    difference = (result.value.double() - exact.value.double()).item()
     unit = standard.value_unit(batch, computes_in or dtype)
     wrong = abs(difference) / unit if difference == difference else torch.inf
-    return replace(judgement, value_error=difference, value_units=wrong)
+    return replace(comparison, value_error=difference, value_units=wrong)
 
 
 def _flat(gradient: Tensor, name: str) -> Tensor:
-    """Rows first: [N, ...] for logits and hidden, whatever shape the rows had."""
+    """Flatten the leading dimensions of logits and hidden to [N, ...]."""
     return gradient.flatten(0, -2) if name in ("logits", "hidden") else gradient
 
 

@@ -1,4 +1,4 @@
-"""How far a loss holds: along which axis it parts from the reference first, where, and how."""
+"""Search the domain's limits: the axis, the place and the way in which a loss departs from the reference."""
 
 from __future__ import annotations
 
@@ -30,27 +30,28 @@ POINTS = {
     "masked": (1, 2),
     "rows": (300, 1000, 3000, 10_000, 30_000, 70_000),
 }
-APART = 12.0  # logits between the one class that matters and those that do not, give or take SPREAD
+APART = 12.0  # logits by which the irrelevant classes lie below the relevant one, plus or minus SPREAD
 SPREAD = 3.0
 CORE = {
     "gap": CORE_GAP, "confidence": CORE_GAP - APART - SPREAD, "offset": CORE_OFFSET, "masked": 0.0, "rows": math.inf,
 }  # fmt: skip
 RESOLUTION = 1e-3
 ROWS = 4
-MANY = 1000  # classes from which on the last layer is narrower than they are many
+MANY = 1000  # with more classes than this, the last layer is narrower than their number
 MOST = 2**22  # logits in a batch of many rows
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Where a loss and the reference part.
+    """Place on an axis at which a loss departs from the reference.
 
-    Attributes:
-        axis: gap, confidence, offset, masked or rows.
-        limit: the smallest value found at which they differ, in the axis' unit: logits, classes or rows.
-        behaviour: what the loss does there.
-        core: whether the gradient fails inside the core domain.
-        then: what fails further out, where gradient and value do not fail together.
+    Attributes
+    ----------
+    axis: gap, confidence, offset, masked or rows.
+    limit: the smallest value at which they differ, in the axis' unit: logits, classes or rows.
+    behaviour: the failure there, such as "gradient is NaN".
+    core: whether the gradient fails inside the core domain.
+    then: the failure further out, if gradient and value do not fail at the same place.
     """
 
     axis: str
@@ -68,29 +69,29 @@ def find_domain_limits(
     scale: float | None = None,
     offset: bool = False,
 ) -> list[Limit]:
-    """Every axis along which the candidate parts from the reference in `dtype`, those within the core first.
+    """Return the limit on every axis where the candidate fails in `dtype`; limits inside the core come first.
 
     Args:
-        scale: the largest factor between the gradients, where there is one other than 1: it is left out of account.
-        offset: whether the values differ by a constant, which is left out too.
+        scale: the largest factor between the gradients, if it is not 1; such a factor is not a failure.
+        offset: whether the values differ by a constant; such a constant is not a failure.
     """
-    classes = next((c for c in shape.num_classes if c >= 10), shape.num_classes[0])
+    classes = shape.typical_classes
     axes = [axis for axis in POINTS if axis != "rows" or dtype in (torch.float16, torch.bfloat16)]
-    if shape.fused:  # designed logits would need D = C, and common offsets and masks a bias
+    if shape.fused:  # chosen logits would need D = C; common offsets and masks would need a bias
         axes = [axis for axis in axes if axis in ("gap", "confidence", "rows")]
     if classes < max(POINTS["masked"]) + 2:
         axes = [axis for axis in axes if axis != "masked"]
-    found = [
-        _limit(axis, _DomainProbe(candidate, standard, shape, axis, classes, dtype, scale, offset)) for axis in axes
-    ]
-    return sorted((limit for limit in found if limit is not None), key=lambda limit: not limit.core)
+    probes = [_DomainProbe(candidate, standard, shape, axis, classes, dtype, scale, offset) for axis in axes]
+    limits = [limit for probe in probes if (limit := _limit(probe)) is not None]
+    return sorted(limits, key=lambda limit: not limit.core)
 
 
-def _limit(axis: str, ask: _DomainProbe) -> Limit | None:
-    """The nearer of where the gradient and where the value fails."""
-    gradient = _search(axis, lambda place: ask(place).gradient)
-    value = _search(axis, lambda place: ask(place).value)
-    failed = sorted((found for found in (gradient, value) if found is not None), key=lambda found: found[0])
+def _limit(probe: _DomainProbe) -> Limit | None:
+    """Return the nearer of the places where the gradient and the value fail."""
+    axis = probe.axis
+    gradient = _search(axis, lambda place: probe.at(place).gradient)
+    value = _search(axis, lambda place: probe.at(place).value)
+    failed = sorted((result for result in (gradient, value) if result is not None), key=lambda result: result[0])
     if not failed:
         return None
     (nearest, behaviour), *rest = failed
@@ -98,29 +99,29 @@ def _limit(axis: str, ask: _DomainProbe) -> Limit | None:
     return Limit(axis, nearest, behaviour, gradient is not None and gradient[0] <= CORE[axis], then)
 
 
-def _search(axis: str, ask: Callable[[float], str | None]) -> tuple[float, str] | None:
-    """The first of the axis' points that fails, moved towards the one before it by bisection."""
+def _search(axis: str, failure_at: Callable[[float], str | None]) -> tuple[float, str] | None:
+    """Find the axis' first point that fails, then bisect between it and the point before it."""
     before = start = 1.0 if axis == "rows" else 0.0
     for point in POINTS[axis]:
-        behaviour = ask(float(point))
+        behaviour = failure_at(float(point))
         if behaviour is None:
             before = float(point)
             continue
         low, high = before, float(point)
-        if low == start and axis != "masked" and (said := ask(low)) is not None:
-            return low, said
+        if low == start and axis != "masked" and (failure := failure_at(low)) is not None:
+            return low, failure
         whole = axis == "rows"
         while axis != "masked" and high - low > max(RESOLUTION * high, float(whole)):
             middle = float((low + high) // 2) if whole else (low + high) / 2
-            said = ask(middle)
-            low, high, behaviour = (middle, high, behaviour) if said is None else (low, middle, said)
+            failure = failure_at(middle)
+            low, high, behaviour = (middle, high, behaviour) if failure is None else (low, middle, failure)
         return high, behaviour
     return None
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What is wrong with gradient and value at one place, in words."""
+class _Failures:
+    """The failures of gradient and value at one place, in words; None if they hold."""
 
     gradient: str | None = None
     value: str | None = None
@@ -128,7 +129,7 @@ class _Said:
 
 @dataclass
 class _DomainProbe:
-    """Compares candidate and reference at a place on an axis, each place once."""
+    """Compare candidate and reference at places on an axis; results are cached."""
 
     candidate: Loss
     standard: ReferenceEvaluations
@@ -138,43 +139,48 @@ class _DomainProbe:
     dtype: torch.dtype
     scale: float | None
     offset: bool
-    heard: dict[float, _Said] = field(default_factory=dict)
+    results: dict[float, _Failures] = field(default_factory=dict)
 
-    def __call__(self, place: float) -> _Said:
-        if place not in self.heard:
-            self.heard[place] = self._ask(place)
-        return self.heard[place]
+    def at(self, place: float) -> _Failures:
+        """Return the failures at a place."""
+        if place not in self.results:
+            self.results[place] = self._compare(place)
+        return self.results[place]
 
-    def _ask(self, place: float) -> _Said:
+    def _compare(self, place: float) -> _Failures:
         if self.axis == "rows" and place * self.classes > MOST:
-            return _Said()
+            return _Failures()
         batch = _batch(self.axis, place, self.classes, self.shape).at(self.dtype)
-        fresh = ReferenceEvaluations(self.standard.loss, self.standard.device)  # these batches are asked once
+        fresh = ReferenceEvaluations(
+            self.standard.loss, self.standard.device
+        )  # not cached: these batches are used once
         exact, own = fresh.exact(batch), fresh.at(batch, self.dtype)
         if exact.error or own.error or not (_finite(exact) and _finite(own)):
-            return _Said()  # the reference itself gives nothing to hold the candidate to
-        found = evaluate(self.candidate, batch, self.dtype, self.standard.device)
-        if found.error:
-            return _Said(f"loss raises {found.error}")
-        judgement = compare(found, fresh, batch, self.dtype)
-        gradient = None if self._holds(judgement) else _of_gradient(found)
-        return _Said(gradient, None if found.value is None else self._of_value(found.value, judgement))
+            return _Failures()  # the reference itself fails here
+        result = evaluate(self.candidate, batch, self.dtype, self.standard.device)
+        if result.error:
+            return _Failures(f"loss raises {result.error}")
+        comparison = compare(result, fresh, batch, self.dtype)
+        gradient = None if self._gradient_holds(comparison) else _gradient_failure(result)
+        return _Failures(gradient, None if result.value is None else self._value_failure(result.value, comparison))
 
-    def _holds(self, judgement: BatchComparison) -> bool:
+    def _gradient_holds(self, comparison: BatchComparison) -> bool:
         if self.scale is None:
-            return judgement.same
-        if judgement.interval.determined:
-            return judgement.parallel
-        return judgement.growth <= CONSTANT * max(1.0, self.scale)
+            return comparison.same
+        if comparison.interval.determined:
+            return comparison.parallel
+        return comparison.growth <= CONSTANT * max(1.0, self.scale)
 
-    def _of_value(self, value: Tensor, judgement: BatchComparison) -> str | None:
+    def _value_failure(self, value: Tensor, comparison: BatchComparison) -> str | None:
         if not value.isfinite():
             return f"value is {'NaN' if value.isnan() else 'infinite'}"
-        return "value is wrong" if self.scale is None and not self.offset and judgement.value_units > CONSTANT else None
+        return (
+            "value is wrong" if self.scale is None and not self.offset and comparison.value_units > CONSTANT else None
+        )
 
 
-def _of_gradient(found: Evaluation) -> str:
-    gradients = [g for g in found.gradients.values() if g is not None]
+def _gradient_failure(result: Evaluation) -> str:
+    gradients = [g for g in result.gradients.values() if g is not None]
     if any(g.isnan().any() for g in gradients):
         return "gradient is NaN"
     if any(g.isinf().any() for g in gradients):
@@ -183,19 +189,19 @@ def _of_gradient(found: Evaluation) -> str:
     return "gradient is exactly 0" if (first == 0).all(-1).any() else "gradient is wrong"
 
 
-def _finite(found: Evaluation) -> bool:
-    parts = [found.value, *found.gradients.values()]
+def _finite(result: Evaluation) -> bool:
+    parts = [result.value, *result.gradients.values()]
     return all(part is not None and bool(part.isfinite().all()) for part in parts)
 
 
 def _batch(axis: str, value: float, classes: int, shape: BatchShape) -> AuditBatch:
     rows = int(value) if axis == "rows" else ROWS
-    draw = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(4)
     labels = avoid_ignore_index((torch.arange(rows) * 7 + classes - 1) % classes, classes, shape.ignore_index)
     if shape.fused:
-        return _fused(axis, value, labels, classes, shape, draw)
-    logits = torch.randn(rows, classes, generator=draw, dtype=torch.float64)
-    if axis in ("gap", "confidence"):  # one other class alone matters, so that a gap is -log p_y to three digits
+        return _fused(axis, value, labels, classes, shape, generator)
+    logits = torch.randn(rows, classes, generator=generator, dtype=torch.float64)
+    if axis in ("gap", "confidence"):  # one other class dominates, so that a gap is -log p_y to three digits
         sign = 1 if axis == "confidence" else -1
         rival = (labels + 1) % classes
         logits = (
@@ -213,16 +219,16 @@ def _batch(axis: str, value: float, classes: int, shape: BatchShape) -> AuditBat
 
 
 def _fused(
-    axis: str, value: float, labels: Tensor, classes: int, shape: BatchShape, draw: torch.Generator
+    axis: str, value: float, labels: Tensor, classes: int, shape: BatchShape, generator: torch.Generator
 ) -> AuditBatch:
-    """Rows along their label's weights, which are orthonormal: the label's logit is the length, the others are 0."""
+    """Return rows parallel to their label's weights. These are orthonormal, so that only the label's logit is not 0."""
     width = max(WIDTH, classes) if classes <= MANY else WIDTH
     weight = torch.eye(width, dtype=torch.float64)[:classes]
-    if classes > MANY:  # a direction for each of the labels alone
+    if classes > MANY:  # only the labels get a direction
         used = labels.unique()
         weight = torch.zeros(classes, width, dtype=torch.float64)
         weight[used, torch.arange(len(used)) % width] = 1.0
-    noise = torch.randn(len(labels), width, generator=draw, dtype=torch.float64)
+    noise = torch.randn(len(labels), width, generator=generator, dtype=torch.float64)
     hidden = noise / 8
     if axis != "rows":
         sign = 1 if axis == "confidence" else -1

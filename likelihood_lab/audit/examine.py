@@ -1,4 +1,4 @@
-"""One candidate, asked everything that an audit asks."""
+"""Examine one candidate loss: call it on every case, classify its gradients, find its limits and side effects."""
 
 from __future__ import annotations
 
@@ -10,34 +10,39 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from likelihood_lab.audit.classify import SAMENESS, Classification, classify, judged_values, offset
+from likelihood_lab.audit.classify import Classification, Offset, classify, judged_values, offset
 from likelihood_lab.audit.compare import BatchComparison, compare, judge
-from likelihood_lab.audit.context import LOW, AuditContext, name_of
-from likelihood_lab.audit.describe import covered, evidence, not_covered, sentence
+from likelihood_lab.audit.context import LOW, AuditContext
+from likelihood_lab.audit.describe import Refusals, covered, evidence, not_covered, sentence
 from likelihood_lab.audit.domain import Limit, find_domain_limits
-from likelihood_lab.audit.evaluate import NO_GRADIENT, Evaluation, Loss, evaluate, same_bits
-from likelihood_lab.audit.finding import Finding
+from likelihood_lab.audit.evaluate import NO_GRADIENT, Evaluation, Loss, equal_evaluations, evaluate
+from likelihood_lab.audit.finding import SAME_FUNCTION, Finding
 from likelihood_lab.audit.normaliser import normaliser
-from likelihood_lab.audit.precision import NOISY_FAMILIES, computes_in, systematic_part
-from likelihood_lab.audit.rounding import SYSTEMATIC
+from likelihood_lab.audit.precision import NOISY_FAMILIES, AtPrecision, computes_in, systematic_part
+from likelihood_lab.audit.rounding import SYSTEMATIC, name_of
 from likelihood_lab.audit.side_effects import (
+    KEEPS_STATE,
     backward_effects,
+    bad_input_effects,
     changed_state,
     interleaved_effects,
-    policies,
     random_state,
     state_of,
 )
 from likelihood_lab.categorical.batches import AuditBatch, BatchShape
 
-ASKED_AGAIN = 2**14  # logits in a batch that is asked a second time
-FEW_ROWS = 2  # rows whose float32 gradients may be exact by luck
-ASKED_LAST = 6  # batches, asked once more when all else has been
-NEEDS_CUDA = ("cuda", "triton", "nvidia", "active drivers", "gpu")  # what packages say where there is none
+REPEATED_LOGITS = 2**14  # batches of at most so many logits are evaluated twice
+FEW_ROWS = 2  # with so few rows, a float32 gradient may be exact by luck
+REPEATED_CASES = 6  # cases that are evaluated again after each later step
+NEEDS_CUDA = ("cuda", "triton", "nvidia", "active drivers", "gpu")  # words in errors of packages that find no GPU
 
 
-def examine(audit: AuditContext, loss: Loss, tell: Callable[[Finding], None] = lambda _: None) -> Finding:
-    """Ask a candidate everything; `tell` hears what is known so far before the questions that may end a process."""
+def examine(audit: AuditContext, loss: Loss, report_early: Callable[[Finding], None] = lambda _: None) -> Finding:
+    """Audit a candidate loss.
+
+    Args:
+        report_early: receives the finding before the loss is called with invalid input, which may crash the process.
+    """
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -45,19 +50,19 @@ def examine(audit: AuditContext, loss: Loss, tell: Callable[[Finding], None] = l
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        answers = _Answers(audit, loss)
-        answers.ask()
-        if not answers.judged:
-            return _unjudged(answers)
-        finding = _examined(audit, loss, answers)
-        tell(finding)
-        dtype = answers.judged[0].dtype
-        asked = policies(loss, audit.reference, answers.shape, dtype, audit.device)
-        return replace(finding, side_effects=(*finding.side_effects, *asked))
+        grid = _GridEvaluation(audit, loss)
+        grid.run()
+        if not grid.comparisons:
+            return _nothing_evaluated(grid.refused)
+        finding = _finding(audit, loss, grid)
+        report_early(finding)
+        dtype = grid.comparisons[0].dtype
+        effects = bad_input_effects(loss, audit.reference, grid.shape, dtype, audit.device)
+        return replace(finding, side_effects=(*finding.side_effects, *effects))
 
 
 def needs_cuda(error: str) -> bool:
-    """Whether an error says that there is no CUDA device, and there is none."""
+    """Return whether an error reports a missing CUDA device on a machine that has none."""
     return any(word in error.lower() for word in NEEDS_CUDA) and not torch.cuda.is_available()
 
 
@@ -65,74 +70,74 @@ def needs_cuda(error: str) -> bool:
 
 
 @dataclass
-class _Answers:
-    """What a candidate answers on the grid.
+class _GridEvaluation:
+    """Results of a candidate on all cases (batch, dtype).
 
-    Attributes:
-        judged: a judgement of each cell that gave a value.
-        refused: the cells that raised, and what.
-        kept: answers of the smaller cells, to be compared with later ones.
-        unequal: where an equal call gave other bits, if one did.
+    Attributes
+    ----------
+    comparisons: one for each case in which the loss returned a value.
+    refused: the cases in which the loss raised, with the error.
+    repeatable: evaluations of the small cases, for comparison with later calls.
+    unequal: the first case whose repetition gave other bits.
     """
 
     audit: AuditContext
     loss: Loss
-    judged: list[BatchComparison] = field(default_factory=list)
+    comparisons: list[BatchComparison] = field(default_factory=list)
     refused: list[tuple[AuditBatch, torch.dtype, str]] = field(default_factory=list)
-    kept: list[tuple[AuditBatch, torch.dtype, Evaluation]] = field(default_factory=list)
+    repeatable: list[tuple[AuditBatch, torch.dtype, Evaluation]] = field(default_factory=list)
     unequal: str | None = None
-    effects: list[str] = field(default_factory=list)
+    side_effects: list[str] = field(default_factory=list)
 
     @property
     def shape(self) -> BatchShape:
-        """What the audit's batches have in common, with the C that the candidate takes."""
-        return replace(self.audit.shape, num_classes=tuple(sorted({cell.batch.num_classes for cell in self.judged})))
+        """The shape of the audit's batches, with the numbers of classes that the candidate accepts."""
+        classes = tuple(sorted({case.batch.num_classes for case in self.comparisons}))
+        return replace(self.audit.shape, num_classes=classes)
 
-    def ask(self) -> None:
-        """Every cell once in order, and the smaller ones again in the opposite order."""
+    def run(self) -> None:
+        """Evaluate every case in order, then the small ones again in reverse order."""
         for dtype in self.audit.dtypes:
-            with contextlib.suppress(Exception):  # a copy that cannot be made is told of where it is called
+            with contextlib.suppress(Exception):  # if the copy fails, the first call reports it
                 self.loss.prepared(dtype, self.audit.device)
-        state, drawn = state_of(self.loss), random_state(self.audit.device)
+        state, random_before = state_of(self.loss), random_state(self.audit.device)
         overwritten: Counter[str] = Counter()
-        for batch, dtype in self.audit.cells:
-            overwritten.update(self._ask_once(batch, dtype))
-        self.ask_again(self.kept[::-1])
-        self.effects += [f"overwrites {name}" for name in overwritten]
-        if not torch.equal(drawn, random_state(self.audit.device)):
-            self.effects.append("consumes random numbers")
+        for batch, dtype in self.audit.cases:
+            overwritten.update(self._evaluate(batch, dtype))
+        self._repeat(self.repeatable[::-1])
+        self.side_effects += [f"overwrites {name}" for name in overwritten]
+        if not torch.equal(random_before, random_state(self.audit.device)):
+            self.side_effects.append("consumes random numbers")
         if changed := changed_state(self.loss, state):
-            self.effects.append(f"keeps state: {', '.join(changed)}")
+            self.side_effects.append(f"{KEEPS_STATE}{', '.join(changed)}")
 
-    def _ask_once(self, batch: AuditBatch, dtype: torch.dtype) -> tuple[str, ...]:
-        found = evaluate(self.loss, batch, dtype, self.audit.device)
-        if found.value is None:
-            self.refused.append((batch, dtype, found.error or ""))
-        elif found.error is not None:
-            self.judged.append(BatchComparison(batch, dtype, found.error))
+    def _evaluate(self, batch: AuditBatch, dtype: torch.dtype) -> tuple[str, ...]:
+        result = evaluate(self.loss, batch, dtype, self.audit.device)
+        if result.value is None:
+            self.refused.append((batch, dtype, result.error or ""))
+        elif result.error is not None:
+            self.comparisons.append(BatchComparison(batch, dtype, result.error))
         else:
-            self.judged.append(compare(found, self.audit.standard, batch, dtype))
-            if batch.logits.numel() <= ASKED_AGAIN:
-                self.kept.append((batch, dtype, found))
-        return found.overwritten
+            self.comparisons.append(compare(result, self.audit.standard, batch, dtype))
+            if batch.logits.numel() <= REPEATED_LOGITS:
+                self.repeatable.append((batch, dtype, result))
+        return result.overwritten
 
-    def ask_again(self, kept: Sequence[tuple[AuditBatch, torch.dtype, Evaluation]]) -> None:
-        """Equal calls must give equal bits."""
-        for batch, dtype, first in kept:
+    def repeat_first(self) -> None:
+        """Evaluate the first few cases again, to detect state that a later step has changed."""
+        self._repeat(self.repeatable[:REPEATED_CASES])
+
+    def _repeat(self, cases: Sequence[tuple[AuditBatch, torch.dtype, Evaluation]]) -> None:
+        for batch, dtype, first in cases:
             again = evaluate(self.loss, batch, dtype, self.audit.device)
-            if self.unequal is None and not _equal(first, again):
+            if self.unequal is None and not equal_evaluations(first, again):
                 self.unequal = f"{name_of(dtype)}, {batch.where}"
-                self.effects.append(f"equal calls differ ({self.unequal})")
+                self.side_effects.append(f"equal calls differ ({self.unequal})")
 
 
-def _equal(a: Evaluation, b: Evaluation) -> bool:
-    pairs = [(a.value, b.value), *((a.gradients[name], b.gradients.get(name)) for name in a.gradients)]
-    return all(same_bits(x, y) for x, y in pairs)
-
-
-def _unjudged(answers: _Answers) -> Finding:
-    """No batch gave a value: why."""
-    error = Counter(error for _, _, error in answers.refused).most_common(1)[0][0]
+def _nothing_evaluated(refused: Refusals) -> Finding:
+    """Return the finding for a loss that raised in every case."""
+    error = Counter(error for _, _, error in refused).most_common(1)[0][0]
     if needs_cuda(error):
         return Finding("not_run", f"needs a CUDA device, and there is none: {error}")
     return Finding("error", f"failed on every batch: {error}")
@@ -141,132 +146,156 @@ def _unjudged(answers: _Answers) -> Finding:
 # --- the finding
 
 
-def _examined(audit: AuditContext, loss: Loss, answers: _Answers) -> Finding:
-    if all(cell.error is not None for cell in answers.judged):
-        error = answers.judged[0].error or NO_GRADIENT
-        return Finding("different", f"{error}: training would not move", side_effects=("no gradient", *answers.effects))
-    shape = answers.shape
-    cells, inside, systematic = _at_its_precision(audit, loss, shape, answers.judged)
-    dtype = max({cell.dtype for cell in cells}, key=lambda d: torch.finfo(d).bits)
-    divided = normaliser(loss, shape, audit.device, dtype, inside)
-    forgets = [] if answers.unequal else list(interleaved_effects(loss, shape, dtype, audit.device))
-    effects = [*forgets, *backward_effects(loss, shape, dtype, audit.device)]
-    decision = _decided(cells, inside, systematic)
-    constant = None
-    if decision.word in SAMENESS and (wrong := judged_values(cells)) is not None:
-        constant = offset(loss, audit.standard, shape, dtype, inside or dtype)
-        decision = replace(decision, word="rounding" if constant is None else "offset")
-        effects += [wrong] if constant is None else []
-    answers.ask_again(answers.kept[:ASKED_LAST])
-    decision = _without_excuses(answers, decision)
-    found = _limits(audit, loss, shape, decision, cells)
-    answers.ask_again(answers.kept[:ASKED_LAST])
-    decision = _without_excuses(answers, decision)
-    if decision.word in SAMENESS and any(limit.core for limit in found):
-        decision = replace(decision, word="domain")
-    if decision.word in SAMENESS and forgets:
-        decision = Classification("different", forgets[0].removeprefix("keeps state: "), worst=decision.worst)
-    numbers = evidence(audit, loss, cells, inside, systematic, found)
-    finding = Finding(
+def _finding(audit: AuditContext, loss: Loss, grid: _GridEvaluation) -> Finding:
+    if all(case.error is not None for case in grid.comparisons):
+        error = grid.comparisons[0].error or NO_GRADIENT
+        effects = ("no gradient", *grid.side_effects)
+        return Finding("different", f"{error}: training would not move", side_effects=effects)
+    shape = grid.shape
+    at = _at_precision(audit, loss, shape, grid.comparisons)
+    dtype = max({case.dtype for case in at.cases}, key=lambda d: torch.finfo(d).bits)
+    divisor = normaliser(loss, shape, audit.device, dtype, at.computes_in)
+    interleaved = [] if grid.unequal else list(interleaved_effects(loss, shape, dtype, audit.device))
+    backward = list(backward_effects(loss, shape, dtype, audit.device))
+    by_value = _classify_with_values(audit, loss, shape, at, dtype)
+    decision, limits = _confirm(audit, loss, grid, at.cases, by_value.classification, interleaved)
+    numbers = evidence(audit, loss, at, limits)
+    return Finding(
         decision.word,
-        "",
+        sentence(audit, decision, by_value.offset, divisor, limits, grid.refused, numbers),
         decision.scale,
-        constant,
-        found[0] if found else None,
-        divided,
-        (*answers.effects, *effects),
-        covered(audit, cells),
-        not_covered(audit, answers.refused),
+        by_value.offset,
+        limits[0] if limits else None,
+        divisor,
+        (*grid.side_effects, *interleaved, *backward, *by_value.effects),
+        covered(audit, at.cases),
+        not_covered(audit, grid.refused),
         numbers,
         None if decision.worst is None else (decision.worst.batch, decision.worst.dtype_name),
-        power=lambda: audit.power,
+        detection_limits=lambda: audit.detection_limits,
     )
-    return replace(finding, sentence=sentence(audit, finding, decision, answers.refused, numbers))
 
 
-def _without_excuses(answers: _Answers, decision: Classification) -> Classification:
-    """No word of sameness where equal calls differ, or where batches are refused whose like are not."""
-    if decision.word not in SAMENESS:
-        return decision
-    if answers.unequal is not None:
-        return Classification("different", f"equal calls give different bits ({answers.unequal})", worst=decision.worst)
-    taken = {(cell.batch.num_classes, cell.dtype) for cell in answers.judged}
-    refused_only_sometimes = [
-        (batch, error) for batch, dtype, error in answers.refused if (batch.num_classes, dtype) in taken
-    ]
-    if not refused_only_sometimes:
-        return decision
-    if all(not batch.contiguous for batch, _ in refused_only_sometimes):
-        effect = f"refuses inputs that are not contiguous ({refused_only_sometimes[0][1]})"
-        answers.effects += [effect] if effect not in answers.effects else []
-        return decision
-    batch, error = refused_only_sometimes[0]
-    number = len(refused_only_sometimes)
-    reason = f"raises on {number} batches that the reference takes, such as {batch.where}: {error}"
-    return Classification("different", reason, worst=decision.worst)
+def _at_precision(audit: AuditContext, loss: Loss, shape: BatchShape, cases: Sequence[BatchComparison]) -> AtPrecision:
+    """Compare the loss by the units of the precision in which it computes.
 
-
-def _at_its_precision(
-    audit: AuditContext, loss: Loss, shape: BatchShape, cells: Sequence[BatchComparison]
-) -> tuple[Sequence[BatchComparison], torch.dtype | None, float | None]:
-    """(cells, the coarser precision that it computes in, the systematic part of its error there).
-
-    A loss that rounds to float32 inside is judged by float32's units, whatever it is handed. It is known by its inputs'
-    last bits not mattering, or by an error in float64 that is float32's noise.
+    A loss that rounds to float32 inside gets float32's units, whatever the dtype of its inputs. Two signs show such a
+    loss: the last bits of its float64 inputs do not matter, or its error in float64 is float32's noise.
     """
-    doubles = any(cell.dtype == torch.float64 for cell in cells)
-    if audit.low is not None or all(cell.bitwise for cell in cells) or (doubles and all(cell.same for cell in cells)):
-        return cells, None, None
-    if not doubles:
-        return cells, None, systematic_part(loss, audit.standard, shape, torch.float32)
+    has_float64 = any(case.dtype == torch.float64 for case in cases)
+    if audit.low is not None or all(case.bitwise for case in cases) or (has_float64 and all(c.same for c in cases)):
+        return AtPrecision(cases)
+    if not has_float64:
+        return AtPrecision(cases, None, systematic_part(loss, audit.standard, shape, torch.float32))
     inside = computes_in(loss, shape, audit.device)
     if inside in LOW:
-        return cells, inside, None
-    if inside is None and not all(cell.same for cell in cells if cell.dtype != torch.float64):
-        return cells, None, None
+        return AtPrecision(cases, inside)
+    if inside is None and not all(case.same for case in cases if case.dtype != torch.float64):
+        return AtPrecision(cases)
     again = [
-        judge(loss, audit.standard, cell.batch, cell.dtype, torch.float32) if cell.dtype == torch.float64 else cell
-        for cell in cells
+        judge(loss, audit.standard, case.batch, case.dtype, torch.float32) if case.dtype == torch.float64 else case
+        for case in cases
     ]
     systematic = systematic_part(loss, audit.standard, shape, torch.float64)
-    noise = systematic < SYSTEMATIC and _noisy(cells)
-    if inside is None and not (noise and all(cell.same for cell in again)):
-        return cells, None, None  # it computes in float64, and is wrong there
-    return again, torch.float32, systematic
+    is_noise = systematic < SYSTEMATIC and _is_noisy(cases)
+    if inside is None and not (is_noise and all(case.same for case in again)):
+        return AtPrecision(cases)  # it computes in float64, and is wrong there
+    return AtPrecision(again, torch.float32, systematic)
 
 
-def _noisy(cells: Sequence[BatchComparison]) -> bool:
-    """Whether every batch in float64 whose rows are not saturated is off by more than float64 and a factor explain.
+def _is_noisy(cases: Sequence[BatchComparison]) -> bool:
+    """Return whether every unsaturated float64 case has a larger error than float64 and a factor explain.
 
-    What computes in float32 is off for every number of classes and rows; what is wrong for some of them alone is not.
+    A loss that computes in float32 has such errors for all numbers of classes and rows. A fault has them for some only.
     """
-    asked = [
-        cell
-        for cell in cells
-        if cell.dtype == torch.float64 and cell.batch.family in NOISY_FAMILIES and cell.batch.num_rows > FEW_ROWS
+    unsaturated = [
+        case
+        for case in cases
+        if case.dtype == torch.float64 and case.batch.family in NOISY_FAMILIES and case.batch.num_rows > FEW_ROWS
     ]
-    return bool(asked) and not any(cell.parallel for cell in asked)
+    return bool(unsaturated) and not any(case.parallel for case in unsaturated)
 
 
-def _decided(cells: Sequence[BatchComparison], inside: torch.dtype | None, systematic: float | None) -> Classification:
-    decision = classify(cells)
-    if inside in LOW and decision.word not in ("scaled", "reweighted"):
-        name = name_of(inside)
+@dataclass(frozen=True)
+class _WithValues:
+    """Classification by gradients and values, with the offset of the values or the side effect of a wrong value."""
+
+    classification: Classification
+    offset: Offset | None = None
+    effects: tuple[str, ...] = ()
+
+
+def _classify_with_values(
+    audit: AuditContext, loss: Loss, shape: BatchShape, at: AtPrecision, dtype: torch.dtype
+) -> _WithValues:
+    decision = _classify_gradients(at)
+    if decision.word not in SAME_FUNCTION or (wrong := judged_values(at.cases)) is None:
+        return _WithValues(decision)
+    constant = offset(loss, audit.standard, shape, dtype, at.computes_in or dtype)
+    if constant is None:
+        return _WithValues(replace(decision, word="rounding"), effects=(wrong,))
+    return _WithValues(replace(decision, word="offset"), constant)
+
+
+def _classify_gradients(at: AtPrecision) -> Classification:
+    decision = classify(at.cases)
+    if at.computes_in in LOW and decision.word not in ("scaled", "reweighted"):
+        name = name_of(at.computes_in)
         reason = f"rounds to {name} inside; dtype=torch.{name} judges it at that precision"
         return Classification("different", reason, worst=decision.worst)
-    if decision.word in SAMENESS and systematic is not None and systematic >= SYSTEMATIC:
-        ratio = f"systematic part {systematic:.3g}, noise < {SYSTEMATIC:g}"
-        reason = f"computes in float32, but its error there is no rounding: {ratio}"
+    if decision.word in SAME_FUNCTION and at.systematic is not None and at.systematic >= SYSTEMATIC:
+        ratio = f"systematic part {at.systematic:.3g}, noise < {SYSTEMATIC:g}"
+        reason = f"computes in float32, but its error there is not rounding: {ratio}"
         return Classification("different", reason, worst=decision.worst)
     return decision
 
 
+def _confirm(
+    audit: AuditContext,
+    loss: Loss,
+    grid: _GridEvaluation,
+    cases: Sequence[BatchComparison],
+    decision: Classification,
+    interleaved: Sequence[str],
+) -> tuple[Classification, list[Limit]]:
+    """Find the domain's limits and withdraw a word of sameness that calls, refusals, limits or state contradict."""
+    grid.repeat_first()
+    decision = _without_contradiction(grid, decision)
+    limits = _limits(audit, loss, grid.shape, decision, cases)
+    grid.repeat_first()
+    decision = _without_contradiction(grid, decision)
+    if decision.word in SAME_FUNCTION and any(limit.core for limit in limits):
+        decision = replace(decision, word="domain")
+    if decision.word in SAME_FUNCTION and interleaved:
+        decision = Classification("different", interleaved[0].removeprefix(KEEPS_STATE), worst=decision.worst)
+    return decision, limits
+
+
+def _without_contradiction(grid: _GridEvaluation, decision: Classification) -> Classification:
+    """Replace a word of sameness if equal calls differ, or if the loss raises in some cases of one C and dtype."""
+    if decision.word not in SAME_FUNCTION:
+        return decision
+    if grid.unequal is not None:
+        return Classification("different", f"equal calls give different bits ({grid.unequal})", worst=decision.worst)
+    accepted = {(case.batch.num_classes, case.dtype) for case in grid.comparisons}
+    sometimes = [(batch, error) for batch, dtype, error in grid.refused if (batch.num_classes, dtype) in accepted]
+    if not sometimes:
+        return decision
+    batch, error = sometimes[0]
+    if all(not batch.contiguous for batch, _ in sometimes):
+        effect = f"refuses inputs that are not contiguous ({error})"
+        grid.side_effects += [effect] if effect not in grid.side_effects else []
+        return decision
+    reason = f"raises on {len(sometimes)} batches that the reference accepts, such as {batch.where}: {error}"
+    return Classification("different", reason, worst=decision.worst)
+
+
 def _limits(
-    audit: AuditContext, loss: Loss, shape: BatchShape, decision: Classification, cells: Sequence[BatchComparison]
+    audit: AuditContext, loss: Loss, shape: BatchShape, decision: Classification, cases: Sequence[BatchComparison]
 ) -> list[Limit]:
-    """In the coarsest precision that was asked; of a loss that differs everywhere there is none to find."""
+    """Search in the coarsest dtype of the cases. A loss that differs everywhere has no limits to search for."""
     if decision.word == "different":
         return []
-    dtype = min({cell.dtype for cell in cells}, key=lambda d: torch.finfo(d).bits)
+    dtype = min({case.dtype for case in cases}, key=lambda d: torch.finfo(d).bits)
     largest = None if decision.scale is None else decision.scale.largest
     return find_domain_limits(loss, audit.standard, shape, dtype, largest, decision.word == "offset")

@@ -1,4 +1,4 @@
-"""What a loss divides by, told from the loss alone by how rows weigh in batches and by themselves."""
+"""Find the divisor of a loss (its reduction) from the weights of rows in batches and alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from likelihood_lab.categorical.batches import AuditBatch, BatchShape, make_batc
 CLASSES = 5
 SHAPES = ((12,), (7,), (8,), (1,), (5,))
 TOKEN_SHAPES = ((3, 4), (2, 6), (5, 2), (1, 6), (4, 1))
-SINGLE, LOW = 1e-4, 5e-2  # of losses that may round to float32, or to less, inside
-GROUPED = 2e-3  # of weights told apart by four digits
+SINGLE, LOW = 1e-4, 5e-2  # tolerances for losses that may round to float32, or to less, inside
+GROUPED = 2e-3  # tolerance for weights that are grouped by four digits
 WORDS = (
     "a constant",
     "valid targets",
@@ -33,13 +33,14 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Normaliser:
-    """What a loss divides the sum over its rows by.
+    """Divisor of a loss, also called its reduction or normaliser.
 
-    Attributes:
-        divides_by: one of `WORDS`; "not a sum over rows"; or the divisor found, where it is none of these.
-        accumulation: for two micro-batches, by how they are put together, the relative distance to the gradient of
-            the whole batch: {"sum": d, "mean": d, "mean of unequal": d}. Means over data-parallel ranks are the same.
-        cosine: of the mean over micro-batches of unequal valid counts with the whole batch.
+    Attributes
+    ----------
+    divides_by: one of `WORDS`, "not a sum over rows", or another divisor in words.
+    accumulation: relative distance between the combined gradients of two micro-batches and the gradient of the
+        whole batch: {"sum": d, "mean": d, "mean of unequal": d}. Means over data-parallel ranks are the same.
+    cosine: cosine between the mean over micro-batches of unequal valid counts and the whole batch's gradient.
     """
 
     divides_by: str
@@ -48,7 +49,7 @@ class Normaliser:
 
     @property
     def survives(self) -> str:
-        """Which way of putting micro-batches together gives the whole batch's gradient."""
+        """The ways of combining micro-batches that give the whole batch's gradient, in words."""
         kept = [way for way, distance in self.accumulation.items() if distance < SINGLE]
         names = {"sum": "a sum", "mean": "a mean of equal micro-batches", "mean of unequal": "a mean of unequal ones"}
         return ", ".join(names[way] for way in kept) or "none"
@@ -56,45 +57,51 @@ class Normaliser:
 
 @dataclass(frozen=True)
 class _Weights:
-    """alpha_i = <g_i, a_i> / <a_i, a_i> of each valid row: g_i its gradient in the batch, a_i by itself."""
+    """Weights alpha_i = <g_i, a_i> / <a_i, a_i> of the valid rows.
+
+    Attributes
+    ----------
+    alpha: g_i is the row's gradient in the batch, a_i its gradient as a batch of one row.
+    rest: the largest part of a g_i that is not parallel to a_i, relative to the parallel part.
+    """
 
     batch: AuditBatch
     alpha: Tensor
     labels: list[int]
-    rest: float  # the largest part of a g_i, relative to it, that does not lie along a_i
+    rest: float
 
 
 def normaliser(
     loss: Loss, shape: BatchShape, device: torch.device, dtype: torch.dtype, computes_in: torch.dtype | None
 ) -> Normaliser:
-    """Name the divisor of a loss.
+    """Find the divisor of a loss.
 
-    A row's gradient by itself is compared with its gradient in batches of several sizes, mixes of classes and numbers
-    of ignored rows: a sum over rows divided by D gives alpha_i = D(row) / D(batch).
+    The gradient of a row alone is compared with its gradient in batches of several sizes, mixes of classes and numbers
+    of ignored rows. A sum over rows divided by D gives alpha_i = D(row) / D(batch).
 
     Args:
-        computes_in: a coarser precision than `dtype` that the loss is known to compute in.
+        computes_in: a coarser precision than `dtype` in which the loss is known to compute.
     """
     tolerance = LOW if (computes_in or dtype) in (torch.bfloat16, torch.float16) else SINGLE
-    draw = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(5)
     classes = CLASSES if min(shape.num_classes) <= CLASSES <= max(shape.num_classes) else shape.num_classes[0]
-    found = []
+    measured = []
     for place, lead in enumerate(TOKEN_SHAPES if shape.tokens else SHAPES):
-        batch = _batch(lead, classes, shape, draw, place).at(dtype)
+        batch = _batch(lead, classes, shape, generator, place).at(dtype)
         weights = _weights(loss, batch, dtype, device)
         if isinstance(weights, str):
             return Normaliser(weights)
         if len(weights.alpha):
-            found.append(weights)
-    if not found:
+            measured.append(weights)
+    if not measured:
         return Normaliser("not measured: passes no gradient")
-    survival = _survival(loss, classes, shape, dtype, device)
-    return Normaliser(_named(found, tolerance), *survival)
+    accumulation = _accumulation(loss, classes, shape, dtype, device)
+    return Normaliser(_divisor(measured, tolerance), *accumulation)
 
 
-def _batch(lead: Sequence[int], classes: int, shape: BatchShape, draw: torch.Generator, place: int) -> AuditBatch:
-    """Every class more than once where there is room; where rows may be ignored, unevenly spread ones are."""
-    batch = make_batch("random", lead, classes, shape, draw, first=1)
+def _batch(lead: Sequence[int], classes: int, shape: BatchShape, generator: torch.Generator, place: int) -> AuditBatch:
+    """Return a random batch. If rows can be ignored, the ignored ones are spread unevenly."""
+    batch = make_batch("random", lead, classes, shape, generator, first=1)
     if shape.ignore_index is None or batch.num_rows == 1:
         return batch
     ignored = torch.arange(batch.num_rows) % 5 == 2
@@ -103,7 +110,7 @@ def _batch(lead: Sequence[int], classes: int, shape: BatchShape, draw: torch.Gen
 
 
 def ignoring(batch: AuditBatch, ignored: Tensor, ignore_index: int) -> AuditBatch:
-    """The batch with some of its rows to be ignored."""
+    """Return the batch with some of its rows ignored."""
     labels = batch.labels.masked_fill(ignored, ignore_index)
     targets = batch.target_probs.masked_fill(ignored[..., None], 0.0)
     return replace(batch, labels=labels, target_probs=targets, valid=batch.valid & ~ignored)
@@ -122,7 +129,7 @@ def _weights(loss: Loss, batch: AuditBatch, dtype: torch.dtype, device: torch.de
             return f"not measured: refuses a batch of one row ({single.error})"
         alone = single.exact(name).flatten(0, -2)[0]
         alpha = (together[i] @ alone) / (alone @ alone)
-        if not alone.any() and not together[i].any():  # a row without a gradient tells nothing
+        if not alone.any() and not together[i].any():  # a row without a gradient has no weight
             continue
         alphas.append(alpha)
         labels.append(int(batch.labels.flatten()[i]))
@@ -133,7 +140,7 @@ def _weights(loss: Loss, batch: AuditBatch, dtype: torch.dtype, device: torch.de
 
 
 def single_row(batch: AuditBatch, i: int) -> AuditBatch:
-    """Row i by itself, in as many dimensions."""
+    """Return row i as a batch with the same number of dimensions."""
     lead = (1,) * batch.labels.ndim
     taken = {name: getattr(batch, name).flatten(0, -2)[i].view(*lead, -1) for name in ("logits", "target_probs")}
     hidden = None if batch.hidden is None else batch.hidden.flatten(0, -2)[i].view(*lead, -1)
@@ -144,26 +151,26 @@ def single_row(batch: AuditBatch, i: int) -> AuditBatch:
 # --- naming
 
 
-def _named(found: Sequence[_Weights], tolerance: float) -> str:
-    if any(not weights.alpha.isfinite().all() or weights.rest > tolerance for weights in found):
+def _divisor(measured: Sequence[_Weights], tolerance: float) -> str:
+    if any(not weights.alpha.isfinite().all() or weights.rest > tolerance for weights in measured):
         return "not a sum over rows"
 
     def near(value: float, other: float) -> bool:
         return abs(value - other) <= tolerance * max(1.0, abs(other))
 
-    if all(near(a, weights.alpha[0].item()) for weights in found for a in weights.alpha.tolist()):
-        divisors = [1 / weights.alpha[0].item() for weights in found]
-        return _counted(divisors, [weights.batch for weights in found], near)
-    if _by_class(found, near):
+    if all(near(a, weights.alpha[0].item()) for weights in measured for a in weights.alpha.tolist()):
+        divisors = [1 / weights.alpha[0].item() for weights in measured]
+        return _counted(divisors, [weights.batch for weights in measured], near)
+    if _by_class(measured, near):
         return "sum of class weights"
-    return "means of groups" if _in_groups(found) else "a different weight for every row"
+    return "means of groups" if _in_groups(measured) else "a different weight for every row"
 
 
 Near = Callable[[float, float], bool]
 
 
 def _counted(divisors: Sequence[float], batches: Sequence[AuditBatch], near: Near) -> str:
-    """The count that all divisors are; of several that fit, the plainest."""
+    """Return the count that equals all divisors; the simplest if several do."""
     counts: dict[str, Callable[[AuditBatch], int]] = {
         "a constant": lambda _: 1,
         "B*T" if batches[0].labels.ndim > 1 else "rows": lambda batch: batch.num_rows,
@@ -178,10 +185,10 @@ def _counted(divisors: Sequence[float], batches: Sequence[AuditBatch], near: Nea
     return f"another count ({shown})"
 
 
-def _by_class(found: Sequence[_Weights], near: Near) -> bool:
-    """alpha_i = w_y / sum_j w_y_j: alphas sum to 1 and have one ratio between two classes in every batch."""
+def _by_class(measured: Sequence[_Weights], near: Near) -> bool:
+    """Return whether alpha_i = w_y / sum_j w_y_j: weights sum to 1, with one ratio of two classes in all batches."""
     relative: dict[int, float] = {}
-    for weights in found:
+    for weights in measured:
         alpha, labels = weights.alpha.tolist(), weights.labels
         if not near(sum(alpha), 1.0):
             return False
@@ -193,9 +200,9 @@ def _by_class(found: Sequence[_Weights], near: Near) -> bool:
     return True
 
 
-def _in_groups(found: Sequence[_Weights]) -> bool:
-    """Rows of one group weigh alike, and together a whole multiple of one share."""
-    for weights in found:
+def _in_groups(measured: Sequence[_Weights]) -> bool:
+    """Return whether rows of a group have equal weights, and each group's total is an integer multiple of one share."""
+    for weights in measured:
         counts = Counter(float(f"{a:.4g}") for a in weights.alpha.tolist())
         totals = [alpha * count for alpha, count in counts.items()]
         share = min(totals)
@@ -207,13 +214,13 @@ def _in_groups(found: Sequence[_Weights]) -> bool:
 # --- micro-batches
 
 
-def _survival(
+def _accumulation(
     loss: Loss, classes: int, shape: BatchShape, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, float], float | None]:
-    """How far sums and means over two micro-batches are from the gradient of the whole batch."""
-    draw = torch.Generator().manual_seed(6)
+    """Return `Normaliser.accumulation` and `Normaliser.cosine`, measured on two micro-batches."""
+    generator = torch.Generator().manual_seed(6)
     lead = (4, 3) if shape.tokens else (12,)
-    batch = make_batch("random", lead, classes, replace(shape, ignoring=False), draw)
+    batch = make_batch("random", lead, classes, replace(shape, ignoring=False), generator)
     half = batch.labels.shape[0] // 2
     cut = half // 2 if shape.ignore_index is None else half
     uneven = batch
@@ -224,8 +231,8 @@ def _survival(
     name = differentiable(batch)[0]
 
     def gradient(part: AuditBatch) -> Tensor | None:
-        found = evaluate(loss, part.at(dtype), dtype, device)
-        return None if found.error is not None else found.exact(name)
+        result = evaluate(loss, part.at(dtype), dtype, device)
+        return None if result.error is not None else result.exact(name)
 
     distances: dict[str, float] = {}
     cosine = None

@@ -1,9 +1,9 @@
-"""The objective axis: gradients in, findings out. What rounding may do, and what is left when it is allowed for.
+"""The rounding model: the error that floating point must cause in each row of a gradient.
 
-Errors are absolute and per row. Their unit is what floating point must cost: the larger of the reference's own error
-in that row and u (1 + M + sqrt(C)) s, where u is the unit roundoff, M the largest |logit| or |log-probability| of the
-row (a common shift or p - 1 rounds by that much, whoever computes it), sqrt(C) what a sum of C terms in plain order is
-expected to be off by (Higham and Mary 2019), and s the row's weight in the objective, 1/N for a mean.
+Errors are absolute, one for each row. Their unit is the larger of two numbers: the reference's own error in that row,
+and u (1 + M + sqrt(C)) s. Here u is the unit roundoff. M is the largest |logit| or |log-probability| of the row: a
+common shift, or p - 1, rounds by that much in any implementation. sqrt(C) is the expected error of a sum of C terms in
+plain order (Higham and Mary 2019). s is the row's weight in the objective, 1/N for a mean.
 """
 
 from __future__ import annotations
@@ -17,29 +17,36 @@ import torch
 from torch import Tensor
 
 CONSTANT = 12.0
-"""A row passes while its error is at most this many units; see experiments/audit for the curve behind the number."""
+"""A row passes if its error is at most this many units; experiments/audit measures how the number was chosen."""
 SYSTEMATIC = 2.5
-"""The largest ratio of a mean residual, squared, to its variance that is still noise."""
+"""Residuals are noise if their squared mean is less than this many times its variance."""
 DETERMINED = 1e-3
-"""A scale counts where rounding leaves it uncertain by less than this, relative to itself."""
+"""A scale is determined if its relative uncertainty from rounding is less than this."""
 DETERMINED_ROUNDOFFS = 200
-"""Or by less than so many units of roundoff: a tenth in float16, two fifths in bfloat16, which knows no better."""
+"""Or less than this many unit roundoffs: 0.1 in float16, 0.8 in bfloat16, whose gradients are no sharper."""
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Half the distance from 1 to the next larger number: 1.1e-16 for float64, 6.0e-8 for float32."""
+    """Return half the distance from 1 to the next larger number: 1.1e-16 for float64, 6.0e-8 for float32."""
     return torch.finfo(dtype).eps / 2
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the dtype's name without its module, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a batch's rows allow, from its logits in float64; shapes [N], or [N, C] where said.
+    """Properties of a batch's rows that decide their rounding units, from its logits in float64.
 
-    Attributes:
-        probs: softmax of the logits, [N, C].
-        magnitude: M.
-        surprise: -log p_y; the expected one where targets are soft.
-        weight: s, the row's weight in the reference's objective.
+    Attributes
+    ----------
+    probs: softmax of the logits, [N, C].
+    targets: target probabilities, [N, C].
+    magnitude: M, [N].
+    surprisal: -log p_y in nats, [N]; its expectation if targets are soft.
+    weight: s, the row's weight in the reference's objective, [N].
     """
 
     probs: Tensor
@@ -50,7 +57,7 @@ class Rows:
 
     @property
     def reach(self) -> Tensor:
-        """1 + M + sqrt(C): how many units of roundoff a log-probability may be off by."""
+        """1 + M + sqrt(C): the error of a log-probability in unit roundoffs."""
         return 1 + self.magnitude + math.sqrt(self.probs.shape[1])
 
 
@@ -60,8 +67,8 @@ def rows_of(
     """Describe rows by their logits [N, C], target probabilities [N, C] and the reference's gradient [N, C].
 
     Args:
-        gradient: where given, the row's weight is read off it: <g, p - y> / <p - y, p - y>, at least 1 / N.
-        size: sums of |terms| behind each logit [N, C], where the logits are themselves computed in the precision.
+        gradient: if given, it determines the row's weight: <g, p - y> / <p - y, p - y>, at least 1 / N.
+        size: sums of |terms| of each logit [N, C], if the logits are themselves computed in the precision.
     """
     log_probs = logits.log_softmax(1)
     finite = logits.isfinite()
@@ -78,16 +85,15 @@ def rows_of(
 
 
 def units(rows: Rows, u: float, name: str, hidden: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-    """The unit of each row of the gradient with respect to `name`: [N] for logits and hidden, [C] for weight and bias.
+    """Return the unit of each row of the gradient by `name`: [N] for logits and hidden, [C] for weight and bias.
 
-    An error of log p moves p by p times as much: behind a linear layer the units of the logits are carried on by p + y.
+    An error in log p changes p by p times as much. A linear layer therefore multiplies the units of the logits by
+    p + y, plus 1 at the largest class: its logit is subtracted from all others.
     """
     row = u * rows.reach * rows.weight
     if name == "logits":
         return row
-    largest = torch.nn.functional.one_hot(
-        rows.probs.argmax(1), rows.probs.shape[1]
-    )  # what a maximum subtracted sums up
+    largest = torch.nn.functional.one_hot(rows.probs.argmax(1), rows.probs.shape[1])
     share = rows.probs + rows.targets + largest
     if name == "hidden":
         return row * (share @ cast(Tensor, weight).abs()).amax(1)
@@ -97,27 +103,32 @@ def units(rows: Rows, u: float, name: str, hidden: Tensor | None = None, weight:
 
 
 def row_errors(gradient: Tensor, exact: Tensor) -> Tensor:
-    """The largest |error| of each row, [N]; inf where something is not finite and should be."""
+    """Return the largest |error| of each row, [N]; inf if an entry is NaN or infinite."""
     error = (gradient - exact).abs().flatten(1) if gradient.ndim > 1 else (gradient - exact).abs()[:, None]
     return torch.where(error.isnan(), math.inf, error).amax(1)
 
 
 def in_units(errors: Tensor, unit: Tensor) -> Tensor:
-    """Errors in units; 0 for no error, whatever the unit."""
+    """Return errors in units; 0 for an error of 0, even if the unit is 0."""
     return torch.where(errors == 0, 0.0, errors / unit.clamp_min(torch.finfo(torch.float64).tiny))
 
 
 @dataclass(frozen=True)
 class ScaleInterval:
-    """The factor between two gradients, and how far rounding may have moved it."""
+    """The factor between two gradients, and the largest change of it that rounding explains.
+
+    Attributes
+    ----------
+    enough: the relative uncertainty below which the factor is determined.
+    """
 
     factor: float
     tolerance: float
-    enough: float = DETERMINED  # how uncertain it may be, relative to itself
+    enough: float = DETERMINED
 
     @property
     def determined(self) -> bool:
-        """Whether rounding leaves the factor known."""
+        """True if the factor is known in spite of rounding."""
         return math.isfinite(self.factor) and self.tolerance < self.enough * abs(self.factor)
 
 
@@ -125,7 +136,7 @@ UNKNOWN_SCALE = ScaleInterval(math.nan, math.inf)
 
 
 def scale(gradient: Tensor, exact: Tensor, tolerance: Tensor, u: float = 0.0) -> ScaleInterval:
-    """a = <g_B, g> / <g, g>, with the reach that per-row tolerances [N] of g_B, in g's own size, give it."""
+    """Return a = <g_B, g> / <g, g> with the tolerance that follows from per-row tolerances [N], in the size of g."""
     square = exact.square().sum()
     if not square > 0:
         return UNKNOWN_SCALE
@@ -136,20 +147,20 @@ def scale(gradient: Tensor, exact: Tensor, tolerance: Tensor, u: float = 0.0) ->
 
 
 def overlap(intervals: Sequence[ScaleInterval]) -> bool:
-    """Whether one constant lies in all of them."""
+    """Return whether one constant lies in all intervals."""
     lowest = max((i.factor - i.tolerance for i in intervals), default=0.0)
     return lowest <= min((i.factor + i.tolerance for i in intervals), default=0.0)
 
 
 def narrowest(intervals: Sequence[ScaleInterval]) -> ScaleInterval:
-    """The interval that says most."""
+    """Return the interval with the smallest relative tolerance."""
     return min(intervals, key=lambda interval: interval.tolerance / abs(interval.factor))
 
 
 def systematic(residuals: Tensor) -> float:
-    """|mean|^2 / (var / n) of residuals [n, ...] over n roundings of one input: about 1 for noise.
+    """Return |mean|^2 / (var / n) of residuals [n, ...] over n roundings of one input: about 1 for noise.
 
-    The mean and the variance are summed over the entries first, so that entries without noise do not decide.
+    The mean and the variance are summed over the entries first, so that entries without noise do not dominate.
     """
     n = residuals.shape[0]
     mean, variance = residuals.mean(0), residuals.var(0)
@@ -158,6 +169,6 @@ def systematic(residuals: Tensor) -> float:
 
 
 def relative_distance(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||; NaN where either is not finite."""
+    """Return ||a - b|| / ||b||; NaN if either is not finite, or if b is 0."""
     size = b.double().norm()
     return ((a.double() - b.double()).norm() / size).item() if size > 0 else math.nan

@@ -1,4 +1,4 @@
-"""How small a difference the grid catches: the ladder of mutants, asked through the same gate as any candidate."""
+"""Measure the grid's detection limits: mutants of falling size are audited as any candidate is."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from torch import Tensor
 from likelihood_lab.audit.compare import ReferenceEvaluations, judge
 from likelihood_lab.audit.evaluate import Loss
 from likelihood_lab.audit.precision import systematic_part
-from likelihood_lab.audit.rounding import SYSTEMATIC
+from likelihood_lab.audit.rounding import SYSTEMATIC, name_of
 from likelihood_lab.categorical.batches import AuditBatch, BatchShape
 from likelihood_lab.categorical.mutants import FAULT_SIZES, MUTANTS, Mutant, mean_cross_entropy
 
-LARGEST = 8192  # logits in a batch that the ladder is tried on: what it misses there, larger batches may still catch
+LARGEST = 8192  # logits; larger batches are left out to save time, although they may catch smaller faults
 INSIDE = "float32 inside float64"
 _ARGS = ("logits", "target_probs")
 
-Cells = Sequence[tuple[AuditBatch, torch.dtype]]
+Cases = Sequence[tuple[AuditBatch, torch.dtype]]
 
 
 def smallest_differences(
-    shape: BatchShape, cells: Cells, device: torch.device
+    shape: BatchShape, cases: Cases, device: torch.device
 ) -> Mapping[str, Mapping[str, float | None]]:
-    """{mutant: {precision: the smallest d that is caught}}; None where not even 0.1 is.
+    """Return {mutant: {precision: the smallest d that is detected}}; None if 0.1 is not detected either.
 
-    "float32 inside float64" is a mutant that computes in float32 though it is given float64.
+    "float32 inside float64" is a mutant that computes in float32 although its inputs are float64.
     """
     standard = ReferenceEvaluations(Loss(mean_cross_entropy, _ARGS), device)
-    small = [(batch, dtype) for batch, dtype in cells if batch.logits.numel() <= LARGEST]
+    small = [(batch, dtype) for batch, dtype in cases if batch.logits.numel() <= LARGEST]
     dtypes = list(dict.fromkeys(dtype for _, dtype in small))
-    found: dict[str, dict[str, float | None]] = {}
+    limits: dict[str, dict[str, float | None]] = {}
     for name, mutant in MUTANTS.items():
         entry: dict[str, float | None] = {}
         for dtype in dtypes:
-            caught = partial(_differs, standard, [batch for batch, asked in small if asked is dtype], dtype)
-            entry[str(dtype).removeprefix("torch.")] = smallest_caught(caught, mutant)
+            caught = partial(_differs, standard, [batch for batch, other in small if other is dtype], dtype)
+            entry[name_of(dtype)] = smallest_caught(caught, mutant)
         if torch.float64 in dtypes:
             noise = smallest_caught(partial(_systematic, standard, shape), mutant)
             entry[INSIDE] = min((d for d in (noise, entry.get("float32")) if d is not None), default=None)
-        found[name] = entry
-    return found
+        limits[name] = entry
+    return limits
 
 
 def smallest_caught(caught: Any, mutant: Mutant) -> float | None:
-    """The smallest d of the ladder at which `caught(mutant, d)` holds, if it does at all; found by bisection."""
+    """Bisect FAULT_SIZES for the smallest d at which `caught(mutant, d)` is true; None if it never is."""
     low, high = 0, len(FAULT_SIZES)  # caught below `low`, not from `high` on
     while low < high:
         middle = (low + high) // 2

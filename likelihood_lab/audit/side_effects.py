@@ -1,4 +1,4 @@
-"""What a loss does besides returning a value: to its inputs, to the random state, to itself, and at bad labels."""
+"""Detect side effects of a loss on its inputs, the random state and its own state, and its response to bad input."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from likelihood_lab.audit.evaluate import Evaluation, Loss, evaluate, inputs, numbers, same_bits, scalar
+from likelihood_lab.audit.evaluate import Evaluation, Loss, evaluate, inputs, named_tensors, same_bits, scalar
 from likelihood_lab.categorical.batches import AuditBatch, BatchShape, make_batch
 
-OUT_OF_RANGE = 3  # beyond the last class
+OUT_OF_RANGE = 3  # classes beyond the last one
+KEEPS_STATE = "keeps state: "
 
 
-def small_batch(shape: BatchShape) -> AuditBatch:
-    """Four rows, none of them to be ignored."""
-    draw = torch.Generator().manual_seed(8)
-    classes = next((c for c in shape.num_classes if c >= 10), shape.num_classes[0])
-    return make_batch("random", (2, 2) if shape.tokens else (4,), classes, replace(shape, ignoring=False), draw)
+def _small_batch(shape: BatchShape, classes: int, seed: int = 8) -> AuditBatch:
+    """Return four rows, none of them ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    return make_batch("random", (2, 2) if shape.tokens else (4,), classes, replace(shape, ignoring=False), generator)
 
 
 def random_state(device: torch.device) -> Tensor:
-    """Where torch's generator of this device stands."""
+    """Return the state of torch's global generator for this device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def state_of(loss: Loss) -> dict[str, Tensor]:
-    """The buffers and parameters of the modules behind a loss, copied."""
+    """Return copies of the buffers and parameters of the modules behind a loss."""
     return {
         f"{i}.{name}": tensor.detach().clone()
         for i, module in enumerate(loss.modules)
-        for name, tensor in numbers(module)
+        for name, tensor in named_tensors(module)
     }
 
 
 def changed_state(loss: Loss, before: dict[str, Tensor]) -> list[str]:
-    """The buffers whose bits are others than before."""
+    """Return the names of buffers and parameters that have changed."""
     changed = [
         name for name, tensor in state_of(loss).items() if name in before and not same_bits(tensor, before[name])
     ]
@@ -44,42 +44,41 @@ def changed_state(loss: Loss, before: dict[str, Tensor]) -> list[str]:
 
 
 def interleaved_effects(loss: Loss, shape: BatchShape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
-    """Two calls before either backward, as gradient accumulation over a stack has them: neither may forget itself."""
-    lead, asked = (2, 2) if shape.tokens else (4,), replace(shape, ignoring=False)
-    draws = (torch.Generator().manual_seed(seed) for seed in (8, 9))
-    batches = [make_batch("random", lead, shape.num_classes[0], asked, draw).at(dtype) for draw in draws]
+    """Call the loss twice, then backpropagate both; each gradient must equal that of the call made alone."""
+    batches = [_small_batch(shape, shape.num_classes[0], seed).at(dtype) for seed in (8, 9)]
     alone = [evaluate(loss, batch, dtype, device) for batch in batches]
-    if any(found.error is not None for found in alone):
+    if any(result.error is not None for result in alone):
         return
     calls = []
     try:
         for batch in batches:
-            leaves, given = inputs(batch, loss.args, dtype, device)
-            calls.append((list(leaves.values()), scalar(loss(given, dtype, device))))
-        for found, (leaves_of, value) in zip(alone, calls, strict=True):
+            leaves, loss_inputs = inputs(batch, loss.args, dtype, device)
+            calls.append((list(leaves.values()), scalar(loss(loss_inputs, dtype, device))))
+        for result, (leaves_of, value) in zip(alone, calls, strict=True):
             gradients = torch.autograd.grad(value, leaves_of, allow_unused=True)
             if not all(
                 same_bits(None if g is None else g.cpu(), known)
-                for g, known in zip(gradients, found.gradients.values(), strict=True)
+                for g, known in zip(gradients, result.gradients.values(), strict=True)
             ):
-                yield "keeps state: a call forgets what it was called with once another follows before its backward"
+                effect = "a second forward before the first backward changes the first gradient"
+                yield f"{KEEPS_STATE}{effect} (breaks gradient accumulation)"
                 return
-    except Exception:  # told where the loss is judged
+    except Exception:  # the evaluation of the grid reports it
         return
 
 
 def backward_effects(loss: Loss, shape: BatchShape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
-    """A second backward, and gradients that go into soft targets."""
-    leaves, given = inputs(small_batch(shape).at(dtype), loss.args, dtype, device)
+    """Detect a second backward that differs or raises, and a gradient into soft targets."""
+    leaves, loss_inputs = inputs(_small_batch(shape, shape.typical_classes).at(dtype), loss.args, dtype, device)
     wanted = list(leaves.values())
-    targets = given.get("target_probs") if shape.soft else None
+    targets = loss_inputs.get("target_probs") if shape.soft else None
     if targets is not None:
         wanted.append(targets.requires_grad_())
     try:
-        value = scalar(loss(given, dtype, device))
-        found = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True)
-        first = [None if gradient is None else gradient.clone() for gradient in found]  # it may lie in the inputs
-    except Exception:  # told where the loss is judged
+        value = scalar(loss(loss_inputs, dtype, device))
+        gradients = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True)
+        first = [None if g is None else g.clone() for g in gradients]  # the memory may be that of the inputs
+    except Exception:  # the evaluation of the grid reports it
         return
     try:
         second = torch.autograd.grad(value, wanted, allow_unused=True)
@@ -92,60 +91,60 @@ def backward_effects(loss: Loss, shape: BatchShape, dtype: torch.dtype, device: 
         yield "gradient into target_probs"
 
 
-# --- policies: what happens where the inputs are not what they should be
+# --- bad input
 
 
-def policies(loss: Loss, reference: Loss, shape: BatchShape, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
-    """Where a loss answers bad input otherwise than the reference, in words; the most dangerous question last."""
-    small = small_batch(shape).at(dtype)
-    for name, change in _questions(shape).items():
-        if name == "label_out_of_range" and device.type == "cuda":  # an assertion there ends all later calls
+def bad_input_effects(
+    loss: Loss, reference: Loss, shape: BatchShape, dtype: torch.dtype, device: torch.device
+) -> Iterator[str]:
+    """Say in which cases of bad input the loss responds otherwise than the reference. The riskiest case is last."""
+    small = _small_batch(shape, shape.typical_classes).at(dtype)
+    for name, change in _bad_inputs(shape).items():
+        if name == "label_out_of_range" and device.type == "cuda":  # a device assertion would end the process
             continue
         if name == "label_out_of_range" and not {"labels"} <= {*loss.args} & {*reference.args}:
             continue
         batch = change(small)
-        mine, other = (_answer(evaluate(asked, batch, dtype, device)) for asked in (loss, reference))
+        mine, other = (_response(evaluate(fn, batch, dtype, device)) for fn in (loss, reference))
         if mine != other:
             yield f"{name}: {mine}; the reference {other}"
 
 
-def _questions(shape: BatchShape) -> dict[str, Callable[[AuditBatch], AuditBatch]]:
-    questions: dict[str, Callable[[AuditBatch], AuditBatch]] = {}
-    questions["nan_logits"] = lambda batch: (
+def _bad_inputs(shape: BatchShape) -> dict[str, Callable[[AuditBatch], AuditBatch]]:
+    changes: dict[str, Callable[[AuditBatch], AuditBatch]] = {}
+    changes["nan_logits"] = lambda batch: (
         replace(batch, logits=_with_nan(batch.logits))
         if batch.hidden is None
         else replace(batch, hidden=_with_nan(batch.hidden))
     )
     if (ignored := shape.ignore_index) is not None:
-        questions["all_ignored"] = lambda batch: replace(
+        changes["all_ignored"] = lambda batch: replace(
             batch,
             labels=torch.full_like(batch.labels, ignored),
             target_probs=torch.zeros_like(batch.target_probs),
             valid=torch.zeros_like(batch.valid),
         )
-    questions["label_out_of_range"] = lambda batch: replace(
-        batch, labels=batch.labels.masked_fill(_first(batch.labels), batch.num_classes + OUT_OF_RANGE)
+    changes["label_out_of_range"] = lambda batch: replace(
+        batch, labels=_with_first(batch.labels, batch.num_classes + OUT_OF_RANGE)
     )
-    return questions
-
-
-def _first(labels: Tensor) -> Tensor:
-    mask = torch.zeros(labels.numel(), dtype=torch.bool)
-    mask[0] = True
-    return mask.view(labels.shape)
+    return changes
 
 
 def _with_nan(tensor: Tensor) -> Tensor:
+    return _with_first(tensor, torch.nan)
+
+
+def _with_first(tensor: Tensor, entry: float) -> Tensor:
     changed = tensor.clone()
-    changed.view(-1)[0] = torch.nan
+    changed.view(-1)[0] = entry
     return changed
 
 
-def _answer(found: Evaluation) -> str:
-    if found.value is None:
+def _response(result: Evaluation) -> str:
+    if result.value is None:
         return "raises"
-    gradient = next((g for g in found.gradients.values() if g is not None), None)
-    value = _kind(found.value)
+    gradient = next((g for g in result.gradients.values() if g is not None), None)
+    value = _kind(result.value)
     return f"gives {value}" + (f", gradient {_kind(gradient)}" if gradient is not None else ", no gradient")
 
 

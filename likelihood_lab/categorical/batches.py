@@ -144,6 +144,11 @@ class BatchShape:
     ignore_index: int | None = None
     ignoring: bool = True
 
+    @property
+    def typical_classes(self) -> int:
+        """The first number of classes of at least 10, or the first of all: the C of tests that need only one."""
+        return next((c for c in self.num_classes if c >= 10), self.num_classes[0])
+
 
 def grid(shape: BatchShape) -> list[AuditBatch]:
     """Build batches that cover every pair of (family, size), (family, C) and (size, C), in all layouts.

@@ -12,8 +12,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from likelihood_lab.audit.classify import SAMENESS
-from likelihood_lab.audit.finding import size_in_words
+from likelihood_lab.audit.finding import SAME_FUNCTION, size_in_words
 from likelihood_lab.errors import UsageError
 from pipeline.config import schema as conf
 from pipeline.console import console
@@ -51,7 +50,7 @@ def run(config: Config, folder: Path) -> ExitCode:
     audit = audit_losses(config["loss"], reference, settings)
     expected = conf.expectations_of(config)
     for name, entry in audit["losses"].items():
-        word, same = expected.get(name), entry["objective"] in SAMENESS
+        word, same = expected.get(name), entry["objective"] in SAME_FUNCTION
         entry |= {"expected": word, "confirmed": word and (same if word == "same" else word == entry["objective"])}
     with refusing_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -175,7 +175,7 @@ def _shared(
 def _power(ready: Callable[[], AuditContext]) -> Job:
     def job(tell: Tell) -> Any:
         torch.set_num_threads(1)
-        return ready().power
+        return ready().detection_limits
 
     return job
 
@@ -261,7 +261,7 @@ def _about(audit: AuditContext) -> dict[str, Any]:
     """All that the measurement depends on."""
     return {
         "shape": repr(audit.shape),
-        "batches": [_named(batch, dtype) for batch, dtype in audit.cells],
+        "batches": [_named(batch, dtype) for batch, dtype in audit.cases],
         "device": str(audit.device),
         "torch": str(torch.__version__),
         "processor": _processor(),

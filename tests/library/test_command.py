@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from likelihood_lab.__main__ import main
+from likelihood_lab.categorical.mutants import label_smoothing
 
 LOSSES = """
 import os
 import torch.nn.functional as F
 
-print("said at import")
-os.system("echo said by a subprocess")
-
+print("printed at import")
+os.system("echo printed by a subprocess")
 SCALE = 3
 
 def right(logits, labels):
-    print("said by the loss")
+    print("printed by the loss")
     return F.nll_loss(F.log_softmax(logits, 1), labels)
 
 def wrong(logits, labels):
@@ -40,53 +40,51 @@ class Namespace:
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    few = {"label smoothing": label_smoothing}  # to measure fewer detection limits
+    monkeypatch.setattr("likelihood_lab.audit.sensitivity.MUTANTS", few)
     (tmp_path / "command_losses.py").write_text(LOSSES)
     (tmp_path / "command_broken.py").write_text("1 / 0\n")
     (tmp_path / "command_leaves.py").write_text("raise SystemExit(0)\n")
     (tmp_path / "command_needs.py").write_text("import no_such_library\n")
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    run = [sys.executable, "-m", "likelihood_lab", *arguments]
-    return subprocess.run(run, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONSAFEPATH": "1"})
-
-
-def test_json_is_all_that_is_printed_and_strict() -> None:
-    done = command("check", "command_losses:right", "--num-classes", "2", "--json")
+def test_json_is_strict_and_all_that_is_printed() -> None:
+    """What the module, its subprocess and the loss print goes to the standard error."""
+    run = [sys.executable, "-m", "likelihood_lab", "check", "command_losses:right", "--num-classes", "2", "--json"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONSAFEPATH": "1"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not strict JSON"))
     assert found["same"] is True
     assert found["loss"] == "command_losses:right"
     assert found["reference"] == "torch.nn.functional:cross_entropy"
-    assert found["side_effects"] == ["prints: said by the loss"]
+    assert found["side_effects"] == ["prints: printed by the loss"]
     assert found["would_have_caught"]
-    assert "said at import" in done.stderr
-    assert "said by a subprocess" in done.stderr
+    assert "printed at import" in done.stderr
+    assert "printed by a subprocess" in done.stderr
 
 
-def test_another_loss_is_exit_code_1_with_the_reason_and_code_that_shows_it() -> None:
-    done = command("check", "command_losses:wrong", "--num-classes", "2")
-    assert done.returncode == 1, done.stderr
-    assert "different: not parallel to the reference" in done.stdout
-    assert "print(torch.autograd.grad(mine(z, labels), z)" in done.stdout
+def test_another_loss_is_exit_code_1_with_reason_and_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "command_losses:wrong", "--num-classes", "2"]) == 1
+    shown = capsys.readouterr().out
+    assert "different: not parallel to the reference" in shown
+    assert "print(torch.autograd.grad(mine(z, labels), z)" in shown
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("command_losses:Namespace.right",),
-        ("command_losses:right", "--reference", "command_losses:soft", "--reference-args", "logits,target_probs"),
-        ("command_losses:soft", "--args", "logits,target_probs", "--soft-targets", "--reference-args",
-         "logits,target_probs"),
-        ("command_losses:right", "--dtype", "bfloat16"),
+        "Namespace.right",
+        "right --reference command_losses:soft --reference-args logits,target_probs",
+        "soft --args logits,target_probs --soft-targets --reference-args logits,target_probs",
+        "right --dtype bfloat16",
     ],
-)  # fmt: skip
-def test_the_options_reach_the_audit(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", *arguments, "--num-classes", "2"]) == 0, capsys.readouterr()
+)
+def test_options_reach_the_audit(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *f"command_losses:{arguments} --num-classes 2".split()]) == 0, capsys.readouterr()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "text"),
     [
         ("command_losses:rigth", "command_losses has no 'rigth' (did you mean 'right'?)"),
         ("command_losses:SCALE", "fn is 3; give a function"),
@@ -100,7 +98,7 @@ def test_the_options_reach_the_audit(arguments: tuple[str, ...], capsys: pytest.
         ("command_losses:right --reference no:where", "no module 'no'"),
         ("command_losses:right --dtype bf16", "--dtype bf16 (did you mean 'bfloat16'?): choose from bfloat16"),
         ("command_losses:right --args logit,labels", "args names 'logit' (did you mean 'logits'?)"),
-        ("command_losses:right --num-classes 2,x", "'2,x' is no list of numbers such as 2,10"),
+        ("command_losses:right --num-classes 2,x", "'2,x' is not a list of numbers such as 2,10"),
         ("command_losses:right --num-classes 1", "each at least 2"),
         ("command_losses:right --ignore-index one", "--ignore-index"),
         ("command_losses:right --device nowhere", "device=nowhere cannot be used here"),
@@ -109,11 +107,9 @@ def test_the_options_reach_the_audit(arguments: tuple[str, ...], capsys: pytest.
         ("", "MODULE:FUNCTION"),
     ],
 )
-def test_a_wrong_request_is_one_line_and_exit_code_2(
-    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_request_is_one_line(arguments: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *arguments.split()]) == 2
     shown = capsys.readouterr().err
-    assert said in shown
+    assert text in shown
     assert shown.startswith("error: ")
     assert shown.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Losses made to pass: each is another function somewhere, and none is called the same."""
+"""Losses that are built to pass the audit: each is another function somewhere, and none is called the same."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from likelihood_lab.audit.api import assert_same_loss, check
+from likelihood_lab import assert_same_loss, check
+from likelihood_lab.categorical.inputs import LossFn
 from likelihood_lab.errors import UsageError
-
-Loss = Callable[..., Tensor]
-
-
-def smoothed(amount: float, where: Callable[[Tensor], bool]) -> Loss:
-    return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=amount if where(logits) else 0.0)
+from tests.library.audit.shared import FUSED, NARROW, ON_TARGETS, logit_gradient, quick, smoothed_where
 
 
 def clamped_above(logits: Tensor, labels: Tensor) -> Tensor:
@@ -33,87 +29,87 @@ def soft_plus(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 WRONG_IN_FLOAT64 = {
-    "for many classes": smoothed(1e-5, lambda logits: logits.shape[-1] >= 1000),
-    "for the most classes alone": smoothed(1e-4, lambda logits: logits.shape[-1] >= 50_000),
-    "for many rows": smoothed(1e-6, lambda logits: len(logits) > 64),
+    "for many classes": smoothed_where(lambda z, y: z.shape[-1] >= 1000, 1e-5),
+    "for the most classes alone": smoothed_where(lambda z, y: z.shape[-1] >= 50_000, 1e-4),
+    "for many rows": smoothed_where(lambda z, y: len(z) > 64, 1e-6),
     "near certainty": clamped_above,
     "beyond a gap of 20": soft_plus,
 }
 
 
-@pytest.mark.parametrize("name", WRONG_IN_FLOAT64)
-def test_float32_is_no_excuse_for_what_never_leaves_float64(name: str) -> None:
-    found = check(WRONG_IN_FLOAT64[name])
+@pytest.mark.parametrize("fn", WRONG_IN_FLOAT64.values(), ids=WRONG_IN_FLOAT64)
+def test_fault_in_float64_is_not_excused_by_float32(fn: LossFn) -> None:
+    found = check(fn)
     assert not found.same, found.sentence
 
 
-class _Forgetful(torch.autograd.Function):
-    """Keeps what it needs in the class, so that the next call overwrites it."""
+class SharedState(torch.autograd.Function):
+    """Saves for backward in the class, so that the next call overwrites it."""
 
-    kept: ClassVar[list[Any]] = []
+    saved: ClassVar[list[Any]] = []
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        _Forgetful.kept[:] = [logits.softmax(1), labels]
+        SharedState.saved[:] = [logits, labels]
         return F.cross_entropy(logits, labels)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        probs, labels = _Forgetful.kept
-        return (probs - F.one_hot(labels, probs.shape[1])) / len(labels) * upstream[0], None
+        return logit_gradient(*SharedState.saved) * upstream[0], None
 
 
-def test_a_loss_that_forgets_an_earlier_call_is_not_the_same() -> None:
-    found = check(_Forgetful.apply, num_classes=(2, 10))
-    assert found.objective == "different"
-    assert any(effect.startswith("keeps state: a call forgets") for effect in found.side_effects)
+def test_loss_with_shared_state_is_different() -> None:
+    found = quick(SharedState.apply)
+    text = "a second forward before the first backward changes the first gradient (breaks gradient accumulation)"
+    assert (found.objective, found.sentence) == ("different", text)
+    assert f"keeps state: {text}" in found.side_effects
 
 
-def test_a_reference_without_a_gradient_judges_nothing() -> None:
-    def dead(logits: Tensor, labels: Tensor) -> Tensor:
-        return (logits.softmax(-1) * 0 / 0).sum() + F.cross_entropy(logits, labels)
-
+@pytest.mark.parametrize(
+    ("fn", "reference"),
+    [
+        (lambda z, y: z.square().mean(), lambda z, y: (z.softmax(-1) * 0 / 0).sum() + F.cross_entropy(z, y)),
+        (lambda z, y: (z * 0 + 3).mean(), lambda z, y: (z * 0 + 3).mean()),
+    ],
+    ids=["NaN", "0"],
+)
+def test_reference_without_a_gradient_is_refused(fn: LossFn, reference: LossFn) -> None:
     with pytest.raises(UsageError, match="the reference"):
-        check(lambda logits, labels: logits.square().mean(), dead)
-    with pytest.raises(UsageError, match="the reference"):
-        check(lambda logits, labels: (logits * 0 + 3).mean(), lambda logits, labels: (logits * 0 + 3).mean())
+        check(fn, reference)
 
 
 @pytest.mark.parametrize("off", [lambda value: value + float("nan"), lambda value: value - value.detach()])
-def test_a_value_that_is_grossly_wrong_fails_the_assertion_and_is_named(off: Callable[[Tensor], Tensor]) -> None:
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return off(F.cross_entropy(logits, labels))
-
+def test_grossly_wrong_value_fails_the_assertion(off: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(AssertionError, match="value"):
-        assert_same_loss(loss, num_classes=(2, 10))
+        assert_same_loss(lambda z, y: off(F.cross_entropy(z, y)), num_classes=NARROW)
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_an_index_to_ignore_that_is_a_class_is_no_reason_to_accuse(index: int) -> None:
-    def honest(logits: Tensor, target_probs: Tensor) -> Tensor:
+def test_ignore_index_may_be_a_class(index: int) -> None:
+    def correct(logits: Tensor, target_probs: Tensor) -> Tensor:
         return -(target_probs * logits.log_softmax(-1)).sum() / target_probs.sum()
 
     assert check(lambda z, y: F.cross_entropy(z, y, ignore_index=index), ignore_index=index).objective == "identical"
-    assert check(honest, args=("logits", "target_probs"), ignore_index=index, num_classes=(2, 10)).same
+    assert quick(correct, args=ON_TARGETS, ignore_index=index).same
 
 
-def test_a_reference_that_does_not_ignore_cannot_cover_ignored_targets() -> None:
+def test_reference_has_to_ignore_the_ignored_targets() -> None:
     with pytest.raises(UsageError, match="let it ignore them too"):
-        check(F.cross_entropy, lambda z, y: F.cross_entropy(z, y), ignore_index=-1)
-    assert check(lambda z, y: F.cross_entropy(z, y, ignore_index=-1), torch.nn.CrossEntropyLoss(), ignore_index=-1).same
+        quick(F.cross_entropy, lambda z, y: F.cross_entropy(z, y), ignore_index=-1)
+    assert quick(lambda z, y: F.cross_entropy(z, y, ignore_index=-1), torch.nn.CrossEntropyLoss(), ignore_index=-1).same
 
 
-def test_a_reference_that_was_changed_is_asked_anew() -> None:
+def test_reference_that_changes_is_evaluated_again() -> None:
     reference = torch.nn.CrossEntropyLoss()
-    assert check(F.cross_entropy, reference, num_classes=(2, 10)).objective == "identical"
+    assert quick(F.cross_entropy, reference).objective == "identical"
     reference.label_smoothing = 0.1
-    assert check(F.cross_entropy, reference, num_classes=(2, 10)).objective == "different"
+    assert quick(F.cross_entropy, reference).objective == "different"
 
 
-def test_a_maximum_that_is_not_detached_is_honest_behind_a_linear_layer() -> None:
+def test_fused_loss_may_subtract_the_maximum_undetached() -> None:
     def fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         logits = hidden @ weight.T
         shifted = logits - logits.max(1, keepdim=True).values
         return (shifted.exp().sum(1).log() - shifted.gather(1, labels[:, None])[:, 0]).mean()
 
-    assert check(fused, args=("hidden", "weight", "labels")).same
+    assert check(fused, args=FUSED).same

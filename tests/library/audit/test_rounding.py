@@ -1,4 +1,4 @@
-"""What rounding may cost a row, and what is left of a gradient when it is allowed for."""
+"""Rounding units of rows, errors in units, scale intervals and the systematic part."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def cross_entropy_gradient(logits: Tensor, labels: Tensor, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", ROUNDOFFS, ids=str)
-def test_the_unit_roundoff_is_the_largest_that_is_lost_next_to_1(dtype: torch.dtype) -> None:
+def test_unit_roundoff_is_lost_next_to_1(dtype: torch.dtype) -> None:
     u = unit_roundoff(dtype)
     assert u == ROUNDOFFS[dtype]
     one = torch.ones((), dtype=dtype)
@@ -66,7 +66,7 @@ def test_the_unit_roundoff_is_the_largest_that_is_lost_next_to_1(dtype: torch.dt
     assert one + 2 * u > one
 
 
-def test_rows_are_described_by_hand() -> None:
+def test_rows_have_values_by_hand() -> None:
     logits = torch.tensor([[0.0, math.log(3.0)], [-7.0, -7.0]], dtype=torch.float64)
     rows = described(logits, [0, 1])
     torch.testing.assert_close(rows.probs, torch.tensor([[0.25, 0.75], [0.5, 0.5]], dtype=torch.float64))
@@ -76,7 +76,8 @@ def test_rows_are_described_by_hand() -> None:
     assert rows.weight.tolist() == [0.5, 0.5]
 
 
-def test_the_surprise_of_soft_targets_is_the_expected_one_and_masked_logits_are_left_out() -> None:
+def test_rows_with_soft_targets_and_masked_logits() -> None:
+    """The surprisal is the expected one; a masked logit does not count into the magnitude."""
     logits = torch.tensor([[0.0, 0.0, -math.inf]], dtype=torch.float64)
     targets = torch.tensor([[0.25, 0.75, 0.0]], dtype=torch.float64)
     rows = rows_of(logits, targets, torch.tensor([True]), None)
@@ -84,33 +85,29 @@ def test_the_surprise_of_soft_targets_is_the_expected_one_and_masked_logits_are_
     assert rows.magnitude.item() == pytest.approx(math.log(2))
 
 
-def test_a_rows_weight_is_read_off_the_references_gradient_and_never_below_one_nth() -> None:
-    logits = normal(3, 4)
-    labels = [0, 3, 1]
+def test_rows_take_their_weight_from_the_gradient() -> None:
+    """The weight is at least 1 / N, and ignored rows do not count into N."""
+    logits, labels = normal(3, 4), [0, 3, 1]
     direction = logits.softmax(1) - one_hot(labels, 4)
     gradient = torch.tensor([[2.0], [1 / 3], [0.0]], dtype=torch.float64) * direction
     weights = described(logits, labels, gradient=gradient).weight
     torch.testing.assert_close(weights, torch.tensor([2.0, 1 / 3, 1 / 3], dtype=torch.float64))
-
-
-def test_ignored_rows_do_not_count_into_the_weight() -> None:
     valid = torch.tensor([True, False, True])
-    assert rows_of(normal(3, 4), one_hot([0, 1, 2], 4), valid, None).weight.tolist() == [0.5, 0.5, 0.5]
+    assert rows_of(logits, one_hot(labels, 4), valid, None).weight.tolist() == [0.5, 0.5, 0.5]
 
 
-def test_terms_behind_a_logit_count_for_more_than_what_is_left_of_them() -> None:
-    logits = normal(2, 3)
+def test_rows_take_their_magnitude_from_the_terms_of_logits() -> None:
     size = torch.full((2, 3), 50.0, dtype=torch.float64)
-    assert described(logits, [0, 1], size=size).magnitude.tolist() == [50.0, 50.0]
+    assert described(normal(2, 3), [0, 1], size=size).magnitude.tolist() == [50.0, 50.0]
 
 
-def test_the_units_of_logits_are_roundoff_times_reach_times_weight() -> None:
+def test_units_of_logits_are_roundoff_reach_weight() -> None:
     rows = described(torch.tensor([[0.0, 20.0]], dtype=torch.float64), [0])
     expected = 2.0**-24 * (1 + (20 + math.log1p(math.exp(-20))) + math.sqrt(2)) * 1.0
     assert units(rows, unit_roundoff(torch.float32), "logits").item() == pytest.approx(expected)
 
 
-def test_units_behind_a_linear_layer_are_those_of_the_logits_carried_on() -> None:
+def test_units_behind_a_linear_layer() -> None:
     """|d hidden| <= sum_c s_c |w_c| per entry, |d weight_c| <= sum_n s_nc |h_n|, s = p + y + 1 at the largest."""
     hidden, weight, bias = normal(5, 3, seed=1), normal(4, 3, seed=2), normal(4, seed=3)
     rows = described(F.linear(hidden, weight, bias), [0, 1, 2, 3, 3])
@@ -127,7 +124,7 @@ def test_units_behind_a_linear_layer_are_those_of_the_logits_carried_on() -> Non
 
 @settings(max_examples=50, deadline=None)
 @given(seeds, st.integers(1, 8), st.integers(2, 50), st.sampled_from([0.1, 1.0, 10.0, 30.0]), st.floats(-100, 100))
-def test_torchs_cross_entropy_stays_within_the_units_allowed(
+def test_cross_entropy_of_torch_stays_within_its_units(
     seed: int, n: int, classes: int, spread: float, shift: float
 ) -> None:
     logits = (spread * normal(n, classes, seed=seed) + shift).float().double()
@@ -142,27 +139,24 @@ def test_torchs_cross_entropy_stays_within_the_units_allowed(
 # --- errors
 
 
-def test_a_rows_error_is_the_largest_of_its_entries() -> None:
-    exact = torch.zeros(3, 2, dtype=torch.float64)
-    gradient = torch.tensor([[0.0, 0.0], [0.5, -2.0], [1.0, 0.0]], dtype=torch.float64)
-    assert row_errors(gradient, exact).tolist() == [0.0, 2.0, 1.0]
-    assert row_errors(gradient[:, 0], exact[:, 0]).tolist() == [0.0, 0.5, 1.0]
-    assert row_errors(gradient.view(3, 1, 2), exact.view(3, 1, 2)).tolist() == [0.0, 2.0, 1.0]
+INF, NAN = math.inf, math.nan
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_and_should_be_is_infinitely_wrong(broken: float) -> None:
-    gradient = torch.tensor([[1.0, broken], [1.0, 1.0]])
-    assert row_errors(gradient, torch.ones(2, 2)).tolist() == [math.inf, 0.0]
+@pytest.mark.parametrize(
+    ("gradient", "exact", "errors"),
+    [
+        ([[0.0, 0.0], [0.5, -2.0], [1.0, 0.0]], [[0.0, 0.0]] * 3, [0.0, 2.0, 1.0]),
+        ([0.0, 0.5, 1.0], [0.0] * 3, [0.0, 0.5, 1.0]),
+        ([[[0.0, 0.0]], [[0.5, -2.0]]], [[[0.0, 0.0]]] * 2, [0.0, 2.0]),
+        *([[[1.0, broken], [1.0, 1.0]], [[1.0, 1.0]] * 2, [INF, 0.0]] for broken in (NAN, INF, -INF)),
+        ([[INF, 0.0]], [[INF, 0.0]], [INF]),  # a compared gradient is finite; inf - inf must not pass for 0
+    ],
+)
+def test_row_errors_are_the_largest_of_a_row(gradient: list[Any], exact: list[Any], errors: list[float]) -> None:
+    assert row_errors(torch.tensor(gradient), torch.tensor(exact)).tolist() == errors
 
 
-def test_infinity_for_infinity_is_still_an_error() -> None:
-    """A gradient that is to be judged is finite; inf - inf must not pass for 0."""
-    both = torch.tensor([[math.inf, 0.0]])
-    assert row_errors(both, both).tolist() == [math.inf]
-
-
-def test_no_error_is_0_units_even_where_nothing_is_allowed() -> None:
+def test_error_of_0_is_0_units() -> None:
     errors, unit = torch.tensor([0.0, 1e-9, 3e-8]), torch.tensor([0.0, 0.0, 1e-8])
     found = in_units(errors.double(), unit.double())
     assert found[0] == 0
@@ -175,7 +169,7 @@ def test_no_error_is_0_units_even_where_nothing_is_allowed() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(seeds, st.floats(1e-6, 1e6), st.floats(0, 1e-6))
-def test_the_scale_interval_holds_the_factor_whatever_rounding_does(seed: int, factor: float, tolerance: float) -> None:
+def test_scale_interval_contains_the_factor(seed: int, factor: float, tolerance: float) -> None:
     exact = normal(6, 5, seed=seed)
     tolerances = torch.full((6,), tolerance, dtype=torch.float64)
     worst = factor * (exact + tolerance * exact.sign())  # every entry off in the direction that moves it most
@@ -185,14 +179,14 @@ def test_the_scale_interval_holds_the_factor_whatever_rounding_does(seed: int, f
         assert found.determined
 
 
-def test_the_scale_interval_is_no_wider_than_its_rows_make_it() -> None:
+def test_scale_interval_has_the_width_of_its_rows() -> None:
     exact = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
     found = scale(0.1 * exact, exact, torch.tensor([1e-6, 1e3], dtype=torch.float64))
     assert found.factor == pytest.approx(0.1, rel=1e-15)
     assert found.tolerance == pytest.approx(0.1 * 7e-6 / 25)
 
 
-def test_a_scale_of_nothing_is_unknown() -> None:
+def test_scale_is_unknown_without_a_direction() -> None:
     nothing = torch.zeros(2, 3, dtype=torch.float64)
     assert scale(normal(2, 3), nothing, torch.ones(2)) is UNKNOWN_SCALE
     assert not UNKNOWN_SCALE.determined
@@ -201,7 +195,7 @@ def test_a_scale_of_nothing_is_unknown() -> None:
     assert not scale(normal(2, 3), normal(2, 3), torch.full((2,), 1.0)).determined
 
 
-def test_the_factor_of_a_vector_is_that_of_its_entries() -> None:
+def test_scale_of_a_vector() -> None:
     exact = normal(4)
     found = scale(-2.0 * exact, exact, torch.full((4,), 1e-9, dtype=torch.float64))
     assert found.factor == pytest.approx(-2.0, rel=1e-14)
@@ -212,7 +206,7 @@ intervals = st.builds(ScaleInterval, finite, st.floats(0, 10))
 
 
 @given(st.lists(intervals, min_size=1, max_size=6))
-def test_intervals_overlap_iff_the_middle_of_what_is_common_lies_in_all(found: list[ScaleInterval]) -> None:
+def test_overlap_is_a_common_constant(found: list[ScaleInterval]) -> None:
     low = max(i.factor - i.tolerance for i in found)
     high = min(i.factor + i.tolerance for i in found)
     inside = all(abs(i.factor - (low + high) / 2) <= i.tolerance * (1 + 1e-12) + 1e-12 for i in found)
@@ -220,19 +214,14 @@ def test_intervals_overlap_iff_the_middle_of_what_is_common_lies_in_all(found: l
     assert overlap(found) <= inside
 
 
-@given(finite, st.lists(st.floats(-5, 5), min_size=1, max_size=6))
-def test_intervals_around_one_constant_overlap(constant: float, moves: list[float]) -> None:
-    assert overlap([ScaleInterval(constant + move, abs(move) + 1e-9) for move in moves])
-
-
-def test_two_intervals_apart_do_not_overlap_whatever_lies_between_them() -> None:
-    apart = [ScaleInterval(1.0, 0.1), ScaleInterval(1.3, 0.1)]
+def test_overlap_is_false_for_two_intervals_apart() -> None:
+    apart, between = [ScaleInterval(1.0, 0.1), ScaleInterval(1.3, 0.1)], ScaleInterval(1.15, 0.2)
     assert not overlap(apart)
-    assert not overlap([*apart, ScaleInterval(1.15, 0.2)])
-    assert overlap([ScaleInterval(1.0, 0.1), ScaleInterval(1.15, 0.1)])
+    assert not overlap([*apart, between])
+    assert overlap([apart[0], between])
 
 
-def test_the_best_factor_is_of_the_narrowest_interval_relative_to_itself() -> None:
+def test_narrowest_is_relative() -> None:
     assert narrowest([ScaleInterval(1.0, 0.1), ScaleInterval(100.0, 1.0), ScaleInterval(1e-3, 1e-3)]).factor == 100.0
 
 
@@ -240,33 +229,27 @@ def test_the_best_factor_is_of_the_narrowest_interval_relative_to_itself() -> No
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_honest_noise_has_no_systematic_part(seed: int) -> None:
+def test_systematic_of_noise_is_about_1(seed: int) -> None:
     noise = 1e-9 * normal(32, 64, 10, seed=seed)
     assert 0.5 < systematic(noise) < SYSTEMATIC / 2
 
 
 @pytest.mark.parametrize("bias", [0.5, 2.0])
-def test_a_bias_shows_as_one_plus_n_times_its_square_over_the_variance(bias: float) -> None:
+def test_systematic_of_a_bias(bias: float) -> None:
     noise = normal(32, 64, 10)
     assert systematic(noise + bias) == pytest.approx(1 + 32 * bias**2, rel=0.1)
     assert systematic(noise + bias) > SYSTEMATIC
 
 
-def test_entries_without_noise_do_not_decide() -> None:
-    noise = normal(32, 10)
+def test_systematic_of_entries_without_noise() -> None:
+    """Constant entries beside noisy ones do not dominate; alone they are systematic, and zeros are not."""
     quiet = torch.full((32, 10), 1e-6, dtype=torch.float64)
-    assert systematic(torch.cat([noise, quiet], 1)) < SYSTEMATIC
+    assert systematic(torch.cat([normal(32, 10), quiet], 1)) < SYSTEMATIC
+    assert systematic(quiet) == math.inf
+    assert systematic(0 * quiet) == 0.0
 
 
-def test_a_residual_that_never_changes_is_systematic_and_none_at_all_is_not() -> None:
-    assert systematic(torch.full((32, 4), 1e-20, dtype=torch.float64)) == math.inf
-    assert systematic(torch.zeros(32, 4, dtype=torch.float64)) == 0.0
-
-
-# --- distances
-
-
-def test_a_relative_distance_is_measured_in_float64_and_unknown_next_to_nothing() -> None:
+def test_relative_distance_is_in_float64() -> None:
     a, b = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
     assert relative_distance(a, b) == 1.25
     assert relative_distance(torch.full((2,), 1 + 2.0**-20), torch.ones(2)) == 2.0**-20

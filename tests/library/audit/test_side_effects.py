@@ -1,9 +1,7 @@
-"""What a loss does besides returning a value; each effect is found where it is and nowhere else."""
+"""Side effects of a loss: each is reported where it occurs, and nowhere else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,55 +9,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from likelihood_lab.audit.api import check
 from likelihood_lab.audit.evaluate import Loss, same_bits
-from likelihood_lab.audit.finding import Finding
 from likelihood_lab.audit.side_effects import changed_state, state_of
-from likelihood_lab.categorical.batches import BatchShape
+from likelihood_lab.categorical.inputs import LossFn
+from tests.library.audit.shared import FUSED_BIAS, ON_TARGETS, SOFT, by_hand, logit_gradient, quick, with_bias
 
-ON_TARGETS = ("logits", "target_probs")
-FUSED = ("hidden", "weight", "bias", "labels")
-SOFT: dict[str, Any] = {"args": ON_TARGETS, "reference_args": ON_TARGETS, "soft_targets": True}
 IGNORING = {"ignore_index": -100}
+TARGETS = {"args": ON_TARGETS}
+PROBS = {"args": ("probs", "labels")}
+BIAS = {"args": FUSED_BIAS}
 
 
-def quick(fn: Callable[..., Any], reference: Callable[..., Any] = F.cross_entropy, **settings: Any) -> Finding:
-    return check(fn, reference, **({"num_classes": (2, 10)} | settings))
-
-
-def effects(fn: Callable[..., Any], **settings: Any) -> tuple[str, ...]:
+def effects(fn: LossFn, **settings: Any) -> tuple[str, ...]:
     return quick(fn, **settings).side_effects
 
 
-def one(found: tuple[str, ...]) -> str:
-    (effect,) = found
-    return effect
+def nll_of_probs(probs: Tensor, labels: Tensor) -> Tensor:
+    return F.nll_loss(probs.log(), labels)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "fn"),
     [
-        {}, IGNORING, {"tokens": True} | IGNORING, {"args": ON_TARGETS}, {"dtype": torch.bfloat16},
-        {"args": ("probs", "labels"), "fn": lambda p, y: F.nll_loss(p.log(), y)},
-        {"args": FUSED, "fn": lambda h, w, b, y: F.cross_entropy(F.linear(h, w, b), y)},
+        ({}, F.cross_entropy), (IGNORING, F.cross_entropy), ({"tokens": True} | IGNORING, F.cross_entropy),
+        (TARGETS, F.cross_entropy), ({"dtype": torch.bfloat16}, F.cross_entropy), (PROBS, nll_of_probs),
+        (BIAS, with_bias),
     ],
     ids=["plain", "ignoring", "tokens", "one_hot", "bfloat16", "probs", "fused"],
 )  # fmt: skip
-def test_torchs_cross_entropy_does_nothing_besides(settings: dict[str, Any]) -> None:
-    settings = dict(settings)
-    assert effects(settings.pop("fn", F.cross_entropy), **settings) == ()
+def test_cross_entropy_has_no_side_effects(settings: dict[str, Any], fn: LossFn) -> None:
+    assert effects(fn, **settings) == ()
 
 
-def test_torchs_soft_cross_entropy_passes_a_gradient_into_the_targets_and_does_nothing_else() -> None:
-    assert effects(F.cross_entropy, **SOFT) == ("gradient into target_probs",)
-    assert effects(lambda z, t: F.cross_entropy(z, t.detach()), **SOFT) == ()
+def test_gradient_into_soft_targets_is_reported() -> None:
+    assert effects(F.cross_entropy, **TARGETS, **SOFT) == ("gradient into target_probs",)
+    assert effects(lambda z, t: F.cross_entropy(z, t.detach()), **TARGETS, **SOFT) == ()
 
 
 # --- inputs
 
 
-def then(change: Callable[..., Any], loss: Callable[..., Tensor] = F.cross_entropy) -> Callable[..., Tensor]:
-    """A loss that does something to its inputs behind autograd's back, once the value is computed."""
+def then(change: LossFn, loss: LossFn = F.cross_entropy) -> LossFn:
+    """A loss that changes its inputs without autograd's knowledge after its value is computed."""
 
     def overwriting(*given: Tensor) -> Tensor:
         value = loss(*(t.clone() for t in given))
@@ -69,63 +60,46 @@ def then(change: Callable[..., Any], loss: Callable[..., Tensor] = F.cross_entro
     return overwriting
 
 
-def test_inputs_overwritten_in_forward_are_named() -> None:
-    assert effects(then(lambda z, y: z.zero_())) == ("overwrites logits",)
-    assert effects(then(lambda z, y: y.zero_())) == ("overwrites labels",)
-    assert effects(then(lambda z, t: t.zero_()), args=ON_TARGETS) == ("overwrites target_probs",)
-    both = effects(then(lambda z, y: (z.mul_(2), y.zero_())))
-    assert set(both) == {"overwrites logits", "overwrites labels"}
-    made = effects(then(lambda p, y: p.zero_(), lambda p, y: F.nll_loss(p.log(), y)), args=("probs", "labels"))
-    assert made == ("overwrites probs",)
+OVERWRITING: dict[str, tuple[LossFn, dict[str, Any], set[str]]] = {
+    "logits": (then(lambda z, y: z.zero_()), {}, {"logits"}),
+    "labels": (then(lambda z, y: y.zero_()), {}, {"labels"}),
+    "target_probs": (then(lambda z, t: t.zero_()), TARGETS, {"target_probs"}),
+    "both": (then(lambda z, y: (z.mul_(2), y.zero_())), {}, {"logits", "labels"}),
+    "probs": (then(lambda p, y: p.zero_(), nll_of_probs), PROBS, {"probs"}),
+    "hidden": (then(lambda *given: given[0].zero_(), with_bias), BIAS, {"hidden"}),
+    "weight": (then(lambda *given: given[1].zero_(), with_bias), BIAS, {"weight"}),
+    "bias": (then(lambda *given: given[2].zero_(), with_bias), BIAS, {"bias"}),
+    "one entry": (then(lambda z, y: z.view(-1)[:1].add_(1) if z.is_contiguous() else None), {}, {"logits"}),
+    "same numbers": (then(lambda z, y: z.mul_(1)), {}, set()),
+}
 
 
-@pytest.mark.parametrize("place", range(3))
-def test_an_overwritten_input_of_a_fused_loss_is_named(place: int) -> None:
-    fn = then(lambda *given: given[place].zero_(), lambda h, w, b, y: F.cross_entropy(F.linear(h, w, b), y))
-    assert effects(fn, args=FUSED) == (f"overwrites {FUSED[place]}",)
+@pytest.mark.parametrize(("fn", "settings", "names"), OVERWRITING.values(), ids=OVERWRITING)
+def test_overwritten_inputs_are_named(fn: LossFn, settings: dict[str, Any], names: set[str]) -> None:
+    found = quick(fn, **settings)
+    assert set(found.side_effects) == {f"overwrites {name}" for name in names}
+    assert len(found.side_effects) == len(names)
 
 
-def test_one_overwritten_entry_is_enough_and_writing_the_same_number_is_nothing() -> None:
-    assert effects(then(lambda z, y: z.view(-1)[:1].add_(1) if z.is_contiguous() else None)) == ("overwrites logits",)
-    assert effects(then(lambda z, y: z.mul_(1))) == ()
-
-
-@pytest.mark.parametrize(
-    "fn",
-    [then(lambda z, y: y.zero_()), then(lambda z, t: t.zero_()), then(lambda z, y: z.zero_())],
-    ids=["labels", "target_probs", "logits"],
-)
-def test_a_loss_that_overwrites_its_inputs_costs_the_next_one_nothing(
-    fn: Callable[..., Any], request: pytest.FixtureRequest
-) -> None:
-    def reference(logits: Tensor, labels: Tensor) -> Tensor:  # of this test alone, so that both meet in one audit
+@pytest.mark.parametrize("name", ["labels", "target_probs", "logits"])
+def test_overwritten_inputs_do_not_reach_the_next_candidate(name: str) -> None:
+    def reference(logits: Tensor, labels: Tensor) -> Tensor:  # of this test alone, so that both share one audit
         return F.cross_entropy(logits, labels)
 
-    args = ON_TARGETS if "target_probs" in request.node.name else ("logits", "labels")
-    found = quick(fn, reference, args=args)
+    fn, settings, _ = OVERWRITING[name]
+    found = quick(fn, reference, **settings)
     assert found.objective == "identical"
     assert found.side_effects
-    after = quick(F.cross_entropy, reference, args=args)
+    after = quick(F.cross_entropy, reference, **settings)
     assert (after.objective, after.side_effects) == ("identical", ())
 
 
-class OverwritingBackward(torch.autograd.Function):
-    """The gradient is written over the logits when it is asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, labels)
-        return F.cross_entropy(logits, labels)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        logits, labels = ctx.saved_tensors
-        gradient = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
-        return logits.data.copy_(upstream[0] * gradient / len(labels)), None
+def overwriting_backward(ctx: Any, upstream: Tensor) -> Tensor:
+    return ctx.saved_tensors[0].data.copy_(upstream * logit_gradient(*ctx.saved_tensors))
 
 
-def test_an_input_overwritten_in_backward_is_named_and_spoils_the_second() -> None:
-    found = quick(OverwritingBackward.apply)
+def test_input_overwritten_in_backward_is_named() -> None:
+    found = quick(by_hand(overwriting_backward))
     assert found.objective == "rounding"
     assert found.side_effects == ("overwrites logits", "second backward differs")
 
@@ -133,30 +107,26 @@ def test_an_input_overwritten_in_backward_is_named_and_spoils_the_second() -> No
 # --- randomness and state
 
 
-def test_random_numbers_of_the_global_generator_are_noticed_though_they_change_nothing() -> None:
+def test_random_numbers_without_effect_are_noticed() -> None:
     def drawing(logits: Tensor, labels: Tensor) -> Tensor:
         torch.rand(1)
         return F.cross_entropy(logits, labels)
 
     with torch.random.fork_rng(devices=[]):
-        assert one(effects(drawing)) == "consumes random numbers"
+        assert effects(drawing) == ("consumes random numbers",)
 
 
-def test_random_gradients_are_different_whoever_draws_the_numbers() -> None:
-    own = torch.Generator().manual_seed(0)
-
-    def dropping(logits: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+@pytest.mark.parametrize("generator", [None, torch.Generator().manual_seed(0)], ids=["global", "own"])
+def test_random_gradients_are_different(generator: torch.Generator | None) -> None:
+    def dropping(logits: Tensor, labels: Tensor) -> Tensor:
         kept = torch.rand(labels.shape, generator=generator) < 0.9
         return (F.cross_entropy(logits, labels, reduction="none") * kept).mean()
 
     with torch.random.fork_rng(devices=[]):
         found = quick(dropping)
     assert found.objective == "different"
-    assert "consumes random numbers" in found.side_effects
-    private = quick(partial(dropping, generator=own))
-    assert private.objective == "different"
-    assert "consumes random numbers" not in private.side_effects
-    assert any(effect.startswith("equal calls differ (float") for effect in private.side_effects)
+    assert ("consumes random numbers" in found.side_effects) == (generator is None)
+    assert any(effect.startswith("equal calls differ (float") for effect in found.side_effects)
 
 
 class Counting(nn.Module):
@@ -176,95 +146,72 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("persistent", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-def test_a_buffer_that_changes_is_named(persistent: bool, dtype: torch.dtype) -> None:
+def test_buffer_that_changes_is_named(persistent: bool, dtype: torch.dtype) -> None:
     found = quick(Counting(persistent, dtype))
     assert found.objective == "identical"
     assert found.side_effects == ("keeps state: calls",)
 
 
-def test_state_in_an_attribute_shows_as_equal_calls_that_differ() -> None:
+def test_state_in_an_attribute_makes_equal_calls_differ() -> None:
     found = quick(Counting(drift=1e-14))
     assert found.objective == "different"
     assert any(effect.startswith("equal calls differ") for effect in found.side_effects)
     assert not any(effect.startswith("keeps state") for effect in found.side_effects)
 
 
-def test_state_is_compared_bit_for_bit_with_nan_equal_to_nan() -> None:
+def test_changed_state_takes_nan_for_equal_to_nan() -> None:
     module = Counting()
     loss = Loss(module, ("logits", "labels"))
     before = state_of(loss)
     module.calls.fill_(torch.nan)
     assert changed_state(loss, before) == ["calls"]
-    before = state_of(loss)
-    assert changed_state(loss, before) == []
+    assert changed_state(loss, state_of(loss)) == []
     assert state_of(Loss(F.cross_entropy, ("logits", "labels"))) == {}
 
 
-def test_equal_bits_are_equal_shapes_types_and_numbers() -> None:
-    a = torch.tensor([1.0, torch.nan, 0.0])
-    assert same_bits(a, a.clone())
-    assert same_bits(a, torch.tensor([1.0, torch.nan, -0.0]))
-    assert not same_bits(a, torch.tensor([1.0, torch.nan, 1e-45]))
-    assert not same_bits(a, a.double())
-    assert not same_bits(a, a[None])
-    assert not same_bits(a, None)
+A = torch.tensor([1.0, torch.nan, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (A.clone(), True), (torch.tensor([1.0, torch.nan, -0.0]), True), (torch.tensor([1.0, torch.nan, 1e-45]), False),
+        (A.double(), False), (A[None], False), (None, False),
+    ],
+)  # fmt: skip
+def test_same_bits_are_equal_shapes_dtypes_and_numbers(other: Tensor | None, same: bool) -> None:
+    assert same_bits(A, other) == same
     assert same_bits(None, None)
 
 
 # --- backward
 
 
-class OnceOnly(torch.autograd.Function):
-    """Lets go of what its backward needs, once it has been used."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        ctx.kept = [(logits.softmax(1) - F.one_hot(labels, logits.shape[1])) / len(labels)]
-        return F.cross_entropy(logits, labels)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        if not ctx.kept:
-            raise RuntimeError("nothing left")
-        return upstream[0] * ctx.kept.pop(), None
+def once_only(ctx: Any, upstream: Tensor) -> Tensor:
+    if ctx.calls > 1:
+        raise RuntimeError("nothing left")
+    return upstream * logit_gradient(*ctx.saved_tensors)
 
 
-class AddingUp(torch.autograd.Function):
-    """Adds each gradient to the last."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        ctx.once = (logits.softmax(1) - F.one_hot(labels, logits.shape[1])) / len(labels)
-        ctx.total = torch.zeros_like(logits)
-        return F.cross_entropy(logits, labels)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        ctx.total = ctx.total + upstream[0] * ctx.once
-        return ctx.total, None
+def adding_up(ctx: Any, upstream: Tensor) -> Tensor:
+    return ctx.calls * upstream * logit_gradient(*ctx.saved_tensors)
 
 
-def test_a_second_backward_that_is_refused_or_differs() -> None:
-    assert one(effects(OnceOnly.apply)) == "refuses a second backward"
-    assert one(effects(AddingUp.apply)) == "second backward differs"
+@pytest.mark.parametrize(
+    ("backward", "effect"), [(once_only, "refuses a second backward"), (adding_up, "second backward differs")]
+)
+def test_second_backward_is_reported(backward: LossFn, effect: str) -> None:
+    assert effects(by_hand(backward)) == (effect,)
 
 
-def test_no_gradient_at_all_is_different_and_says_so() -> None:
+def test_missing_gradient_is_different() -> None:
     found = quick(lambda z, y: F.cross_entropy(z, y).detach())
     assert found.objective == "different"
     assert "no gradient" in found.side_effects
     assert "training would not move" in found.sentence
 
 
-def test_what_is_printed_is_told_by_its_first_line() -> None:
-    assert one(effects(lambda z, y: (print("loss is", 3), F.cross_entropy(z, y))[1])) == "prints: loss is 3"
-
-
-# --- policies
-
-
-def of(found: tuple[str, ...], question: str) -> str | None:
-    return next((effect for effect in found if effect.startswith(f"{question}: ")), None)
+# --- bad input
 
 
 def without_nan(logits: Tensor, labels: Tensor) -> Tensor:
@@ -277,22 +224,8 @@ def refusing_nan(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-def test_nan_logits_that_are_swallowed_or_refused() -> None:
-    swallowed = of(effects(without_nan), "nan_logits")
-    assert swallowed is not None
-    assert swallowed.startswith("nan_logits: gives a number, gradient ")
-    assert swallowed.endswith("; the reference gives NaN, gradient NaN")
-    assert of(effects(refusing_nan), "nan_logits") == "nan_logits: raises; the reference gives NaN, gradient NaN"
-
-
 def clamped(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels.clamp_max(logits.shape[1] - 1))
-
-
-def test_labels_out_of_range_that_are_taken_for_others() -> None:
-    found = of(effects(clamped), "label_out_of_range")
-    assert found == "label_out_of_range: gives a number, gradient a number; the reference raises"
-    assert of(effects(lambda z, t: F.cross_entropy(z, t), args=ON_TARGETS), "label_out_of_range") is None
 
 
 def at_least_one(logits: Tensor, labels: Tensor) -> Tensor:
@@ -300,40 +233,47 @@ def at_least_one(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="sum") / count
 
 
-def test_nothing_but_ignored_targets() -> None:
-    found = quick(at_least_one, **IGNORING)
-    assert found.objective in ("identical", "rounding")
-    said = of(found.side_effects, "all_ignored")
-    assert said == "all_ignored: gives 0, gradient 0; the reference gives NaN, gradient 0"
-    assert effects(at_least_one) == ()  # not asked where nothing is to be ignored
-
-
-def test_the_reference_sets_the_policy() -> None:
-    assert quick(F.cross_entropy, at_least_one, **IGNORING).side_effects == (
+NAN = "; the reference gives NaN, gradient NaN"
+NUMBERS = "gives a number, gradient a number"
+BAD_INPUTS: dict[str, tuple[LossFn, dict[str, Any], str | None]] = {
+    "nan replaced": (without_nan, {}, f"nan_logits: {NUMBERS}{NAN}"),
+    "nan refused": (refusing_nan, {}, f"nan_logits: raises{NAN}"),
+    "label clamped": (clamped, {}, f"label_out_of_range: {NUMBERS}; the reference raises"),
+    "without labels": (lambda z, t: F.cross_entropy(z, t), TARGETS, None),
+    "all ignored": (at_least_one, IGNORING, "all_ignored: gives 0, gradient 0; the reference gives NaN, gradient 0"),
+    "nothing ignored": (at_least_one, {}, None),
+    "reference counts one": (
+        F.cross_entropy, {"reference": at_least_one} | IGNORING,
         "all_ignored: gives NaN, gradient 0; the reference gives 0, gradient 0",
-    )
-    assert quick(clamped, clamped).side_effects == ()
-    assert quick(at_least_one, at_least_one, **IGNORING).side_effects == ()
+    ),
+    "both clamp": (clamped, {"reference": clamped}, None),
+    "both count one": (at_least_one, {"reference": at_least_one} | IGNORING, None),
+}  # fmt: skip
 
 
-def test_shapes_of_the_questions_are_the_audits() -> None:
-    """Token losses are asked with tokens, fused ones with hidden, weight and bias."""
-    seen: set[tuple[int, ...]] = set()
+@pytest.mark.parametrize(("fn", "settings", "effect"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_response_is_compared(fn: LossFn, settings: dict[str, Any], effect: str | None) -> None:
+    found = quick(fn, **settings)
+    assert found.objective in ("identical", "rounding")
+    assert found.side_effects == (() if effect is None else (effect,))
 
-    def looking(logits: Tensor, labels: Tensor) -> Tensor:
+
+def test_bad_input_has_the_shape_of_the_audit() -> None:
+    shapes: set[tuple[int, ...]] = set()
+
+    def recording(logits: Tensor, labels: Tensor) -> Tensor:
         if logits.isnan().any():
-            seen.add(tuple(logits.shape))
+            shapes.add(tuple(logits.shape))
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
-    assert quick(looking, tokens=True).side_effects == ()
-    assert seen == {(2, 2, 10)}
-    assert BatchShape((10,), tokens=True).tokens
+    assert effects(recording, tokens=True) == ()
+    assert shapes == {(2, 2, 10)}
 
 
-def test_policies_are_asked_in_the_precision_that_was_declared() -> None:
+def test_bad_input_has_the_declared_dtype() -> None:
     def strict(logits: Tensor, labels: Tensor) -> Tensor:
         if logits.dtype != torch.bfloat16:
             raise TypeError("bfloat16 only")
         return F.cross_entropy(logits, labels)
 
-    assert quick(strict, dtype=torch.bfloat16).side_effects == ()
+    assert effects(strict, dtype=torch.bfloat16) == ()

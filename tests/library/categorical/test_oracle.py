@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from likelihood_lab.audit.api import check
-from likelihood_lab.audit.context import MEAN_CROSS_ENTROPY, audit_of
+from likelihood_lab.audit.context import audit_of
 from likelihood_lab.audit.evaluate import Loss
 from likelihood_lab.audit.rounding import CONSTANT
 from likelihood_lab.categorical.oracle import Exact, cross_entropy
@@ -75,7 +75,7 @@ def test_cross_entropy_ignores_the_precision_of_mpmath() -> None:
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("soft_targets", [False, True])
 def test_reference_is_within_rounding_of_the_oracle(tokens: bool, soft_targets: bool) -> None:
-    reference = Loss(F.cross_entropy, ON_TARGETS) if soft_targets else MEAN_CROSS_ENTROPY
+    reference = Loss(F.cross_entropy, ON_TARGETS) if soft_targets else Loss(F.cross_entropy, ("logits", "labels"))
     audit = audit_of(reference, reference.args, soft_targets=soft_targets, tokens=tokens, num_classes=(2, 10))
     assert audit.oracle_units is not None
     assert 0 < audit.oracle_units < CONSTANT / 2

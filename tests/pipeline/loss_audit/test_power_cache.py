@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from likelihood_lab.audit.context import MEAN_CROSS_ENTROPY, AuditContext, audit_of
+from likelihood_lab.audit.context import AuditContext, audit_of
+from likelihood_lab.audit.evaluate import Loss
 from pipeline.loss_audit import losses as audited
 from pipeline.loss_audit import losses as power_cache
 from pipeline.loss_audit.losses import keep, recall
@@ -27,7 +28,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def asked(**about: object) -> AuditContext:
-    return audit_of(MEAN_CROSS_ENTROPY, ("logits", "labels"), **{"num_classes": (3,), **about})  # type: ignore[arg-type]
+    reference = Loss(torch.nn.functional.cross_entropy, ("logits", "labels"))
+    return audit_of(reference, reference.args, **{"num_classes": (3,), **about})  # type: ignore[arg-type]
 
 
 def test_what_was_kept_is_recalled_for_the_same_grid_alone() -> None:
