@@ -1,4 +1,4 @@
-"""One audit from configuration to exit code: the findings, then the table, JSON and pictures."""
+"""Command of an audit: write the findings as table, JSON and pictures, and return the exit code."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ def run(config: Config, folder: Path) -> ExitCode:
     """Audit the chosen losses, write `audit.json` and the pictures, and print the table.
 
     Args:
-        config: the resolved configuration, checked.
+        config: the resolved and validated configuration.
+        folder: the output folder.
     """
     started = time.time()
     if (folder / "request.yaml").exists():
-        raise UsageError(f"{folder} holds a trial, whose audit this would replace; choose another hydra.run.dir")
+        raise UsageError(f"{folder} holds a trial, and its audit would be replaced; choose another hydra.run.dir")
     _check_device(config["device"])
     torch.set_num_threads(1)
     reference = conf.reference_of(config)
-    recorder = Recorder(tracker_of(config["tracking"]), folder, "the same command again sends them")
-    recorder.open()  # before the losses are asked, so that a wrong address is told at once
+    recorder = Recorder(tracker_of(config["tracking"]), folder, "the same command sends them again")
+    recorder.open()  # before the audit, so that an invalid address is refused at once
     settings = AuditSettings(**{name: config[name] for name in AuditSettings.__dataclass_fields__})
     if settings.soft_targets and not any("target_probs" in loss["args"] for loss in config["loss"].values()):
         raise UsageError("soft_targets=true, but no chosen loss takes target_probs; add one that does, such as ce_soft")
@@ -60,7 +61,10 @@ def run(config: Config, folder: Path) -> ExitCode:
     report = _report_run(audit, folder, pictures, started)
     recorder.offer({report.content: lambda: report})
     show_audit(audit)
-    return closing_audit(audit, folder, recorder.shortfall)
+    console.print(f"\naudit: {folder / 'audit.json'}, pictures beside it in figures/")
+    if recorder.shortfall is not None:
+        console.print(recorder.shortfall)
+    return exit_code_of([(name, entry["objective"], entry) for name, entry in audit["losses"].items()])
 
 
 def _check_device(device: str) -> None:
@@ -86,11 +90,8 @@ def _report_run(audit: Config, folder: Path, pictures: list[Path], started: floa
     )
 
 
-# --- an audit
-
-
-def show_audit(audit: Mapping[str, Any]) -> None:
-    """The table, each loss's sentence, and what the grid would have caught."""
+def show_audit(audit: Config) -> None:
+    """Print the table, the sentence of each loss, and the detection limits."""
     title = f"each loss against {audit['reference']}: is it the same function?"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in ("loss", "objective", "scale", "domain", "divides by", "expected"):
@@ -113,26 +114,18 @@ def show_audit(audit: Mapping[str, Any]) -> None:
     for name, entry in audit["losses"].items():
         groups.setdefault(str(entry["would_have_caught"]), []).append(name)
     for names in groups.values():
-        _show_power(audit["losses"][names[0]]["would_have_caught"], names if len(groups) > 1 else [])
+        _show_detection_limits(audit["losses"][names[0]]["would_have_caught"], names if len(groups) > 1 else [])
 
 
-def _show_power(sizes: Mapping[str, Mapping[str, float | None]], names: Sequence[str]) -> None:
-    """The smallest difference of each kind that the grid of these losses catches."""
-    if not sizes:
+def _show_detection_limits(limits: Mapping[str, Mapping[str, float | None]], names: Sequence[str]) -> None:
+    """Print the smallest difference of each kind that the grid of these losses detects."""
+    if not limits:
         return
-    precisions = list(next(iter(sizes.values())))
+    precisions = list(next(iter(limits.values())))
     title = "the smallest difference that would have been caught" + (f", for {shortened(names)}" if names else "")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", *precisions):
         table.add_column(column, no_wrap=True)
-    for kind, caught in sizes.items():
-        table.add_row(kind, *(size_in_words(caught[precision]) for precision in precisions))
+    for kind, sizes in limits.items():
+        table.add_row(kind, *(size_in_words(sizes[precision]) for precision in precisions))
     console.print(table)
-
-
-def closing_audit(audit: Mapping[str, Any], folder: Path, recorded: str | None) -> ExitCode:
-    """Where to look, and the exit code with what it rests on."""
-    console.print(f"\naudit: {folder / 'audit.json'}, pictures beside it in figures/")
-    if recorded is not None:
-        console.print(recorded)
-    return exit_code_of([(name, entry["objective"], entry) for name, entry in audit["losses"].items()])

@@ -1,24 +1,33 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.server import main
+
 
 @pytest.mark.parametrize(
-    ("password", "says"),
+    ("password", "arguments", "line"),
     [
-        (None, "error: MLFLOW_AUTH_ADMIN_PASSWORD is not set; give the admin one of at least 12 characters"),
-        ("short", "error: MLFLOW_AUTH_ADMIN_PASSWORD has 5 characters; give the admin one of at least 12 characters"),
+        (None, [], "MLFLOW_AUTH_ADMIN_PASSWORD is not set; give the admin one of at least 12 characters"),
+        ("short", [], "MLFLOW_AUTH_ADMIN_PASSWORD has 5 characters; give the admin one of at least 12 characters"),
+        ("short", ["--port", "x"], "argument --port: invalid int value: 'x'; see python -m pipeline.server --help"),
     ],
 )
-def test_without_a_password_no_server_starts(password: str | None, says: str, tmp_path: Path) -> None:
-    own = {key: value for key, value in os.environ.items() if key != "MLFLOW_AUTH_ADMIN_PASSWORD"}
-    own |= {} if password is None else {"MLFLOW_AUTH_ADMIN_PASSWORD": password}
-    command = [sys.executable, "-m", "pipeline.server", "--folder", str(tmp_path / "kept")]
-    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.splitlines(), done.stdout) == (2, [says], "")
-    assert not (tmp_path / "kept").exists()
+def test_server_refuses_wrong_request_in_one_line(
+    password: str | None,
+    arguments: list[str],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("MLFLOW_AUTH_ADMIN_PASSWORD", raising=False)
+    if password is not None:
+        monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", password)
+    monkeypatch.setattr("sys.argv", ["server.py", "--folder", str(tmp_path / "new"), *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert (left.value.code, *capsys.readouterr()) == (2, "", f"error: {line}\n")
+    assert not (tmp_path / "new").exists()
