@@ -16,7 +16,7 @@ import yaml
 from likelihood_lab.errors import UsageError
 from pipeline.entry import OneLineParser, gc_paused_import, run_and_report
 
-SETTINGS = ("sweep", "expect", "about", "reference")
+SETTINGS = ("sweep=", "expect=", "about=", "reference=")
 
 
 def parse(arguments: list[str]) -> tuple[Path, dict[str, str]]:
@@ -24,21 +24,16 @@ def parse(arguments: list[str]) -> tuple[Path, dict[str, str]]:
     parser = OneLineParser(
         prog="python -m pipeline.report",
         usage="%(prog)s DIR|sweep=ID [expect=same|{LOSS: WORD}] [about=objective|outcome] [reference=LOSS]",
-        description="Compute the verdict again from the runs in a trial's folder; train nothing.",
-        epilog="Settings that are left out are those of the trial. sweep=ID stands for the folder outputs/ID.",
+        description="Compute the verdict again from the runs in a trial's folder. Absent settings are the trial's own.",
     )
     parser.add_argument("words", nargs="+", metavar="DIR", help="the trial's folder; then settings as KEY=VALUE")
-    folders, settings = [], {}
-    for word in parser.parse_args(arguments).words:
-        key, equals, value = word.partition("=")
-        if equals and key in SETTINGS:
-            settings[key] = value
-        else:
-            folders.append(Path(word))
+    words = parser.parse_args(arguments).words
+    settings = dict(word.split("=", 1) for word in words if word.startswith(SETTINGS))
+    folders = [Path(word) for word in words if not word.startswith(SETTINGS)]
     if "sweep" in settings:
         folders.append(Path("outputs") / settings.pop("sweep"))
     if len(folders) != 1:
-        parser.error(f"give one folder of a trial, not {len(folders)} ({', '.join(map(str, folders))})")
+        parser.error(f"give one folder of a trial; found {', '.join(map(str, folders)) or 'none'}")
     return folders[0], settings
 
 

@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 
 def sync(arguments: list[str]) -> ExitCode:
     """Send every undamaged run and the last report, each once; replace incomplete runs of a killed process."""
-    parser = OneLineParser(
-        prog="python -m pipeline.sync",
-        description="Send MLflow the missing runs of a trial's folder.",
-        epilog="MLFLOW_TRACKING_URI names the store; without it, the runs go where the trial was to be recorded.",
-    )
+    description = "Send the missing runs to MLFLOW_TRACKING_URI, by default to the store that the trial was given."
+    parser = OneLineParser(prog="python -m pipeline.sync", description=description)
     parser.add_argument("folder", metavar="DIR", type=Path, help="the trial's folder")
     folder_path = parser.parse_args(arguments).folder
 

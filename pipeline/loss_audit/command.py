@@ -21,7 +21,7 @@ from pipeline.entry import ExitCode
 from pipeline.loss_audit.losses import AuditSettings, audit_losses
 from pipeline.reporting.audit_figures import write_audit_figures
 from pipeline.runtime import git_state
-from pipeline.storage.files import refusing_disk_errors, write_json
+from pipeline.storage.files import write_json
 from pipeline.text import MARKS, shortened
 from pipeline.tracking.mlflow_store import Run
 from pipeline.tracking.recorder import Recorder, tracker_of
@@ -32,12 +32,7 @@ Config = Mapping[str, Any]
 
 
 def run(config: Config, folder: Path) -> ExitCode:
-    """Audit the chosen losses, write `audit.json` and the pictures, and print the table.
-
-    Args:
-        config: the resolved and validated configuration.
-        folder: the output folder.
-    """
+    """Audit the losses of a validated configuration, write `audit.json` and the pictures, and print the table."""
     started = time.time()
     if (folder / "request.yaml").exists():
         raise UsageError(f"{folder} holds a trial, and its audit would be replaced; choose another hydra.run.dir")
@@ -54,8 +49,6 @@ def run(config: Config, folder: Path) -> ExitCode:
     for name, entry in audit["losses"].items():
         word, same = expected.get(name), entry["objective"] in SAMENESS
         entry |= {"expected": word, "confirmed": word and (same if word == "same" else word == entry["objective"])}
-    with refusing_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "audit.json", audit)
     pictures = write_audit_figures(folder, audit)
     report = _report_run(audit, folder, pictures, started)

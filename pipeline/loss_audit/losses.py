@@ -46,13 +46,7 @@ AUDIT_CODE = [Path(str(package.__file__)).parent for package in (likelihood_lab.
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """Settings of an audit, as in `conf/audit.yaml`.
-
-    Attributes:
-        time_limit: seconds for each subprocess.
-        memory_limit: GiB for each subprocess.
-        jobs: number of subprocesses at once.
-    """
+    """Settings of an audit, as in `conf/audit.yaml`."""
 
     dtype: str | None = None
     device: str = "cpu"
@@ -60,9 +54,9 @@ class AuditSettings:
     soft_targets: bool = False
     tokens: bool = False
     num_classes: Sequence[int] | None = None
-    time_limit: float = 300.0
-    memory_limit: float = 8.0
-    jobs: int = 2
+    time_limit: float = 300.0  # seconds for each subprocess
+    memory_limit: float = 8.0  # GiB for each subprocess
+    jobs: int = 2  # subprocesses at once
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -263,16 +257,15 @@ def _cache_key(audit: AuditContext) -> dict[str, Any]:
     """Return everything that the detection limits depend on."""
     return {
         "shape": repr(audit.shape),
-        "batches": [_case_name(batch, dtype) for batch, dtype in audit.cells],
+        "batches": [
+            f"{batch.family} {list(batch.logits.shape)} {batch.layout} {batch.upstream} {dtype}"
+            for batch, dtype in audit.cells
+        ],
         "device": str(audit.device),
         "torch": str(torch.__version__),
         "processor": _processor(),
         "code": _code_digest(),
     }
-
-
-def _case_name(batch: AuditBatch, dtype: torch.dtype) -> str:
-    return f"{batch.family} {list(batch.logits.shape)} {batch.layout} {batch.upstream} {dtype}"
 
 
 @functools.cache

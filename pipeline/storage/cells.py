@@ -36,14 +36,7 @@ from likelihood_lab.errors import UsageError
 from likelihood_lab.stats.pairs import measured_in
 from pipeline.engine.sketch import sketch_distance
 from pipeline.replica import Replica, is_control
-from pipeline.storage.files import (
-    flush_to_disk,
-    read_yaml,
-    refusing_disk_errors,
-    sha256,
-    write_whole,
-    yaml_bytes,
-)
+from pipeline.storage.files import flush_to_disk, read_yaml, refusing_disk_errors, sha256, write_whole, yaml_bytes
 
 SEALED = ("history.parquet", "state.pt")  # files of a cell whose SHA-256 is in its config.yaml
 SEAL = b"# SHA-256 of the lines above: "  # begins the last line of config.yaml
@@ -180,13 +173,10 @@ class TrialFolder:
 
     @contextmanager
     def locked(self, *, patiently: bool = False) -> Iterator[None]:
-        """Hold the lock of the folder, which is created if absent.
+        """Hold the lock of the folder, which is created if absent; refuse if another process holds it.
 
         Args:
-            patiently: wait for another process that holds the lock.
-
-        Raises:
-            UsageError: another process holds the lock.
+            patiently: wait for the other process instead.
         """
         new = not self.path.exists()
         with refusing_disk_errors(self.path):
@@ -205,11 +195,7 @@ class TrialFolder:
 
     @contextmanager
     def training(self, seeds: Sequence[int]) -> Iterator[None]:
-        """Hold the locks of these seeds' cells.
-
-        Raises:
-            UsageError: another process holds one of the locks.
-        """
+        """Hold the locks of these seeds' cells; refuse if another process holds one of them."""
         with ExitStack() as locks:
             for seed in seeds:
                 lock = filelock.FileLock(self.path / ".training" / f"s{seed}")
@@ -233,11 +219,7 @@ class TrialFolder:
         write_whole(self.path / "trial.yaml", yaml_bytes(dict(identity)))
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
-        """Refuse the folder of another trial.
-
-        Raises:
-            UsageError: `trial.yaml` states another identity, or is missing beside cells.
-        """
+        """Refuse a folder whose `trial.yaml` states another identity, or is missing beside cells."""
         if not (self.path / "trial.yaml").exists():
             if (self.path / "cells").exists():
                 raise UsageError(f"{self.path} holds cells but no trial.yaml: it is no trial's folder; choose another")
@@ -284,9 +266,9 @@ class TrialFolder:
         return [cell for arm, seed in order if (cell := self.read(Replica(arm, seed))) is not None]
 
     def find_missing(self, wanted: Mapping[Replica, str]) -> tuple[list[Replica], dict[Replica, str]]:
-        """Return the missing runs, and the reasons why cells of some of them moved to `stale/`.
+        """Return the missing runs, and the reason for each damaged or outdated cell, which moves to `stale/`.
 
-        A cell moves if it is damaged or has another fingerprint: other code, data or environment made it.
+        A cell is outdated if its fingerprint differs: other code, data or environment made it.
         """
         missing, moved = [], {}
         for replica, fingerprint in wanted.items():

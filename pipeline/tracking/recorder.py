@@ -69,7 +69,8 @@ class Recorder:
         """One line with the link to the runs."""
         if self._tracker is None or self._link is None:
             return None
-        return f"runs grouped by loss: {self._link}" + (" (start the page with `make ui`)" * self._tracker.is_local)
+        hint = "" if self._tracker.is_remote else " (start the page with `make ui`)"
+        return f"runs grouped by loss: {self._link}{hint}"
 
     @property
     def shortfall(self) -> str | None:

@@ -67,6 +67,9 @@ class Tracker:
         self._given = uri or os.environ.get("MLFLOW_TRACKING_URI")
         self.uri = self._given or f"sqlite:///{self.root / 'mlflow.db'}"
         self.experiment = experiment
+        self.is_remote = self.uri.startswith(("http://", "https://"))  # else a database, whose page the user must start
+        self.is_file = self.uri.startswith("sqlite")  # it can block only while others write
+        self.portion = 1 if self.is_remote else 16  # runs to record in one call, so that each call ends soon
 
     def described(self) -> dict[str, str | None]:
         """Return the address without a password and the experiment; the default database has no `uri`."""
@@ -144,31 +147,12 @@ class Tracker:
         view = grouped_view(f"tags.sweep = {_quoted(sweep)} and tags.kind = 'train'")
         with _errors_in_one_line(self):
             self._client.set_experiment_tag(self._id, f"mlflow.sharedViewState.{key}", view)
-        base = without_password(self.uri if self._is_remote else ui)
+        base = without_password(self.uri if self.is_remote else ui)
         return f"{base.rstrip('/')}/{self._page(key)}"
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the runs go to a database, whose page the user must start."""
-        return not self._is_remote
-
-    @property
-    def is_file(self) -> bool:
-        """Whether the store is an SQLite file, which can block only while others write."""
-        return self.uri.startswith("sqlite")
-
-    @property
-    def portion(self) -> int:
-        """Number of runs to record in one call, so that each call ends soon."""
-        return 1 if self._is_remote else 16
-
-    @property
-    def _is_remote(self) -> bool:
-        return self.uri.startswith(("http://", "https://"))
 
     def _creation_lock(self) -> AbstractContextManager[object]:
         """Lock against a second process: MLflow cannot create one database or experiment twice at once."""
-        if self._is_remote:
+        if self.is_remote:
             return nullcontext()
         self._file.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(f"{self._file}.lock")
@@ -192,7 +176,7 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         # By default, MLflow would store the current working directory in an experiment of a database.
-        home = None if self._is_remote else (self.root / "mlruns" / self.experiment).as_uri()
+        home = None if self.is_remote else (self.root / "mlruns" / self.experiment).as_uri()
         try:
             return self._client.get_experiment(self._client.create_experiment(self.experiment, home))
         except MlflowException:  # another process may have created it
@@ -223,14 +207,10 @@ class Tracker:
 
 def load_mlflow() -> None:
     """Import MLflow; a separate call, so that its seconds do not count as the store's."""
-    _set_environment()
-    with gc_paused_import("mlflow"):
-        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-
-
-def _set_environment() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    with gc_paused_import("mlflow"):
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
 @contextmanager

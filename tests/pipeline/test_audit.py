@@ -17,7 +17,7 @@ from pipeline.config.hydra_glue import run_entry_point
 from pipeline.entry import ExitCode
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("tracking=none", "num_classes=[2]")
+QUICK = ("tracking=none", "num_classes=[2,10]")
 
 Audit = Callable[..., tuple[int, str, str]]
 
@@ -43,27 +43,20 @@ def talks(logits, labels):
 def wants_a_gpu(logits, labels):
     raise RuntimeError("Found no NVIDIA driver on your system.")
 
-def returns_rows(logits, labels):
+def rows(logits, labels):
     return F.cross_entropy(logits, labels, reduction="none")
 
 def fused(hidden, weight, labels):
     return F.cross_entropy(hidden @ weight.T, labels), None
 
-class Weighted(torch.nn.Module):
+class Weighted(torch.nn.CrossEntropyLoss):
     def __init__(self):
-        super().__init__()
-        self.register_buffer("weight", torch.tensor([0.5, 2.0]))
+        super().__init__(weight=torch.tensor([0.5, 2.0]))
 
-    def forward(self, logits, labels):
-        return F.cross_entropy(logits, labels, weight=self.weight)
-
-class Learns(torch.nn.Module):
+class Learns(torch.nn.CrossEntropyLoss):
     def __init__(self):
         super().__init__()
         self.temperature = torch.nn.Parameter(torch.ones(()))
-
-    def forward(self, logits, labels):
-        return F.cross_entropy(logits / self.temperature, labels)
 """
 
 
@@ -74,11 +67,11 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "their_losses.py").write_text(LOSSES)
     (folder / "raises_at_import.py").write_text("raise OSError('no such library')\n")
     (folder / "loss").mkdir()
-    functions = {name: f"their_losses.{name}" for name in ("aborts", "aborts_on_bad_labels", "hangs", "talks", "fused")}
-    functions |= {"rows": "their_losses.returns_rows", "broken": "raises_at_import.loss", "typo": "their_losses.talk"}
-    functions |= {"wants_a_gpu": "their_losses.wants_a_gpu"}
-    declared = {name: f"{{_target_: {target}, _partial_: true}}" for name, target in functions.items()}
-    declared |= {"weighted": "{_target_: their_losses.Weighted}", "learns": "{_target_: their_losses.Learns}"}
+    functions = ("aborts", "aborts_on_bad_labels", "hangs", "talks", "wants_a_gpu", "rows", "fused")
+    declared = {name: f"{{_target_: their_losses.{name}, _partial_: true}}" for name in functions}
+    declared |= {name: f"{{_target_: their_losses.{name.title()}}}" for name in ("weighted", "learns")}
+    declared["typo"] = "{_target_: their_losses.talk, _partial_: true}"
+    declared["broken"] = "{_target_: raises_at_import.loss, _partial_: true}"
     for name, fn in declared.items():
         args = "[hidden, weight, labels]" if name == "fused" else "[logits, labels]"
         (folder / "loss" / f"{name}.yaml").write_text(f"{name}:\n  fn: {fn}\n  args: {args}\n")
@@ -107,25 +100,19 @@ def entries(folder: Path) -> dict[str, Any]:
     return losses
 
 
-@pytest.fixture(scope="module")
-def textbook(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder and output of an audit of textbook losses by the command line, recorded in MLflow."""
-    home = tmp_path_factory.mktemp("textbook")
+def test_audit_command_on_textbook_losses(tmp_path: Path) -> None:
+    """The command line writes table, JSON and figures, and records them as a report run in MLflow."""
+    folder, uri = tmp_path / "tracked", f"sqlite:///{tmp_path}/tracking.db"
     command = [
-        sys.executable, "-m", "pipeline.audit", "num_classes=[2,10]", f"hydra.run.dir={home / 'tracked'}",
-        "loss=[ce,nll,kl,kl_mean,nll_softmax,brier]", f"tracking.uri=sqlite:///{home}/tracking.db",
+        sys.executable, "-m", "pipeline.audit", "num_classes=[2,10]", f"hydra.run.dir={folder}",
+        "loss=[ce,nll,kl,kl_mean,nll_softmax,brier]", f"tracking.uri={uri}",
         "expect={nll: identical, kl: same, kl_mean: scaled, nll_softmax: rounding, brier: different}",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return home / "tracked", done.stdout
-
-
-def test_audit_of_textbook_losses(textbook: tuple[Path, str]) -> None:
-    folder, output = textbook
-    assert "5 of 5 expectations hold" in output
-    assert "label smoothing" in output  # the detection limits
+    assert "5 of 5 expectations hold" in done.stdout
+    assert "label smoothing" in done.stdout  # the detection limits
     written = json.loads((folder / "audit.json").read_text())
     assert (written["schema"], written["reference"]) == (1, "ce")
     contract = {
@@ -137,17 +124,13 @@ def test_audit_of_textbook_losses(textbook: tuple[Path, str]) -> None:
     assert written["losses"]["nll"]["would_have_caught"]["label smoothing"]["float64"] < 1e-12
     assert sorted(path.name for path in (folder / "figures").iterdir()) == ["audit_strip.svg", "p_minus_y.svg"]
 
-
-def test_audit_is_recorded_as_report_run(textbook: tuple[Path, str]) -> None:
     from mlflow import MlflowClient
 
-    folder, _ = textbook
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent}/tracking.db")
+    client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("likelihood-lab")
     (run,) = client.search_runs([experiment.experiment_id], "tags.kind = 'report'")
-    assert run.data.tags["objective.kl_mean"] == "scaled"
-    assert run.data.tags["sweep"] == "tracked"
-    assert {found.path for found in client.list_artifacts(run.info.run_id)} == {"audit.json", "figures"}
+    assert (run.data.tags["objective.kl_mean"], run.data.tags["sweep"]) == ("scaled", "tracked")
+    assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} == {"audit.json", "figures"}
 
 
 def test_exit_code_and_last_line_follow_expectations(audit: Audit) -> None:
@@ -161,9 +144,7 @@ def test_exit_code_and_last_line_follow_expectations(audit: Audit) -> None:
 
 def test_misbehaving_losses_do_not_affect_others(audit: Audit, tmp_path: Path) -> None:
     losses = "loss=[ce,aborts,aborts_on_bad_labels,talks,wants_a_gpu,rows,broken,weighted,nll]"
-    code, output, errors = audit(
-        losses, "num_classes=[2,10]", "expect={nll: same, talks: same}", f"hydra.run.dir={tmp_path}"
-    )
+    code, output, errors = audit(losses, "expect={nll: same, talks: same}", f"hydra.run.dir={tmp_path}")
     assert code == ExitCode.HOLDS, errors
     assert "how do you do" not in output.partition("side effect")[0]
     found = entries(tmp_path)
@@ -188,7 +169,7 @@ def test_hanging_loss_ends_at_time_limit(audit: Audit, tmp_path: Path) -> None:
 
 
 def test_fused_loss_is_audited(audit: Audit, tmp_path: Path) -> None:
-    code, _, errors = audit("loss=[ce,fused]", f"hydra.run.dir={tmp_path}")
+    code, _, errors = audit("loss=[ce,fused]", "num_classes=[2]", f"hydra.run.dir={tmp_path}")
     assert code == ExitCode.HOLDS, errors
     found = entries(tmp_path)["fused"]
     assert (found["objective"], found["evidence"]["example"]) == ("identical", None)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hydra.errors import ConfigCompositionException
 
 from likelihood_lab.errors import UsageError
+from pipeline import report, server, sync
 from pipeline.config.hydra_glue import run_entry_point
-from pipeline.entry import ExitCode, record_exit_code, run_action, run_and_report, worst_exit_code
+from pipeline.entry import ExitCode, record_exit_code, run_and_report, worst_exit_code
 
 
 def raising(error: BaseException) -> Callable[[], int]:
@@ -38,23 +40,23 @@ def test_exit_codes_are_the_documented_ones() -> None:
     }  # fmt: skip
 
 
-def test_usage_error_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_and_report(raising(UsageError("seed is empty; give one"))) is ExitCode.USAGE
-    assert capsys.readouterr() == ("", "error: seed is empty; give one\n")
-
-
 @pytest.mark.parametrize("error", [KeyError("lost"), ConnectionResetError("lost")])
 def test_bug_prints_traceback(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_and_report(raising(error)) is ExitCode.BUG
     assert f"{type(error).__name__}: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_disk_error_is_usage_error(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = run_action(raising(OSError(number, "No room", "/far/away")))
-    assert outcome.code is ExitCode.USAGE
-    assert str(outcome.error).startswith("cannot read or write /far/away: No room")
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(UsageError("seed is empty; give one"), "seed is empty; give one")]
+    + [
+        (OSError(number, "No room", "/x"), "cannot read or write /x: No room; free space or choose another folder")
+        for number in (errno.ENOSPC, errno.EROFS, errno.EACCES)
+    ],
+)
+def test_wrong_request_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_and_report(raising(error)) is ExitCode.USAGE
+    assert capsys.readouterr() == ("", f"error: {line}\n")
 
 
 @pytest.mark.parametrize(
@@ -81,3 +83,46 @@ def test_entry_point_maps_errors_to_exit_codes(
     assert code_of(raising(error)) == code
     written = capsys.readouterr().err
     assert written == message if code == 2 else written.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "line"),
+    [
+        (server.main, "", "MLFLOW_AUTH_ADMIN_PASSWORD has 5 characters; give the admin one of at least 12 characters"),
+        (server.main, "--port x", "argument --port: invalid int value: 'x'; see python -m pipeline.server --help"),
+        (sync.main, ".", "/work is not a trial's folder"),
+        (sync.main, "", "the following arguments are required: DIR; see python -m pipeline.sync --help"),
+        (report.main, "", "the following arguments are required: DIR; see python -m pipeline.report --help"),
+        (report.main, "a b=c", "give one folder of a trial; found a, b=c; see python -m pipeline.report --help"),
+        (report.main, "a sweep=b", "give one folder of a trial; found a, outputs/b; see"),
+        (report.main, "expect=same", "give one folder of a trial; found none; see"),
+        (report.main, "a --quiet", "unrecognized arguments: --quiet; see"),
+        (report.main, "sweep=absent", "/work/outputs/absent is not a trial's folder"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    main: Callable[[], None],
+    arguments: str,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The line is what is wrong and what to do; nothing is written."""
+    monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", "short")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["command", *arguments.split()])
+    with pytest.raises(SystemExit) as left:
+        main()
+    output, errors = capsys.readouterr()
+    assert (left.value.code, output, errors.count("\n")) == (2, "", 1)
+    assert line.replace("/work", str(tmp_path)) in errors
+    assert errors.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_server_needs_a_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MLFLOW_AUTH_ADMIN_PASSWORD", raising=False)
+    with pytest.raises(UsageError, match="MLFLOW_AUTH_ADMIN_PASSWORD is not set; give the admin one of at least 12"):
+        server.serve(tmp_path / "new", 5000)
+    assert not (tmp_path / "new").exists()

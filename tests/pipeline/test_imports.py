@@ -48,17 +48,12 @@ print(sorted({absent!r} & set(sys.modules)))
 
 
 @pytest.fixture
-def thawed() -> Iterator[None]:
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
 def big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "a_big_library.py").write_text("things = [[] for _ in range(100_000)]")
     monkeypatch.syspath_prepend(tmp_path)
     yield "a_big_library"
     sys.modules.pop("a_big_library", None)
+    gc.unfreeze()
 
 
 class Cycle:
@@ -71,7 +66,7 @@ class Cycle:
         Cycle.deleted += 1
 
 
-def test_paused_import_freezes_new_objects_only(big: str, thawed: None) -> None:
+def test_paused_import_freezes_new_objects_only(big: str) -> None:
     """Earlier garbage is collected before, later garbage after; the import itself causes no collection."""
     Cycle.deleted = 0
     Cycle()
@@ -88,11 +83,11 @@ def test_paused_import_freezes_new_objects_only(big: str, thawed: None) -> None:
     assert Cycle.deleted == 2
 
 
-def test_paused_import_of_loaded_or_missing_module(thawed: None) -> None:
+def test_paused_import_of_loaded_or_missing_module(big: str) -> None:
     before = gc.get_freeze_count()
     with gc_paused_import("sys"):
         pass
     assert gc.get_freeze_count() == before
-    with pytest.raises(KeyError), gc_paused_import("no_such_library"):
+    with pytest.raises(KeyError), gc_paused_import(big):
         raise KeyError
     assert gc.isenabled()

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -49,12 +48,8 @@ def opened(folder: Path) -> Tracker:
     return tracker
 
 
-def stored(folder: Path) -> list[Any]:
-    return list(opened(folder)._search(f"tags.sweep = '{folder.name}'"))
-
-
 def names(folder: Path) -> Counter[str]:
-    runs = stored(folder)
+    runs = list(opened(folder)._search(f"tags.sweep = '{folder.name}'"))
     assert {run.info.status for run in runs} == {"FINISHED"}
     return Counter(run.info.run_name for run in runs)
 
@@ -88,16 +83,17 @@ def test_sync_sends_each_run_once(
 def test_sync_repairs_the_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     synced(folder, capsys)
     tracker = opened(folder)
-    before = {run.info.run_name: run for run in stored(folder)}
-    tracker._client.delete_run(before["ce/s0"].info.run_id)
-    tracker._client.update_run(before["ce/s7"].info.run_id, status="RUNNING")
+    before = names(folder)
+    ids = {run.info.run_name: run.info.run_id for run in tracker._search(f"tags.sweep = '{folder.name}'")}
+    tracker._client.delete_run(ids["ce/s0"])
+    tracker._client.update_run(ids["ce/s7"], status="RUNNING")
     orphan = tracker._client.create_run(tracker._id, tags={"sweep": folder.name, "fingerprint": "of older code"})
     verdict = json.loads((folder / "verdict.json").read_text())
     (folder / "verdict.json").write_text(json.dumps(verdict | {"about": "outcome"}))
-    assert f"held {len(before) - 3} of {len(before)} runs, 3 were sent" in synced(folder, capsys)
+    assert f"held {len(ids) - 3} of {len(ids)} runs, 3 were sent" in synced(folder, capsys)
     assert tracker._client.get_run(orphan.info.run_id).info.status == "KILLED"
     tracker._client.delete_run(orphan.info.run_id)
-    assert names(folder) == Counter(before.keys())
+    assert names(folder) == before
 
 
 def test_sync_skips_and_counts_damaged_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,29 +119,6 @@ def test_password_is_not_stored_in_the_folder(tmp_path: Path, monkeypatch: pytes
     assert request["tracking"] == {"uri": "http://127.0.0.1:9", "experiment": "likelihood-lab"}
     texts = (path.read_bytes() for path in (tmp_path / "trial").rglob("*") if path.is_file())
     assert not any(b"secret" in text for text in texts)
-
-
-@pytest.mark.parametrize(
-    ("command", "arguments", "problem"),
-    [
-        (sync, ["."], "is not a trial's folder"),
-        (sync, [], "required: DIR; see python -m pipeline.sync --help"),
-        (sync, ["a", "b"], "unrecognized arguments: b"),
-        (report, [], "required: DIR; see python -m pipeline.report --help"),
-        (report, ["a", "b=c"], r"give one folder of a trial, not 2 \(a, b=c\)"),
-        (report, ["a", "sweep=b"], r"not 2 \(a, outputs/b\)"),
-        (report, ["expect=same"], "give one folder of a trial, not 0"),
-        (report, ["a", "--quiet"], "unrecognized arguments: --quiet"),
-        (report, ["sweep=absent"], "outputs/absent"),
-    ],
-)
-def test_wrong_arguments_are_refused(
-    command: Any, arguments: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=problem) as refused:
-        command(arguments)
-    assert "\n" not in str(refused.value)
 
 
 def test_report_rewrites_a_damaged_verdict_for_sync(folder: Path) -> None:

@@ -28,34 +28,30 @@ def context(**changes: object) -> AuditContext:
     return audit_of(reference, ("logits", "labels"), **{"num_classes": (3,), **changes})  # type: ignore[arg-type]
 
 
-def test_cache_serves_the_same_grid_only() -> None:
-    assert load_cached(context()) is None
-    save_cached(context(), LIMITS)
+def test_cache_serves_same_grid_code_and_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = context()
+    assert load_cached(grid) is None
+    save_cached(grid, LIMITS)
     assert load_cached(context()) == LIMITS
     for changes in ({"num_classes": (4,)}, {"dtype": torch.bfloat16}, {"tokens": True}):
         assert load_cached(context(**changes)) is None
+    for part in ("_code_digest", "_processor"):
+        with monkeypatch.context() as patch:
+            patch.setattr(losses, part, lambda: "another")
+            assert load_cached(grid) is None
 
 
-@pytest.mark.parametrize("changed", ["_code_digest", "_processor"])
-def test_cache_ignores_other_code_and_machines(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_cached(context(), LIMITS)
-    monkeypatch.setattr(losses, changed, lambda: "another")
-    assert load_cached(context()) is None
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"about": {}, "power": {}}'])
-def test_damaged_cache_file_counts_as_absent(content: str, cache: Path) -> None:
-    save_cached(context(), LIMITS)
+def test_unusable_cache_counts_as_absent(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = context()
+    save_cached(grid, LIMITS)
     (file,) = cache.iterdir()
-    file.write_text(content)
-    assert load_cached(context()) is None
-
-
-def test_unwritable_cache_counts_as_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for content in ("", "[]", "{}", '{"about": {}, "power": {}}'):
+        file.write_text(content)
+        assert load_cached(grid) is None
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LIKELIHOOD_LAB_CACHE", str(tmp_path / "file" / "below"))
-    save_cached(context(), LIMITS)
-    assert load_cached(context()) is None
+    save_cached(grid, LIMITS)
+    assert load_cached(grid) is None
 
 
 def test_audit_measures_once_then_reads_the_cache(cache: Path) -> None:

@@ -35,13 +35,22 @@ def ends(pid: int) -> bool:
     return False
 
 
-def test_each_job_returns_from_its_own_process() -> None:
+def test_jobs_return_from_their_own_processes() -> None:
+    """Each job inherits the parent's objects, and no more than two run at once."""
     inherited = {"answer": 42}
-    jobs = {str(i): lambda send: (inherited["answer"], os.getpid()) for i in range(3)}
-    results = dict(run_isolated(jobs, AMPLE, 2))
-    assert {result.value[0] for result in results.values()} == {42}
-    assert len({result.value[1] for result in results.values()} - {os.getpid()}) == 3
-    assert all((r.failure, r.refusal, r.output) == (None, None, "") for r in results.values())
+
+    def job(send: SendPartial) -> tuple[int, int, float, float]:
+        started = time.monotonic()
+        time.sleep(0.3)
+        return inherited["answer"], os.getpid(), started, time.monotonic()
+
+    results = [result for _, result in run_isolated({str(i): job for i in range(5)}, AMPLE, 2)]
+    assert all((result.failure, result.refusal, result.output) == (None, None, "") for result in results)
+    answers, pids, starts, ends = zip(*(result.value for result in results), strict=True)
+    assert set(answers) == {42}
+    assert len({*pids} - {os.getpid()}) == 5
+    busy = [sum(start <= moment < end for start, end in zip(starts, ends, strict=True)) for moment in starts]
+    assert max(busy) == 2
 
 
 def test_crash_keeps_partial_result_and_other_jobs() -> None:
@@ -144,13 +153,3 @@ def test_killed_parent_leaves_no_subprocess(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     assert ends(int(pid.read_text()))
-
-
-def test_number_of_jobs_at_once_is_limited() -> None:
-    def span(send: SendPartial) -> tuple[float, float]:
-        started = time.monotonic()
-        time.sleep(0.3)
-        return started, time.monotonic()
-
-    spans = [result.value for _, result in run_isolated({str(i): span for i in range(5)}, AMPLE, 2)]
-    assert max(sum(start <= moment < end for start, end in spans) for moment, _ in spans) == 2
