@@ -1,4 +1,4 @@
-"""Command of an audit: write the findings as table, JSON and pictures, and return the exit code."""
+"""Command of an audit: write the findings as table, JSON and figures, and return the exit code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Config = Mapping[str, Any]
 
 
 def run(config: Config, folder: Path) -> ExitCode:
-    """Audit the losses of a validated configuration, write `audit.json` and the pictures, and print the table."""
+    """Audit the losses of a validated configuration, write `audit.json` and the figures, and print the table."""
     started = time.time()
     if (folder / "request.yaml").exists():
         raise UsageError(f"{folder} holds a trial, and its audit would be replaced; choose another hydra.run.dir")
@@ -50,11 +50,10 @@ def run(config: Config, folder: Path) -> ExitCode:
         word, same = expected.get(name), entry["objective"] in SAMENESS
         entry |= {"expected": word, "confirmed": word and (same if word == "same" else word == entry["objective"])}
     write_json(folder / "audit.json", audit)
-    pictures = write_audit_figures(folder, audit)
-    report = _report_run(audit, folder, pictures, started)
+    report = _report_run(audit, folder, write_audit_figures(folder, audit), started)
     recorder.offer({report.content: lambda: report})
     show_audit(audit)
-    console.print(f"\naudit: {folder / 'audit.json'}, pictures beside it in figures/")
+    console.print(f"\naudit: {folder / 'audit.json'}, with figures in figures/")
     if recorder.shortfall is not None:
         console.print(recorder.shortfall)
     return exit_code_of([(name, entry["objective"], entry) for name, entry in audit["losses"].items()])
@@ -68,10 +67,10 @@ def _check_device(device: str) -> None:
         raise UsageError(f"device={device}, but torch finds no CUDA device; choose device=cpu")
 
 
-def _report_run(audit: Config, folder: Path, pictures: list[Path], started: float) -> Run:
+def _report_run(audit: Config, folder: Path, figures: list[Path], started: float) -> Run:
     words = {f"objective.{name}": entry["objective"] for name, entry in audit["losses"].items()}
     identity = {"kind": "report", "sweep": folder.name, "fingerprint": "audit"}
-    artifacts = {"audit.json": folder / "audit.json"} | {f"figures/{path.name}": path for path in pictures}
+    artifacts = {"audit.json": folder / "audit.json"} | {f"figures/{path.name}": path for path in figures}
     return Run(
         name=f"{folder.name}/report",
         tags=identity | words | content_tag(artifacts) | git_state(conf.ROOT),

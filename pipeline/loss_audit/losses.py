@@ -221,7 +221,7 @@ def _entry(declared: Mapping[str, Any], result: JobResult) -> Entry:
         entry: Entry = result.value
     elif result.partial is not None:
         entry = result.partial
-        entry["side_effects"].append(f"ends the process when asked about bad input: {problem}")
+        entry["side_effects"].append(f"ends the process on bad input: {problem}")
     elif problem is not None and needs_cuda(problem):
         entry = Finding("not_run", f"needs a CUDA device, and there is none: {problem}").as_json({})
     else:

@@ -103,7 +103,7 @@ class Tracker:
 
     @property
     def is_ready(self) -> bool:
-        """Whether an SQLite file already holds the experiment; answered without importing MLflow."""
+        """True if an SQLite file already holds the experiment; computed without importing MLflow."""
         if not self.is_file:
             return False
         try:

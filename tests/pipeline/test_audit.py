@@ -187,7 +187,6 @@ def test_fused_loss_is_audited(audit: Audit, tmp_path: Path) -> None:
         (["loss=[ce,nll]", "jobs=0"], "jobs=0; it must be at least 1"),
         (["loss=[ce,nll]", "+seed=3"], "unknown key 'seed'"),
         (["loss=[ce,nll]", "reference=kl"], "reference=kl is not among the chosen losses"),
-        (["loss=[ce]", "expect=same"], "ce is the only loss"),
         (["loss=[ce]"], "ce is the only loss; add one to compare it with"),
         (["loss=[ce,nll]", "loss.ce.fn.reductoin=sum"], "reductoin"),
         (["loss=[ce,typo]"], "has no callable 'talk' (did you mean 'talks'?)"),  # these two are found in a subprocess

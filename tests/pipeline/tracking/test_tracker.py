@@ -24,9 +24,6 @@ from pipeline.tracking import tracker as tracking
 from pipeline.tracking.mlflow_store import Run
 from pipeline.tracking.tracker import StoreError, Tracker
 
-# MLflow's own queries use a loader that SQLAlchemy 2.1 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
-
 DIGEST = "5e" * 32
 
 
