@@ -1,4 +1,4 @@
-"""Entry point: the objective axis alone, in seconds: is each loss the same function as the reference?
+"""Entry point: compare each loss with the reference as a function, in seconds and without training.
 
 python -m pipeline.audit 'loss=[ce,nll,kl,kl_mean]' 'expect={nll: same, kl: same, kl_mean: scaled}'
 """
@@ -17,16 +17,16 @@ from pipeline.entry import ExitCode, gc_paused_import, record_exit_code, run_and
 
 @hydra.main(version_base="1.3", config_path=str(conf.CONF), config_name="audit")
 def task(cfg: DictConfig) -> None:
-    """One audit; its own errors become an exit code."""
+    """Run one audit and store its exit code."""
+    record_exit_code(run_and_report(lambda: _audit(cfg)))
 
-    def audit() -> ExitCode:
-        with gc_paused_import("torch"):
-            validate_audit(cfg)
-            from pipeline.loss_audit.command import run
 
-        return run(conf.plain(cfg), folder_of(HydraConfig.get()))
+def _audit(cfg: DictConfig) -> ExitCode:
+    with gc_paused_import("torch"):
+        validate_audit(cfg)
+        from pipeline.loss_audit.command import run
 
-    record_exit_code(run_and_report(audit))
+    return run(conf.plain(cfg), folder_of(HydraConfig.get()))
 
 
 def main() -> None:

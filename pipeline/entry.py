@@ -1,7 +1,11 @@
-"""What every entry point needs: exit codes, one error wrapper, and cheap imports. Standard library only."""
+"""Shared by every entry point: exit codes, one error wrapper, one-line parser errors, cheap imports.
+
+Standard library only, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import gc
 import sys
@@ -10,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NoReturn
 
 from likelihood_lab.errors import UsageError, first_line
 
@@ -17,18 +22,18 @@ from likelihood_lab.errors import UsageError, first_line
 class ExitCode(IntEnum):
     """Exit codes of every entry point."""
 
-    HOLDS = 0  # what was expected holds, or nothing was expected
+    HOLDS = 0  # every expectation holds, or there is none
     REFUTED = 1  # an expectation is refuted or undecided
     USAGE = 2  # the request is wrong
     BUG = 3  # our bug, or a lost run
     INTERRUPTED = 130
 
 
-# From mild to grave: the code of a sweep is the gravest of its jobs.
+# From mild to grave: a sweep returns the worst code of its jobs.
 GRAVITY = (ExitCode.HOLDS, ExitCode.REFUTED, ExitCode.USAGE, ExitCode.BUG, ExitCode.INTERRUPTED)
 noted: list[ExitCode] = []
 
-# What the operating system says where a disk is full or broken, or a path cannot be used.
+# Error numbers of a full or broken disk and of an unusable path.
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR,
     errno.ELOOP,
@@ -36,25 +41,25 @@ DISK_ERRORS = (
 
 
 def record_exit_code(code: int) -> None:
-    """Remember the exit code of one job of this process; `run` returns the gravest."""
+    """Store the exit code of one job of this process; `worst_exit_code` returns the worst."""
     noted.append(ExitCode(code))
 
 
 def worst_exit_code() -> ExitCode:
-    """The gravest code noted so far, `HOLDS` where none was."""
+    """Return the worst code stored so far, `HOLDS` if there is none."""
     return max(noted, key=GRAVITY.index, default=ExitCode.HOLDS)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an action ended; `error` is what to tell the user in one line, where it ended badly."""
+    """Exit code of an action; after an error also one line for the user."""
 
     code: ExitCode
     error: str | None = None
 
 
 def run_action(action: Callable[[], int]) -> Outcome:
-    """Run an action; what it raises becomes an exit code, with a traceback unless the request is wrong."""
+    """Run an action and turn its exceptions into exit codes; print a traceback unless the request is wrong."""
     try:
         return Outcome(ExitCode(action()))
     except UsageError as error:
@@ -69,24 +74,31 @@ def run_action(action: Callable[[], int]) -> Outcome:
 
 
 def run_and_report(action: Callable[[], int]) -> ExitCode:
-    """`run_action`, with a wrong request told in one line on stderr."""
+    """Call `run_action` and print the error of a wrong request as one line on stderr."""
     outcome = run_action(action)
     if outcome.code is ExitCode.USAGE and outcome.error is not None:
         print(f"error: {outcome.error}", file=sys.stderr)
     return outcome.code
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Argument parser that raises `UsageError` with one line where argparse prints its usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
 @contextmanager
 def gc_paused_import(module: str) -> Iterator[None]:
-    """While `module` is imported, and ever after, the garbage collector leaves alone what imports make.
+    """Pause the garbage collector while `module` is imported, then exempt the new objects from later collections.
 
-    Torch, Lightning and MLflow make more than a million objects that live as long as the process. The collector would
-    go through them again and again while they grow, and once more at the end: two of six seconds.
+    Torch, Lightning and MLflow create more than a million objects that live as long as the process. Collections of
+    these objects would take two of six seconds.
     """
     if module in sys.modules or not gc.isenabled():
         yield
         return
-    gc.collect()  # what is garbage now would stay for ever
+    gc.collect()  # otherwise `gc.freeze` would keep present garbage for ever
     gc.disable()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Entry point: the verdict again, from the cells of a trial's folder.
+"""Entry point: compute the verdict again from the runs in a trial's folder.
 
 python -m pipeline.report outputs/digits-mlp-1f2e3d4c [expect=same] [about=outcome] [reference=ce]
 python -m pipeline.report sweep=digits-mlp-1f2e3d4c
@@ -14,40 +14,49 @@ from typing import Any
 import yaml
 
 from likelihood_lab.errors import UsageError
-from pipeline.entry import gc_paused_import, run_and_report
+from pipeline.entry import OneLineParser, gc_paused_import, run_and_report
 
-USAGE = (
-    "usage: python -m pipeline.report DIR|sweep=ID "
-    "[expect=same|{LOSS: WORD}] [about=objective|outcome] [reference=LOSS]"
-)
+SETTINGS = ("sweep=", "expect=", "about=", "reference=")
+
+
+def parse(arguments: list[str]) -> tuple[Path, dict[str, str]]:
+    """Return the trial's folder and the settings that replace the trial's own."""
+    parser = OneLineParser(
+        prog="python -m pipeline.report",
+        usage="%(prog)s DIR|sweep=ID [expect=same|{LOSS: WORD}] [about=objective|outcome] [reference=LOSS]",
+        description="Compute the verdict again from the runs in a trial's folder. Absent settings are the trial's own.",
+    )
+    parser.add_argument("words", nargs="+", metavar="DIR", help="the trial's folder; then settings as KEY=VALUE")
+    words = parser.parse_args(arguments).words
+    settings = dict(word.split("=", 1) for word in words if word.startswith(SETTINGS))
+    folders = [Path(word) for word in words if not word.startswith(SETTINGS)]
+    if "sweep" in settings:
+        folders.append(Path("outputs") / settings.pop("sweep"))
+    if len(folders) != 1:
+        parser.error(f"give one folder of a trial; found {', '.join(map(str, folders)) or 'none'}")
+    return folders[0], settings
 
 
 def report(arguments: list[str]) -> int:
-    """Conclude again; what is not given is as the trial was asked."""
+    """Compute the verdict again and return its exit code."""
+    path, settings = parse(arguments)
     with gc_paused_import("torch"):
         from pipeline.config import schema as conf
         from pipeline.storage.cells import TrialFolder
         from pipeline.trial.conclude import conclude
         from pipeline.verdict.plan import read_plan
 
-    known = {"expect", "about", "reference", "sweep"}
-    changes = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in known and "=" in a)
-    folders = [a for a in arguments if a.partition("=")[0] not in known]
-    if "sweep" in changes:
-        folders.append(str(Path("outputs") / changes.pop("sweep")))
-    if len(folders) != 1:
-        raise UsageError(USAGE)
-    folder = TrialFolder(Path(folders[0]))
+    folder = TrialFolder(path)
     plan, context = read_plan(folder.path)
-    asked = {
-        "loss": dict.fromkeys(plan.losses),
-        "reference": changes.get("reference", plan.reference),
-        "expect": _mapping(changes["expect"]) if "expect" in changes else dict(plan.expect),
-    }
-    about = changes.get("about", plan.about)
+    about = settings.get("about", plan.about)
     if about not in conf.About.__members__:
         raise UsageError(f"about={about}; choose objective or outcome")
-    plan = replace(plan, about=about, reference=conf.reference_of(asked), expect=conf.expectations_of(asked))
+    config = {
+        "loss": dict.fromkeys(plan.losses),
+        "reference": settings.get("reference", plan.reference),
+        "expect": _mapping(settings["expect"]) if "expect" in settings else dict(plan.expect),
+    }
+    plan = replace(plan, about=about, reference=conf.reference_of(config), expect=conf.expectations_of(config))
     with folder.locked(), folder.training(plan.seeds):
         return conclude(folder, plan, context)[0]
 
@@ -61,9 +70,6 @@ def _mapping(text: str) -> Any:
 
 def main() -> None:
     """Console script."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(USAGE)
-        sys.exit(0)
     sys.exit(run_and_report(lambda: report(sys.argv[1:])))
 
 

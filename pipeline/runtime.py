@@ -1,4 +1,4 @@
-"""The machine: device, threads, determinism, allocator, cache folder, environment record and git state."""
+"""Machine settings: device, threads, determinism, allocator, cache folder, environment record and git state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from likelihood_lab.errors import UsageError
 
 
 def cache_dir(cache: str | None = None) -> Path:
-    """Where downloads and decoded pictures go: `cache`, $LIKELIHOOD_LAB_CACHE or ~/.cache/likelihood-lab."""
+    """Return the cache folder: `cache`, $LIKELIHOOD_LAB_CACHE or ~/.cache/likelihood-lab; create it if absent."""
     folder = home_expanded(cache or os.environ.get("LIKELIHOOD_LAB_CACHE") or "~/.cache/likelihood-lab")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def cache_dir(cache: str | None = None) -> Path:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """A cache that cannot be written is one line."""
+    """Turn write errors in the cache folder into one-line `UsageError`s."""
     try:
         yield
     except OSError as error:
@@ -38,11 +38,12 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def home_expanded(path: str) -> Path:
-    """The path with ~ as a shell has it; a user who does not exist stays in it, where pathlib would raise."""
+    """Expand ~ as a shell does; unlike pathlib, leave the name of an unknown user as it is."""
     return Path(os.path.expanduser(path))
 
 
 def choose_device(accelerator: str) -> torch.device:
+    """Return the first GPU, or the CPU if there is no GPU or `accelerator` is `cpu`."""
     available = torch.cuda.is_available()
     if accelerator == "gpu" and not available:
         raise UsageError("trainer=gpu, but torch sees no CUDA GPU here; use trainer=auto or trainer=cpu")
@@ -50,7 +51,7 @@ def choose_device(accelerator: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc not to give freed blocks back: a step allocates the same megabytes again, a page fault at a time."""
+    """Make glibc keep freed blocks: every step allocates the same megabytes, and fresh pages cost page faults."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3
@@ -59,7 +60,7 @@ def keep_freed_memory() -> None:
 
 
 def set_numerics(threads: int) -> None:
-    """The settings that decide bits: threads, no TF32, deterministic kernels."""
+    """Set what decides the bits of results: number of threads, no TF32, deterministic kernels."""
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -70,6 +71,7 @@ def set_numerics(threads: int) -> None:
 
 @functools.cache
 def environment_record(device: torch.device) -> dict[str, Any]:
+    """Return the device, platform and versions that results depend on."""
     cuda, cpu = device.type == "cuda", torch.backends.cpu.get_cpu_capability()
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({cpu})",
@@ -82,7 +84,7 @@ def environment_record(device: torch.device) -> dict[str, Any]:
 
 
 def git_state(root: Path) -> dict[str, str]:
-    """Commit and cleanliness of the repository around `root`, as tags; empty where there is none."""
+    """Return the commit around `root` and whether files changed, as tags; empty without a repository."""
     try:
         commit, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
     except (OSError, subprocess.SubprocessError):

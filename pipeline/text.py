@@ -1,4 +1,4 @@
-"""Text for readers: numbers, bytes and lists in words, and passwords removed. Standard library only."""
+"""Text for readers: format numbers, sizes and lists, and remove passwords. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
-
-
-SHOWN = 6  # of a list that may be long
+SHOWN = 6  # items of a long list that are printed
 MARKS = {None: "", True: " holds", False: " does not hold"}
 
 
 def in_words(size: int) -> str:
-    """Bytes as a reader takes them in: 45 MB, 1.2 GB."""
+    """Return a number of bytes with a unit: 45 MB, 1.2 GB."""
     units = ("B", "kB", "MB", "GB", "TB")
     power = min(len(units) - 1, max(0, (len(str(size)) - 1) // 3))
     return f"{size / 1000**power:.3g} {units[power]}"
 
 
 def prose(value: Any) -> str:
-    """A JSON value as a reader would write it; a dash for null."""
+    """Return a JSON value as plain text; a dash for null."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -34,15 +32,16 @@ def prose(value: Any) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """`a, b and c`."""
+    """Join names as in `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def shortened(words: Sequence[object]) -> str:
+    """Join the first words and count the others."""
     more = len(words) - SHOWN
     return ", ".join(map(str, words[:SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 def without_password(text: str) -> str:
-    """The text without the user and password of any address: no password is printed or stored."""
+    """Remove user and password from every address in the text, so that none is printed or stored."""
     return re.sub(r"\b(ssl)?password=[^&\s]*&?", "", re.sub(r"//[^:/@\s]*:\S*@", "//", text))

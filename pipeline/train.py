@@ -1,4 +1,4 @@
-"""Entry point: train formulations side by side and print a verdict.
+"""Entry point: train losses side by side and print a verdict.
 
 python -m pipeline.train 'loss=[nll,ce,kl]' 'seed=[0,1,2]' dataset=digits model=mlp
 """
@@ -23,33 +23,33 @@ from pipeline.entry import ExitCode, gc_paused_import, record_exit_code, run_act
 
 @hydra.main(version_base="1.3", config_path=str(conf.CONF), config_name="train")
 def task(cfg: DictConfig) -> dict[str, Any]:
-    """One trial; its own errors become an exit code, noted here or, in a sweep, told to the sweeper."""
+    """Run one trial; store its exit code here or, in a sweep, return it to the sweeper."""
     settings = HydraConfig.get()
-
-    def trial() -> ExitCode:
-        with gc_paused_import("torch"):
-            validate(cfg)
-            from pipeline.trial.run import run
-
-        return run(conf.plain(cfg), folder_of(settings), _command(settings))
-
     if not is_multirun(settings):
-        record_exit_code(run_and_report(trial))
+        record_exit_code(run_and_report(lambda: _train(cfg, settings)))
         return {}
-    outcome = run_action(trial)
+    outcome = run_action(lambda: _train(cfg, settings))
     if outcome.code is ExitCode.USAGE:
-        with suppress(OSError):  # where it holds something, it was there before
+        with suppress(OSError):  # a folder that is not empty existed before
             Path(settings.runtime.output_dir).rmdir()
     return {"exit_code": int(outcome.code), "summary": outcome.error or ""}
 
 
+def _train(cfg: DictConfig, settings: HydraConf) -> ExitCode:
+    with gc_paused_import("torch"):
+        validate(cfg)
+        from pipeline.trial.run import run
+
+    return run(conf.plain(cfg), folder_of(settings), _command(settings))
+
+
 def _command(settings: HydraConf) -> str:
-    """How to get the same trial again."""
+    """Return the command line that repeats this trial."""
     sources = settings.runtime.config_sources
-    own = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    config_dirs = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    overrides = [override for override in settings.overrides.task if not override.startswith("share=")]
     folder = [override for override in settings.overrides.hydra if override.startswith("hydra.run.dir=")]
-    asked = [override for override in settings.overrides.task if not override.startswith("share=")]
-    return shlex.join(["python", "-m", "pipeline.train", *own, *asked, *folder])
+    return shlex.join(["python", "-m", "pipeline.train", *config_dirs, *overrides, *folder])
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Imported by name, so that launchers that pickle the task find it in this package in their workers.
+    # Import by name, so that launchers that pickle the task find it in this package in their workers.
     from pipeline.train import main as importable_main
 
     importable_main()

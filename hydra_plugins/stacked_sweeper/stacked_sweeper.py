@@ -10,7 +10,6 @@ postponed annotations: no `from __future__ import annotations`.
 """
 
 import itertools
-import json
 import math
 import os
 import sys
@@ -35,6 +34,7 @@ from likelihood_lab.errors import UsageError
 from pipeline import entry as exit_codes
 from pipeline.config.hydra_glue import hydra_errors_as_usage_errors, in_one_line
 from pipeline.entry import ExitCode
+from pipeline.storage.files import write_json
 
 Job = tuple[str, ...]  # the overrides that make one job
 CONCLUDING = "share=[]"
@@ -196,18 +196,10 @@ class StackedSweeper(Sweeper):
         return Path(self.config.hydra.sweep.dir)
 
     def save(self, records: list[Record]) -> None:
-        """Write `sweep.json` whole; the first time, before any job is launched."""
-        text = json.dumps({"jobs": [asdict(record) for record in records]}, indent=2)
-        draft = self.folder / f".sweep.{os.getpid()}.json"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            draft.write_text(text + "\n", encoding="utf-8")
-            draft.replace(self.folder / "sweep.json")
-        except OSError as error:
-            with suppress(OSError):
-                draft.unlink()
-            line = f"cannot write in {self.folder} ({error.strerror}): set hydra.sweep.dir"
-            raise UsageError(line) from error
+        """Write `sweep.json` atomically; the first time, before any job is launched."""
+        jobs = {"jobs": [asdict(record) for record in records]}
+        # Two sweeps may share the folder: the process id keeps their drafts apart.
+        write_json(self.folder / "sweep.json", jobs, f".sweep.{os.getpid()}.json")
 
     def take_back(self, made: list[Path]) -> None:
         """Leave nothing of a sweep none of whose jobs was accepted; `made` are the folders made for it."""

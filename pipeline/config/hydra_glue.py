@@ -25,25 +25,25 @@ NO_OPTION = "a group cannot be null or a number; give the name of one of its fil
 
 
 def run_entry_point(main: Callable[[], object]) -> None:
-    """Call a Hydra entry point and leave with the gravest exit code of its jobs.
+    """Call a Hydra entry point and exit with the worst exit code of its jobs.
 
-    Hydra turns every error into exit code 1 unless it is asked for the full error; here a configuration that
-    does not compose is a wrong request.
+    By default, Hydra ends with exit code 1 after any error. Here a configuration that cannot be composed is a wrong
+    request.
     """
+
+    def compose_and_run() -> ExitCode:
+        with hydra_errors_as_usage_errors():
+            main()
+        return worst_exit_code()
+
     os.environ["HYDRA_FULL_ERROR"] = "1"
     noted.clear()
     try:
-        code = run_and_report(lambda: _composed(main))
+        code = run_and_report(compose_and_run)
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         code = ExitCode.INTERRUPTED
     sys.exit(code)
-
-
-def _composed(main: Callable[[], object]) -> ExitCode:
-    with hydra_errors_as_usage_errors():
-        main()
-    return worst_exit_code()
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""The audit of declared losses, each in a subprocess."""
+"""Audit of declared losses, each in a subprocess."""

@@ -1,4 +1,4 @@
-"""One audit from configuration to exit code: the findings, then the table, JSON and pictures."""
+"""Command of an audit: write the findings as table, JSON and figures, and return the exit code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.entry import ExitCode
 from pipeline.loss_audit.losses import AuditSettings, audit_losses
 from pipeline.reporting.audit_figures import write_audit_figures
 from pipeline.runtime import git_state
-from pipeline.storage.files import refusing_disk_errors, write_json
+from pipeline.storage.files import write_json
 from pipeline.text import MARKS, shortened
 from pipeline.tracking.mlflow_store import Run
 from pipeline.tracking.recorder import Recorder, tracker_of
@@ -31,19 +31,15 @@ Config = Mapping[str, Any]
 
 
 def run(config: Config, folder: Path) -> ExitCode:
-    """Audit the chosen losses, write `audit.json` and the pictures, and print the table.
-
-    Args:
-        config: the resolved configuration, checked.
-    """
+    """Audit the losses of a validated configuration, write `audit.json` and the figures, and print the table."""
     started = time.time()
     if (folder / "request.yaml").exists():
-        raise UsageError(f"{folder} holds a trial, whose audit this would replace; choose another hydra.run.dir")
+        raise UsageError(f"{folder} holds a trial, and its audit would be replaced; choose another hydra.run.dir")
     _check_device(config["device"])
     torch.set_num_threads(1)
     reference = conf.reference_of(config)
-    recorder = Recorder(tracker_of(config["tracking"]), folder, "the same command again sends them")
-    recorder.open()  # before the losses are asked, so that a wrong address is told at once
+    recorder = Recorder(tracker_of(config["tracking"]), folder, "the same command sends them again")
+    recorder.open()  # before the audit, so that an invalid address is refused at once
     settings = AuditSettings(**{name: config[name] for name in AuditSettings.__dataclass_fields__})
     if settings.soft_targets and not any("target_probs" in loss["args"] for loss in config["loss"].values()):
         raise UsageError("soft_targets=true, but no chosen loss takes target_probs; add one that does, such as ce_soft")
@@ -52,14 +48,14 @@ def run(config: Config, folder: Path) -> ExitCode:
     for name, entry in audit["losses"].items():
         word, same = expected.get(name), entry["objective"] in SAME_FUNCTION
         entry |= {"expected": word, "confirmed": word and (same if word == "same" else word == entry["objective"])}
-    with refusing_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "audit.json", audit)
-    pictures = write_audit_figures(folder, audit)
-    report = _report_run(audit, folder, pictures, started)
+    report = _report_run(audit, folder, write_audit_figures(folder, audit), started)
     recorder.offer({report.content: lambda: report})
     show_audit(audit)
-    return closing_audit(audit, folder, recorder.shortfall)
+    console.print(f"\naudit: {folder / 'audit.json'}, with figures in figures/")
+    if recorder.shortfall is not None:
+        console.print(recorder.shortfall)
+    return exit_code_of([(name, entry["objective"], entry) for name, entry in audit["losses"].items()])
 
 
 def _check_device(device: str) -> None:
@@ -70,10 +66,10 @@ def _check_device(device: str) -> None:
         raise UsageError(f"device={device}, but torch finds no CUDA device; choose device=cpu")
 
 
-def _report_run(audit: Config, folder: Path, pictures: list[Path], started: float) -> Run:
+def _report_run(audit: Config, folder: Path, figures: list[Path], started: float) -> Run:
     words = {f"objective.{name}": entry["objective"] for name, entry in audit["losses"].items()}
     identity = {"kind": "report", "sweep": folder.name, "fingerprint": "audit"}
-    artifacts = {"audit.json": folder / "audit.json"} | {f"figures/{path.name}": path for path in pictures}
+    artifacts = {"audit.json": folder / "audit.json"} | {f"figures/{path.name}": path for path in figures}
     return Run(
         name=f"{folder.name}/report",
         tags=identity | words | content_tag(artifacts) | git_state(conf.ROOT),
@@ -85,11 +81,8 @@ def _report_run(audit: Config, folder: Path, pictures: list[Path], started: floa
     )
 
 
-# --- an audit
-
-
-def show_audit(audit: Mapping[str, Any]) -> None:
-    """The table, each loss's sentence, and what the grid would have caught."""
+def show_audit(audit: Config) -> None:
+    """Print the table, the sentence of each loss, and the detection limits."""
     title = f"each loss against {audit['reference']}: is it the same function?"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in ("loss", "objective", "scale", "domain", "divides by", "expected"):
@@ -112,26 +105,18 @@ def show_audit(audit: Mapping[str, Any]) -> None:
     for name, entry in audit["losses"].items():
         groups.setdefault(str(entry["would_have_caught"]), []).append(name)
     for names in groups.values():
-        _show_power(audit["losses"][names[0]]["would_have_caught"], names if len(groups) > 1 else [])
+        _show_detection_limits(audit["losses"][names[0]]["would_have_caught"], names if len(groups) > 1 else [])
 
 
-def _show_power(sizes: Mapping[str, Mapping[str, float | None]], names: Sequence[str]) -> None:
-    """The smallest difference of each kind that the grid of these losses catches."""
-    if not sizes:
+def _show_detection_limits(limits: Mapping[str, Mapping[str, float | None]], names: Sequence[str]) -> None:
+    """Print the smallest difference of each kind that the grid of these losses detects."""
+    if not limits:
         return
-    precisions = list(next(iter(sizes.values())))
+    precisions = list(next(iter(limits.values())))
     title = "the smallest difference that would have been caught" + (f", for {shortened(names)}" if names else "")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", *precisions):
         table.add_column(column, no_wrap=True)
-    for kind, caught in sizes.items():
-        table.add_row(kind, *(size_in_words(caught[precision]) for precision in precisions))
+    for kind, sizes in limits.items():
+        table.add_row(kind, *(size_in_words(sizes[precision]) for precision in precisions))
     console.print(table)
-
-
-def closing_audit(audit: Mapping[str, Any], folder: Path, recorded: str | None) -> ExitCode:
-    """Where to look, and the exit code with what it rests on."""
-    console.print(f"\naudit: {folder / 'audit.json'}, pictures beside it in figures/")
-    if recorded is not None:
-        console.print(recorded)
-    return exit_code_of([(name, entry["objective"], entry) for name, entry in audit["losses"].items()])

@@ -1,7 +1,7 @@
-"""Jobs in children of one warm process, with limits of time and memory: one that ends badly costs no other.
+"""Run jobs in forked subprocesses with a time and memory limit. A crash affects only its own job.
 
-A child is a fork: what the parent has imported and computed is there already. The parent must not have started CUDA,
-which does not survive a fork.
+A fork inherits what the parent has imported and computed. The parent must not have started CUDA, which does not work
+in a fork.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ import psutil
 
 from likelihood_lab.errors import UsageError, first_line
 
-POLL = 0.05  # seconds
+POLL_INTERVAL = 0.05  # seconds
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-Tell = Callable[[Any], None]
-Job = Callable[[Tell], Any]
+SendPartial = Callable[[Any], None]  # sends a partial result to the parent
+Job = Callable[[SendPartial], Any]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one job may use: seconds of wall-clock time, and bytes of resident memory beside what it inherits."""
+    """Limits of one job: wall-clock seconds, and bytes of resident memory beyond the inherited ones."""
 
     seconds: float
     memory: float
@@ -42,150 +42,150 @@ class Limits:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended.
+    """Result of a job.
 
     Attributes:
-        value: what it returned; None where it did not.
-        told: the last that it told on the way.
-        refused: the message of a `UsageError` that it raised.
-        failed: how it ended, where it neither returned nor refused.
-        printed: what it wrote to its standard output.
-        seconds: of CPU time that it used, as far as it was seen.
+        value: the return value; None if the job did not return.
+        partial: the last partial result that the job sent.
+        refusal: the message of a `UsageError` that it raised.
+        failure: the cause of its end if it neither returned nor raised a `UsageError`.
+        output: its standard output.
+        cpu_seconds: its CPU time at the last measurement.
     """
 
     value: Any = None
-    told: Any = None
-    refused: str | None = None
-    failed: str | None = None
-    printed: str = ""
-    seconds: float = 0.0
+    partial: Any = None
+    refusal: str | None = None
+    failure: str | None = None
+    output: str = ""
+    cpu_seconds: float = 0.0
 
 
 @dataclass
-class _Child:
+class _Subprocess:
     process: Any
     connection: Connection
     output: IO[bytes]
     errors: IO[bytes]
     started: float
-    told: Any = None
-    seconds: float = 0.0
-    inherited: float | None = None  # bytes that were the parent's before it did anything
+    partial: Any = None
+    cpu_seconds: float = 0.0
+    inherited: float | None = None  # resident bytes at the first measurement, most of them the parent's
 
 
 def run_isolated(jobs: Mapping[str, Job], limits: Limits, at_once: int) -> Iterator[tuple[str, JobResult]]:
-    """Run each job in a child of its own and yield (name, outcome) as they end.
+    """Run each job in its own subprocess and yield (name, result) in the order in which they end.
 
     Raises:
         UsageError: this system cannot fork.
     """
     if "fork" not in multiprocessing.get_all_start_methods():
         raise UsageError("this system cannot fork; use likelihood_lab.check from Python instead")
-    waiting, running = dict(jobs), dict[str, _Child]()
+    waiting, running = dict(jobs), dict[str, _Subprocess]()
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 name = next(iter(waiting))
                 running[name] = _start(waiting.pop(name))
-            wait([child.connection for child in running.values()], POLL)
+            wait([child.connection for child in running.values()], POLL_INTERVAL)
             for name, child in list(running.items()):
-                if (outcome := _heard(child, limits)) is not None:
+                if (result := _poll(child, limits)) is not None:
                     del running[name]
-                    yield name, outcome
+                    yield name, result
     finally:
         for child in running.values():
-            _end(child)
+            _kill(child)
 
 
-def _start(job: Job) -> _Child:
-    here, there = multiprocessing.Pipe(duplex=False)
-    output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (closed by _end)
+def _start(job: Job) -> _Subprocess:
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (closed by _kill)
     sys.stdout.flush()
     sys.stderr.flush()
-    process = multiprocessing.get_context("fork").Process(target=_work, args=(job, there, output, errors), daemon=True)
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(job, sender, output, errors), daemon=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; torch's survive a fork idle
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; torch's are idle
         process.start()
-    there.close()
-    return _Child(process, here, output, errors, time.monotonic())
+    sender.close()
+    return _Subprocess(process, receiver, output, errors, time.monotonic())
 
 
-def _work(job: Job, connection: Connection, output: IO[bytes], errors: IO[bytes]) -> None:
-    """The child: its own session, its own output, one answer, and no clean-up of what is the parent's."""
+def _run(job: Job, connection: Connection, output: IO[bytes], errors: IO[bytes]) -> None:
+    """Run the job in the subprocess: own session, own output, one result, no clean-up of the parent's objects."""
     os.setsid()
-    if sys.platform == "linux":  # a child must not outlive its parent, however that ends
+    if sys.platform == "linux":  # the kernel kills the subprocess when its parent ends
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     faulthandler.disable()  # it would write to the parent's terminal
     os.dup2(output.fileno(), 1)
     os.dup2(errors.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     try:
-        answer = "value", job(lambda told: connection.send(("told", told)))
+        result = "value", job(lambda partial: connection.send(("partial", partial)))
     except UsageError as error:
-        answer = "refused", str(error)
-    except BaseException as error:  # SystemExit, too: a loss must not end the audit
-        answer = "failed", f"{type(error).__name__}: {first_line(error)}"
+        result = "refusal", str(error)
+    except BaseException as error:  # SystemExit included: a loss must not end the audit
+        result = "failure", f"{type(error).__name__}: {first_line(error)}"
     with suppress(Exception):  # a loss may have closed them
         sys.stdout.flush()
         sys.stderr.flush()
-    connection.send(answer)
+    connection.send(result)
     os._exit(0)
 
 
-def _heard(child: _Child, limits: Limits) -> JobResult | None:
-    """What a child has come to; None while it works."""
+def _poll(child: _Subprocess, limits: Limits) -> JobResult | None:
+    """Return the result of a subprocess that has ended or exceeds a limit; None while it works."""
     with suppress(EOFError, OSError):
         while child.connection.poll():
             kind, content = child.connection.recv()
-            if kind != "told":
-                return _closed(child, **{kind: content})
-            child.told = content
+            if kind != "partial":
+                return _close(child, **{kind: content})
+            child.partial = content
     if not child.process.is_alive():
-        return _closed(child, failed=_how(child.process.exitcode, _text(child.errors)))
+        return _close(child, failure=_describe_exit(child.process.exitcode, _read(child.errors)))
     if time.monotonic() - child.started > limits.seconds:
-        return _closed(child, failed=f"took more than {limits.seconds:g} s")
-    memory = _usage(child)
+        return _close(child, failure=f"took more than {limits.seconds:g} s")
+    memory = _measure(child)
     child.inherited = memory if child.inherited is None else child.inherited
     if memory - child.inherited > limits.memory:
-        return _closed(child, failed=f"took more than {limits.memory / 2**30:.3g} GiB of memory")
+        return _close(child, failure=f"took more than {limits.memory / 2**30:.3g} GiB of memory")
     return None
 
 
-def _usage(child: _Child) -> float:
-    """Resident bytes; CPU seconds are noted on the way."""
+def _measure(child: _Subprocess) -> float:
+    """Update the CPU seconds and return the resident bytes."""
     with suppress(psutil.Error):
         process = psutil.Process(child.process.pid)
         times = process.cpu_times()
-        child.seconds = times.user + times.system
+        child.cpu_seconds = times.user + times.system
         return float(process.memory_info().rss)
     return 0.0
 
 
-def _closed(child: _Child, **found: Any) -> JobResult:
-    _usage(child)
-    printed = _text(child.output)
-    _end(child)
-    return JobResult(**found, told=child.told, printed=printed, seconds=child.seconds)
+def _close(child: _Subprocess, **result: Any) -> JobResult:
+    _measure(child)
+    output = _read(child.output)
+    _kill(child)
+    return JobResult(**result, partial=child.partial, output=output, cpu_seconds=child.cpu_seconds)
 
 
-def _end(child: _Child) -> None:
-    """Kill the child and whatever it has started, and wait for it."""
+def _kill(child: _Subprocess) -> None:
+    """Kill the subprocess and its own children, and wait for it."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(child.process.pid, signal.SIGKILL)
     with suppress(ProcessLookupError):
         child.process.kill()
     child.process.join()
-    for held in (child.connection, child.output, child.errors):
-        held.close()
+    for resource in (child.connection, child.output, child.errors):
+        resource.close()
 
 
-def _text(file: IO[bytes]) -> str:
+def _read(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read(10_000).decode(errors="replace")
 
 
-def _how(code: int | None, errors: str) -> str:
-    """How a process ended, with the last line that it left."""
+def _describe_exit(code: int | None, errors: str) -> str:
+    """Return the exit code or signal of a process and its last line on stderr."""
     last = next((line for line in reversed(errors.splitlines()) if line.strip()), "")
     name = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
     return f"ended by {name}" + (f": {last.strip()[:200]}" if last else "")

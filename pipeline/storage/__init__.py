@@ -1,1 +1,1 @@
-"""Files written whole, and the cells of a trial folder."""
+"""Files of a trial: atomic writes, and the cells with their checksums."""

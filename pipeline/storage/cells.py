@@ -1,17 +1,18 @@
-"""The folder of a trial: what is done, what is missing, and writing that is whole or not at all.
+"""Folder of a trial: read, verify and write its cells.
 
-trial.yaml                      what the folder is for; another configuration is refused
-cells/<arm>/s<seed>/            config.yaml, history.parquet, state.pt: the source of truth
-controls/<arm>/s<seed>/         the same of replay, placebos and dose
-partial/<digest>.pt             a tile in the middle of its training, where it was killed
-tile                            how many replicas fit at once, where more ran out of memory
-stale/<arm>/s<seed>-<digest>/   cells made by other code, data or environment, or damaged, kept out of the way
-verdict.json report.html figures/ checkpoints/    rebuilt from the cells
+trial.yaml                      identity of the trial; another configuration is refused
+cells/<arm>/s<seed>/            one run: config.yaml, history.parquet, state.pt; the source of truth
+controls/<arm>/s<seed>/         the same for replay, placebos and positive control
+partial/<digest>.pt             checkpoint of a tile whose training was killed
+tile                            number of replicas that fit at once, after more ran out of memory
+stale/<arm>/s<seed>-<digest>/   cells that are damaged, or made by other code, data or environment
+verdict.json report.html figures/ checkpoints/    written from the cells
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import pickle
@@ -35,35 +36,26 @@ from likelihood_lab.errors import UsageError
 from likelihood_lab.stats.pairs import measured_in
 from pipeline.engine.sketch import sketch_distance
 from pipeline.replica import Replica, is_control
-from pipeline.storage.files import (
-    flush_to_disk,
-    parquet_bytes,
-    read_yaml,
-    refusing_disk_errors,
-    sha256,
-    torch_bytes,
-    write_whole,
-    yaml_bytes,
-)
+from pipeline.storage.files import flush_to_disk, read_yaml, refusing_disk_errors, sha256, write_whole, yaml_bytes
 
-SEALED = ("history.parquet", "state.pt")  # the files of a cell whose SHA-256 stands in its config.yaml
+SEALED = ("history.parquet", "state.pt")  # files of a cell whose SHA-256 is in its config.yaml
 SEAL = b"# SHA-256 of the lines above: "  # begins the last line of config.yaml
-UNSEALED = re.compile(rb"\n  state\.pt: [0-9a-f]{64}\n\Z")  # how config.yaml ended before there was a seal
+UNSEALED = re.compile(rb"\n  state\.pt: [0-9a-f]{64}\n\Z")  # end of config.yaml in versions without a seal
 OUTDATED = "made by other code, settings, data or environment"
 
 
 class DamagedCellError(Exception):
-    """What is wrong with a cell, in a few words."""
+    """Cell that cannot be used; the text names the fault in a few words."""
 
 
 @dataclass(frozen=True)
 class CellRecord:
-    """Everything about a cell but its numbers; `config.yaml`."""
+    """Content of a cell's `config.yaml`: all facts about the run but its measurements and weights."""
 
     arm: str
     seed: int
     fingerprint: str
-    made_from: dict[str, Any]  # what the fingerprint is the digest of
+    made_from: dict[str, Any]  # content of the fingerprint
     environment: dict[str, Any]
     engine: str
     initial_sha256: str  # of the weights before the first step
@@ -77,30 +69,30 @@ class CellRecord:
 
 @dataclass(frozen=True)
 class Cell:
-    """The result of one (arm, seed), read back from its folder by `load_verified_cell`."""
+    """Result of one run, read by `load_verified_cell`."""
 
     folder: Path
     record: CellRecord
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """Columns metric, step, value."""
+        """Measurements: columns metric, step, value."""
         return pd.read_parquet(self.folder / "history.parquet")
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The plain module's `state_dict`, read anew each time: many cells' weights may not fit into memory."""
+        """The plain module's `state_dict`; read again at every call, since all weights may not fit into memory."""
         weights: dict[str, Tensor] = self._state()["weights"]
         return weights
 
     @cached_property
     def sketches(self) -> tuple[list[int], Tensor]:
-        """Steps, and the weights' sketches at them, [steps, width]."""
+        """Steps, and the sketches of the weights at these steps, [steps, width]."""
         state = self._state()
         return state["sketch_steps"], state["sketches"]
 
     def distances_from(self, reference: Cell) -> list[tuple[int, float]]:
-        """(step, relative distance of the weights) at each snapshot; none where the two were not taken alike."""
+        """Return (step, relative distance of the weights) at each snapshot; empty if the snapshots do not match."""
         (steps, mine), (others, theirs) = self.sketches, reference.sketches
         if steps != others or mine.shape != theirs.shape:
             return []
@@ -108,52 +100,49 @@ class Cell:
 
     @property
     def batches(self) -> list[dict[str, Any]]:
-        """Logits [B, C], labels [B] and soft target_probs [B, C] that reached the loss at a few steps.
-
-        Empty in cells of older versions.
-        """
-        met: list[dict[str, Any]] = self._state().get("batches", [])
-        return met
+        """Logits [B, C], labels [B] and soft target_probs [B, C] of the loss at a few steps; empty in old cells."""
+        batches: list[dict[str, Any]] = self._state().get("batches", [])
+        return batches
 
     def _state(self) -> dict[str, Any]:
         path = self.folder / "state.pt"
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         except pickle.UnpicklingError as error:
-            line = f"{path} holds more than weights and was not read, since that would run code; delete its cell"
+            line = f"{path} holds more than weights and was not read, since reading it would run code; delete its cell"
             raise UsageError(line) from error
         return state
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """The last value of every yardstick that is one, NaN where none is."""
-        measured = zip(self.history["metric"].tolist(), self.history["value"].tolist(), strict=True)
-        rows = [(metric, value) for metric, value in measured if metric != "train/objective"]
+        """Last value of every metric that is not NaN; NaN if all are."""
+        history = zip(self.history["metric"].tolist(), self.history["value"].tolist(), strict=True)
+        rows = [(metric, value) for metric, value in history if metric != "train/objective"]
         return {metric: math.nan for metric, _ in rows} | {metric: value for metric, value in rows if value == value}
 
 
 def load_verified_cell(folder: Path) -> Cell:
-    """The cell in a folder, once each of its files was found as it was written: nothing else is evidence of anything.
+    """Return the cell in a folder after comparing every file with its checksum.
 
     Raises:
         DamagedCellError: a file is missing, cut short or changed, or the folder is a copy of another cell's.
     """
-    record = _record(folder / "config.yaml")
+    record = _read_record(folder / "config.yaml")
     own = f"{record.arm}/s{record.seed}"
     if own != f"{folder.parent.name}/{folder.name}":
         raise DamagedCellError(f"it is a copy of {own}")
     for name in SEALED:
-        with _reading(folder / name), (folder / name).open("rb") as file:
+        with _damaged_if_unreadable(folder / name), (folder / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != record.files.get(name):
                 raise DamagedCellError(f"{name} is not as it was written")
     return Cell(folder, record)
 
 
-def _record(path: Path) -> CellRecord:
-    with _reading(path):
+def _read_record(path: Path) -> CellRecord:
+    with _damaged_if_unreadable(path):
         content = path.read_bytes()
-    text, mark, seal = content.rpartition(SEAL)
-    if not mark and UNSEALED.search(content):
+    text, separator, seal = content.rpartition(SEAL)
+    if not separator and UNSEALED.search(content):
         raise DamagedCellError(f"{path.name} bears no seal: an older version wrote it")
     if sha256(text) != seal.decode(errors="replace").strip():
         raise DamagedCellError(f"{path.name} is not as it was written")
@@ -164,7 +153,7 @@ def _record(path: Path) -> CellRecord:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _damaged_if_unreadable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
@@ -174,18 +163,21 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 class TrialFolder:
-    """One trial's folder. What all its cells share is written by one process at once, and so is each seed's."""
+    """Folder of one trial. A lock guards its shared files, another lock the cells of each seed."""
 
     def __init__(self, path: Path) -> None:
-        path = Path(os.path.abspath(path))  # its name is what its runs are found by, `.` is none
-        self.path = path
-        self._lock = filelock.FileLock(path / ".lock")
-        self._known: dict[Replica, Cell] = {}  # what this process wrote or has read
-        self.damaged: dict[Replica, str] = {}  # what is wrong with cells that it could not read
+        self.path = Path(os.path.abspath(path))  # MLflow runs are found by the folder's name, and `.` has none
+        self._lock = filelock.FileLock(self.path / ".lock")
+        self._cells: dict[Replica, Cell] = {}  # cells that this process wrote or read
+        self.damaged: dict[Replica, str] = {}  # faults of the cells that it could not read
 
     @contextmanager
     def locked(self, *, patiently: bool = False) -> Iterator[None]:
-        """Hold the folder, which is made where absent; refused while another process does, unless patiently."""
+        """Hold the lock of the folder, which is created if absent; refuse if another process holds it.
+
+        Args:
+            patiently: wait for the other process instead.
+        """
         new = not self.path.exists()
         with refusing_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -194,25 +186,23 @@ class TrialFolder:
             yield
         finally:
             self._lock.release()
-            if new and [entry.name for entry in self.path.iterdir()] == [
-                ".lock"
-            ]:  # a request that was refused after all
+            if new and [entry.name for entry in self.path.iterdir()] == [".lock"]:  # the request was refused
                 shutil.rmtree(self.path, ignore_errors=True)
 
     def release_lock(self) -> None:
-        """Hold the folder no longer: other jobs prepare themselves and train the cells of their own seeds."""
+        """Release the lock of the folder, so that other jobs can train the cells of their own seeds."""
         self._lock.release()
 
     @contextmanager
     def training(self, seeds: Sequence[int]) -> Iterator[None]:
-        """Hold the cells of these seeds; refused while another process does."""
-        with ExitStack() as held:
+        """Hold the locks of these seeds' cells; refuse if another process holds one of them."""
+        with ExitStack() as locks:
             for seed in seeds:
                 lock = filelock.FileLock(self.path / ".training" / f"s{seed}")
                 with refusing_disk_errors(self.path):
                     Path(lock.lock_file).parent.mkdir(exist_ok=True)
                 self._acquire(lock)
-                held.callback(lock.release)
+                locks.callback(lock.release)
             yield
 
     def _acquire(self, lock: filelock.BaseFileLock, patiently: bool = False) -> None:
@@ -220,24 +210,22 @@ class TrialFolder:
             try:
                 lock.acquire(blocking=patiently)
             except filelock.Timeout as error:
-                busy = f"{self.path} is in use by another process; wait for it or choose another folder"
-                raise UsageError(busy) from error
+                line = f"{self.path} is in use by another process; wait for it or choose another folder"
+                raise UsageError(line) from error
 
     def write_identity(self, identity: Mapping[str, Any]) -> None:
-        """State what the folder is for."""
+        """Write `trial.yaml`, the identity of the trial."""
         self.check_identity(identity)
         write_whole(self.path / "trial.yaml", yaml_bytes(dict(identity)))
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
-        """Refuse a folder that is for something else."""
-        statement = self.path / "trial.yaml"
-        if not statement.exists():
+        """Refuse a folder whose `trial.yaml` states another identity, or is missing beside cells."""
+        if not (self.path / "trial.yaml").exists():
             if (self.path / "cells").exists():
                 raise UsageError(f"{self.path} holds cells but no trial.yaml: it is no trial's folder; choose another")
             return
-        found = read_yaml(statement)
-        differing = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
-        if differing:
+        written = read_yaml(self.path / "trial.yaml")
+        if differing := sorted(key for key in {*written, *identity} if written.get(key) != identity.get(key)):
             raise UsageError(
                 f"{self.path} holds a trial with another {', '.join(differing)}; choose another folder "
                 "(hydra.run.dir=DIR) or give the configuration that it was made with"
@@ -245,41 +233,42 @@ class TrialFolder:
 
     @property
     def tile(self) -> int | None:
-        """How many replicas fit at once, where more ran out of memory here."""
+        """Number of replicas that fit at once, if more ran out of memory here."""
         try:
             return int((self.path / "tile").read_text())
         except (FileNotFoundError, ValueError):
             return None
 
     def remember_tile(self, size: int) -> None:
-        """So that the same command goes on with it."""
+        """Write the number of replicas that fit at once, for the next call of the same command."""
         with self.locked(patiently=True):
             write_whole(self.path / "tile", f"{size}\n".encode())
 
     def cell_path(self, replica: Replica) -> Path:
+        """Return the folder of a run's cell."""
         kind = "controls" if is_control(replica.arm) else "cells"
         return self.path / kind / replica.arm / f"s{replica.seed}"
 
     def read(self, replica: Replica) -> Cell | None:
-        """The cell where it is there as it was written, else None; `damaged` then tells what is wrong with it."""
+        """Return the cell; None if it is absent or damaged. `damaged` then holds the fault."""
         folder = self.cell_path(replica)
-        if os.path.lexists(folder) and replica not in self._known and replica not in self.damaged:
+        if os.path.lexists(folder) and replica not in self._cells and replica not in self.damaged:
             try:
-                self._known[replica] = load_verified_cell(folder)
+                self._cells[replica] = load_verified_cell(folder)
             except DamagedCellError as error:
                 self.damaged[replica] = str(error)
-        return self._known.get(replica)
+        return self._cells.get(replica)
 
     def cells(self, kind: str = "cells") -> list[Cell]:
-        """All cells, or all `controls`, by arm and seed."""
+        """Return all cells (or all `controls`), ordered by arm and seed."""
         folders = [path for path in self.path.glob(f"{kind}/*/s*") if path.name[1:].isdecimal()]
         order = sorted((path.parent.name, int(path.name[1:])) for path in folders)
         return [cell for arm, seed in order if (cell := self.read(Replica(arm, seed))) is not None]
 
     def find_missing(self, wanted: Mapping[Replica, str]) -> tuple[list[Replica], dict[Replica, str]]:
-        """Which of the wanted cells (with their fingerprints) are missing, and why some of those moved to `stale/`.
+        """Return the missing runs, and the reason for each damaged or outdated cell, which moves to `stale/`.
 
-        A cell with another fingerprint was made by other code, data or environment; another is damaged.
+        A cell is outdated if its fingerprint differs: other code, data or environment made it.
         """
         missing, moved = [], {}
         for replica, fingerprint in wanted.items():
@@ -289,27 +278,27 @@ class TrialFolder:
             missing.append(replica)
             if cell is not None:
                 moved[replica] = OUTDATED
-                self._set_aside(replica, cell.record.fingerprint[:12])
+                self._move_to_stale(replica, cell.record.fingerprint[:12])
             elif replica in self.damaged:
                 moved[replica] = self.damaged[replica]
-                self._set_aside(replica, "damaged")
+                self._move_to_stale(replica, "damaged")
         return missing, moved
 
-    def _set_aside(self, replica: Replica, mark: str) -> None:
-        aside = self.path / "stale" / replica.arm / f"s{replica.seed}-{mark}"
-        self._known.pop(replica, None)
+    def _move_to_stale(self, replica: Replica, suffix: str) -> None:
+        target = self.path / "stale" / replica.arm / f"s{replica.seed}-{suffix}"
+        self._cells.pop(replica, None)
         self.damaged.pop(replica, None)
         with refusing_disk_errors(self.path):
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            self.cell_path(replica).rename(aside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            self.cell_path(replica).rename(target)
 
     def write(self, record: CellRecord, history: pd.DataFrame, state: Mapping[str, Any]) -> Cell:
-        """Write a cell and rename it into place whole."""
+        """Write a cell into a draft folder, then rename it into place."""
         replica = Replica(record.arm, record.seed)
         target = self.cell_path(replica)
         draft = target.with_name(f".{target.name}-draft")
-        contents = {"history.parquet": parquet_bytes(history), "state.pt": torch_bytes(state)}
+        contents = {"history.parquet": _parquet_bytes(history), "state.pt": _torch_bytes(state)}
         record = replace(record, files={name: sha256(content) for name, content in contents.items()})
         text = yaml_bytes(asdict(record))
         contents["config.yaml"] = text + SEAL + sha256(text).encode() + b"\n"
@@ -321,34 +310,47 @@ class TrialFolder:
                     (draft / name).write_bytes(content)
                     flush_to_disk(draft / name)
                 flush_to_disk(draft)
-                shutil.rmtree(target, ignore_errors=True)  # damaged leftovers: a whole cell is never written twice
+                shutil.rmtree(target, ignore_errors=True)  # only a damaged cell can be here
                 draft.rename(target)
             except BaseException:
                 shutil.rmtree(draft, ignore_errors=True)
                 raise
             flush_to_disk(target.parent)
-        cell = self._known[replica] = Cell(target, record)
-        vars(cell).update(history=history, sketches=(state["sketch_steps"], state["sketches"]))  # as it would read them
+        cell = self._cells[replica] = Cell(target, record)
+        vars(cell).update(history=history, sketches=(state["sketch_steps"], state["sketches"]))  # saves reading them
         return cell
 
     def write_history(self, history: pd.DataFrame) -> None:
-        """`history.parquet`: the measurements of all cells in one table."""
-        write_whole(self.path / "history.parquet", parquet_bytes(history))
+        """Write `history.parquet`, the measurements of all cells in one table."""
+        write_whole(self.path / "history.parquet", _parquet_bytes(history))
 
     def export_checkpoints(self, cells: Sequence[Cell]) -> None:
-        """`checkpoints/<arm>/s<seed>.pt`: plain state_dicts, rebuilt where they are not those of the cells."""
+        """Write `checkpoints/<arm>/s<seed>.pt`, plain state_dicts, unless they are newer than their cells."""
         for cell in cells:
             target = self.path / "checkpoints" / cell.record.arm / f"s{cell.record.seed}.pt"
             source = cell.folder / "state.pt"
             if target.exists() and target.stat().st_mtime_ns >= source.stat().st_mtime_ns:
                 continue
-            write_whole(target, torch_bytes(cell.weights))
+            write_whole(target, _torch_bytes(cell.weights))
+
+
+def _parquet_bytes(frame: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def _torch_bytes(state: Mapping[str, Any]) -> bytes:
+    """Serialise in memory with `torch.save`, which may crash the process if it writes to a full disk."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()
 
 
 def gaps(cell: Cell, reference: Cell | None) -> pd.DataFrame:
-    """Distance to the reference of the same seed: of the weights over steps, of the yardsticks at the end.
+    """Return the distance to the reference of the same seed: weights at each snapshot, metrics at the end.
 
-    `gap/*_log10` holds the logarithm of what is not 0: MLflow shows 1e-9 as 0.00.
+    `gap/*_log10` is the logarithm of a distance above 0, since MLflow shows 1e-9 as 0.00.
     """
     rows: list[tuple[str, int, float]] = []
     if reference is not None:

@@ -1,18 +1,15 @@
-"""Files that are written whole or not at all, and disk errors in one line."""
+"""Atomic file writes, and disk errors as one line. Imports neither torch nor pandas."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import pandas as pd
-import torch
 import yaml
 
 from likelihood_lab.errors import UsageError, first_line
@@ -20,7 +17,7 @@ from likelihood_lab.errors import UsageError, first_line
 
 @contextmanager
 def refusing_disk_errors(path: Path) -> Iterator[None]:
-    """A disk that is full or read-only is not our bug: one line and exit code 2."""
+    """Turn errors of a full or read-only disk into a one-line `UsageError`."""
     try:
         yield
     except OSError as error:
@@ -30,9 +27,12 @@ def refusing_disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write so that readers see the old content or the new, never a part; its folder is made where absent."""
-    draft = path.with_name(f".{path.name}-draft")
+def writing_whole(path: Path, draft_name: str | None = None) -> Iterator[IO[bytes]]:
+    """Open a file for an atomic write: readers see the old content or the new, never a part.
+
+    The folder is created if absent. Processes that may write the file at the same time need different draft names.
+    """
+    draft = path.with_name(draft_name or f".{path.name}-draft")
     with refusing_disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -46,18 +46,19 @@ def writing_whole(path: Path) -> Iterator[IO[bytes]]:
             raise
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with writing_whole(path) as file:
+def write_whole(path: Path, content: bytes, draft_name: str | None = None) -> None:
+    """Write a file atomically."""
+    with writing_whole(path, draft_name) as file:
         file.write(content)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Strict JSON, written whole."""
-    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+def write_json(path: Path, value: Any, draft_name: str | None = None) -> None:
+    """Write strict JSON atomically."""
+    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode(), draft_name)
 
 
 def flush_to_disk(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -66,34 +67,26 @@ def flush_to_disk(path: Path) -> None:
 
 
 def sha256(content: bytes) -> str:
+    """Return the SHA-256 of the content in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
-def parquet_bytes(frame: pd.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
-    return buffer.getvalue()
-
-
-def torch_bytes(state: Mapping[str, Any]) -> bytes:
-    """As `torch.save` writes it; to memory first, since on a full disk torch dies in ways of its own."""
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    return buffer.getvalue()
-
-
 def yaml_bytes(value: Any) -> bytes:
-    """YAML by libyaml, ten times as fast as the Python one."""
+    """Return YAML, written by libyaml: ten times as fast as PyYAML's own writer."""
     text: str = yaml.dump(value, Dumper=yaml.CSafeDumper, sort_keys=False)
     return text.encode()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of a trial's folder: a mapping."""
+    """Return the mapping in a YAML file of a trial's folder.
+
+    Raises:
+        UsageError: the file is damaged or holds no mapping.
+    """
     try:
-        found = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)
+        content = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is damaged: {first_line(error)}; move its folder away and train again") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UsageError(f"{path} is damaged: it holds no mapping; move its folder away and train again")
-    return found
+    return content

@@ -1,4 +1,4 @@
-"""The content of an MLflow run, the rows that hold it in a database, and the grouped view of the UI."""
+"""Content of an MLflow run, its rows in a database, and the grouped view of the UI."""
 
 from __future__ import annotations
 
@@ -23,28 +23,27 @@ if TYPE_CHECKING:
 
 _Row = dict[str, Any]
 
-
-_LONGEST_VALUE = 6000  # MLflow's limit for a param; what is cut stands in the config.yaml artifact
-_LONGEST_DIGEST = 36  # MLflow's limit for the digest of a dataset; its source keeps the whole
-_CONTEXT = ("mlflow.data.context", "training")  # how MLflow says what a run used a dataset for
+_MAX_VALUE = 6000  # characters of a param in MLflow; the artifact config.yaml holds the full text
+_MAX_DIGEST = 36  # characters of a dataset's digest in MLflow; its source holds the full digest
+_CONTEXT = ("mlflow.data.context", "training")  # MLflow's tag for the use of a dataset
 VIEW = "by-loss"
 
 DESCRIPTION = """\
 **[Open the runs grouped by loss]({link})**: every chart shows the mean over seeds and its range.
 
 * A run is one (loss, seed); runs of one seed share their initial weights and their batches.
-* Curves that coincide are the finding, not a fault: one line hides the others. Look at `gap/parameters`, the
+* Curves that coincide are a result, not a fault: one line hides the others. Look at `gap/parameters`, the
   relative distance between a run's weights and those of the reference under the same seed.
-* Compare `val/*` and `test/*`, which are computed alike for every loss. Never compare `train/objective`: it
-  is what each loss minimised, on its own scale.
-* The verdict, the report and its pictures are artifacts of the run that `tags.kind = 'report'` finds; they open in
+* Compare `val/*` and `test/*`, which are computed alike for every loss. Never compare `train/objective`: each loss
+  minimises it on its own scale.
+* The verdict, the report and its pictures are artifacts of the run that `tags.kind = 'report'` finds. They open in
   the page.
-* `tags.kind = 'control'` finds what a trial trained to test itself: the reference again (replay), with other roundings
-  (placebos) and with a difference that it has to notice (dose).
+* `tags.kind = 'control'` finds the controls of a trial: the reference again (replay), the reference with other
+  rounding (placebos), and a planted difference that the trial must detect (dose, the positive control).
 * A tag `nonfinite.*` counts the points that were NaN or infinite, which no chart can show.
 """
 
-# The grouped view: section -> (metric, chart, scale of both axes). A gap of 0 has no logarithm, hence both.
+# Grouped view: section -> (metric, chart, scale of both axes). A gap of 0 has no logarithm, hence both scales.
 _SECTIONS = {
     "Compare these": [("val/nll", "LINE", "linear"), ("val/accuracy", "LINE", "linear")],
     "Distance to the reference of the same seed": [
@@ -58,7 +57,7 @@ _SECTIONS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One cell, or the report of a trial. A diverged cell did its job: FINISHED, and a tag says the rest."""
+    """Run of one cell, or the report of a trial. A diverged run is FINISHED too; a tag marks it."""
 
     name: str
     tags: Mapping[str, str]  # `sweep` and `fingerprint` identify the run
@@ -72,12 +71,12 @@ class Run:
 
     @property
     def content(self) -> str:
-        """What `present` tells it by."""
+        """Key of the run in `Tracker.present`."""
         return content_of(self.tags)
 
 
-def beside_others(write: Callable[[], object]) -> None:
-    """Of several processes that make the same row at once, a server fails all but one; then the row is there."""
+def retry_on_conflict(write: Callable[[], object]) -> None:
+    """Call `write` again if another process has just made the same row: the server then fails the first call."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -89,37 +88,29 @@ def beside_others(write: Callable[[], object]) -> None:
 
 
 def content_of(tags: Mapping[str, str]) -> str:
-    """What a run holds: a cell is made once and for all, a report again with every verdict."""
+    """Return the digest of a run's content: its fingerprint, or for a report the digest of its files."""
     return tags.get("content.sha256", tags["fingerprint"])
 
 
 def _finite(run: Run) -> tuple[list[tuple[str, int, float]], dict[str, str]]:
-    """The points that a chart can show, one a metric and step, and tags that account for the others."""
+    """Return the finite points, one for each metric and step, and tags that count the others."""
     rows = run.metrics.drop_duplicates(["metric", "step"], keep="last")
     points: list[tuple[str, int, float]] = []
-    lost: dict[str, list[str]] = defaultdict(list)
+    nonfinite: dict[str, list[str]] = defaultdict(list)
     for metric, step, value in rows[["metric", "step", "value"]].itertuples(index=False, name=None):
         if math.isfinite(value):
             points.append((metric, int(step), float(value)))
         else:
-            lost[metric].append(f"{value} at step {step}")
-    return points, {f"nonfinite.{metric}": f"{len(what)}, first {what[0]}" for metric, what in lost.items()}
+            nonfinite[metric].append(f"{value} at step {step}")
+    return points, {f"nonfinite.{metric}": f"{len(each)}, first {each[0]}" for metric, each in nonfinite.items()}
 
 
-def _identities(runs: Sequence[Run]) -> dict[str, set[str]]:
-    """Sweep -> the fingerprints of its runs."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for run in runs:
-        found[run.tags["sweep"]].add(run.tags["fingerprint"])
-    return found
+def _truncated(values: Mapping[str, str]) -> dict[str, str]:
+    return {key: value[:_MAX_VALUE] for key, value in values.items()}
 
 
-def _cut(values: Mapping[str, str]) -> dict[str, str]:
-    return {key: value[:_LONGEST_VALUE] for key, value in values.items()}
-
-
-def _span(run: Run) -> tuple[int, int]:
-    """Start and end in milliseconds. Points carry the end: when each was taken is not known."""
+def _milliseconds(run: Run) -> tuple[int, int]:
+    """Return start and end in milliseconds. All points carry the end, since their own times are unknown."""
     return round(run.started * 1000), round(run.ended * 1000)
 
 
@@ -141,7 +132,7 @@ def _save_artifacts(run: Run, home: str, uri: str) -> None:
 
 
 def database_of(client: MlflowClient) -> SqlAlchemyStore | None:
-    """The database, where this process writes to one and not to a server."""
+    """Return the database that this process writes to; None for a server."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     store = client._tracking_client.store
@@ -149,24 +140,24 @@ def database_of(client: MlflowClient) -> SqlAlchemyStore | None:
 
 
 def send_run(client: MlflowClient, experiment: str, run: Run) -> None:
-    """One run through MLflow's own calls: RUNNING until the last."""
+    """Record a run with MLflow's own calls; it is RUNNING until the last call."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
     points, account = _finite(run)
-    start, end = _span(run)
-    info = client.create_run(experiment, start, _cut({**run.tags, **account}), run.name).info
+    start, end = _milliseconds(run)
+    info = client.create_run(experiment, start, _truncated({**run.tags, **account}), run.name).info
     metrics = [Metric(metric, value, end, step) for metric, step, value in points]
-    client.log_batch(info.run_id, metrics, [Param(key, value) for key, value in _cut(run.params).items()])
+    client.log_batch(info.run_id, metrics, [Param(key, value) for key, value in _truncated(run.params).items()])
     if run.dataset is not None:
         name, digest = run.dataset
-        data = Dataset(name, digest[:_LONGEST_DIGEST], "digest", digest)
-        beside_others(partial(client.log_inputs, info.run_id, [DatasetInput(data, [InputTag(*_CONTEXT)])]))
+        data = Dataset(name, digest[:_MAX_DIGEST], "digest", digest)
+        retry_on_conflict(partial(client.log_inputs, info.run_id, [DatasetInput(data, [InputTag(*_CONTEXT)])]))
     _save_artifacts(run, info.artifact_uri, client.tracking_uri)
     client.set_terminated(info.run_id, run.status, end)
 
 
 def insert_runs(store: SqlAlchemyStore, experiment: Experiment, runs: Sequence[Run]) -> None:
-    """The runs in one transaction, as the rows that MLflow's own calls would write far more slowly."""
+    """Insert the rows of the runs in one transaction, far faster than MLflow's own calls."""
     from mlflow.store.tracking.dbmodels import models
     from sqlalchemy import insert
 
@@ -182,21 +173,21 @@ def insert_runs(store: SqlAlchemyStore, experiment: Experiment, runs: Sequence[R
         if run.dataset is not None:
             datasets[run_id] = run.dataset
     with store.ManagedSessionMaker(read_only=False) as session:
-        _retire(session, int(experiment.experiment_id), runs)
+        _delete_replaced(session, int(experiment.experiment_id), runs)
         for table, batch in rows.items():
             session.execute(insert(getattr(models, table).__table__), batch)
         _insert_datasets(session, int(experiment.experiment_id), datasets)
 
 
 def _rows(run: Run, place: _Row) -> Iterator[tuple[str, _Row]]:
-    """(table, row) for everything but the dataset, the run itself first."""
+    """Yield (table, row) for the run itself first, then for everything but the dataset."""
     points, account = _finite(run)
-    start, end = _span(run)
+    start, end = _milliseconds(run)
     state = {"status": run.status, "lifecycle_stage": "active", "user_id": "unknown"}
     yield "SqlRun", {"name": run.name, "start_time": start, "end_time": end, **place, **state}
-    for key, text in _cut({**run.tags, **account, "mlflow.runName": run.name}).items():
+    for key, text in _truncated({**run.tags, **account, "mlflow.runName": run.name}).items():
         yield "SqlTag", {"key": key, "value": text}
-    for key, text in _cut(run.params).items():
+    for key, text in _truncated(run.params).items():
         yield "SqlParam", {"key": key, "value": text}
     latest: dict[str, _Row] = {}
     for metric, step, value in points:
@@ -208,29 +199,32 @@ def _rows(run: Run, place: _Row) -> Iterator[tuple[str, _Row]]:
         yield "SqlLatestMetric", row
 
 
-def _retire(session: Session, experiment: int, runs: Sequence[Run]) -> None:
-    """Delete what the runs replace, the way MLflow does: it can be restored."""
+def _delete_replaced(session: Session, experiment: int, runs: Sequence[Run]) -> None:
+    """Mark the runs that these replace as deleted; like MLflow's own deletion, this can be undone."""
     from mlflow.store.tracking.dbmodels.models import SqlRun, SqlTag
 
-    gone = {"lifecycle_stage": "deleted", "deleted_time": round(time.time() * 1000)}
-    for sweep, fingerprints in _identities(runs).items():
+    fingerprints: dict[str, set[str]] = defaultdict(set)  # by sweep
+    for run in runs:
+        fingerprints[run.tags["sweep"]].add(run.tags["fingerprint"])
+    deleted = {"lifecycle_stage": "deleted", "deleted_time": round(time.time() * 1000)}
+    for sweep, replaced in fingerprints.items():
         tagged: Any = session.query(SqlTag.run_uuid)
-        here = tagged.filter(SqlTag.key == "sweep", SqlTag.value == sweep)
-        twins = tagged.filter(SqlTag.key == "fingerprint", SqlTag.value.in_(fingerprints))
+        in_sweep = tagged.filter(SqlTag.key == "sweep", SqlTag.value == sweep)
+        same = tagged.filter(SqlTag.key == "fingerprint", SqlTag.value.in_(replaced))
         old = [SqlRun.experiment_id == experiment, SqlRun.lifecycle_stage == "active"]
-        old += [SqlRun.run_uuid.in_(here), SqlRun.run_uuid.in_(twins)]
-        session.query(SqlRun).filter(*old).update(gone, synchronize_session=False)
+        old += [SqlRun.run_uuid.in_(in_sweep), SqlRun.run_uuid.in_(same)]
+        session.query(SqlRun).filter(*old).update(deleted, synchronize_session=False)
 
 
 def _insert_datasets(session: Session, experiment: int, used: Mapping[str, tuple[str, str]]) -> None:
-    """Each dataset once, and the runs that used it. Reads after the first write, which holds off others."""
+    """Insert each dataset once, with its runs. It reads after the transaction's first write, which locks out others."""
     from mlflow.store.tracking.dbmodels.models import SqlDataset, SqlInput, SqlInputTag
 
     columns = (SqlDataset.name, SqlDataset.digest, SqlDataset.dataset_uuid)
-    here: Any = session.query(*columns).filter(SqlDataset.experiment_id == experiment)
-    known: dict[tuple[str, str], str] = {(name, digest): key for name, digest, key in here}
+    stored: Any = session.query(*columns).filter(SqlDataset.experiment_id == experiment)
+    known: dict[tuple[str, str], str] = {(name, digest): key for name, digest, key in stored}
     for run_id, (name, digest) in used.items():
-        short = digest[:_LONGEST_DIGEST]
+        short = digest[:_MAX_DIGEST]
         if (name, short) not in known:
             known[name, short] = uuid.uuid4().hex
             identity = {"name": name, "digest": short, "dataset_uuid": known[name, short]}
@@ -242,11 +236,9 @@ def _insert_datasets(session: Session, experiment: int, used: Mapping[str, tuple
 
 
 def grouped_view(query: str) -> str:
-    """The state of a page as MLflow's UI shares it, undocumented: runs grouped by loss, charts in order."""
-    sections, charts = [], []
-    for title, wanted in _SECTIONS.items():
-        sections.append({"uuid": title, "name": title, "display": True, "isReordered": True})
-        charts += [_chart(title, *chart) for chart in wanted]
+    """Return a page state in the undocumented format of MLflow's UI: runs grouped by loss, charts in order."""
+    sections = [{"uuid": title, "name": title, "display": True, "isReordered": True} for title in _SECTIONS]
+    charts = [_chart(title, *chart) for title, section in _SECTIONS.items() for chart in section]
     grouping = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "loss"}]}
     state = {
         "searchFilter": query,

@@ -114,7 +114,7 @@ def test_eight_writers_through_a_guarded_server_on_postgresql(
             own = client | {"MLFLOW_TRACKING_URI": server.url}
             folders = [tmp_path / f"trial-{i}" for i in range(8)]
             for said in ended(*[begin(folder, own, 4, "epochs=3") for folder in folders]):
-                assert "going on without" not in said
+                assert "continuing without tracking" not in said
             check_whole(Tracker(server.url, "likelihood-lab", tmp_path), folders)
             (said,) = ended(begin(tmp_path / "wrong", own | {"MLFLOW_TRACKING_PASSWORD": "wrong"}, 2))
             assert "not authenticated" in said

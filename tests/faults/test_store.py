@@ -66,7 +66,7 @@ def impostor(reply: bytes | None) -> Iterator[str]:
 def test_whatever_answers_in_place_of_mlflow_ends_no_trial(
     reply: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recording, "PATIENCE", 1.0)
+    monkeypatch.setattr(recording, "CALL_TIMEOUT", 1.0)
     with impostor(reply) as address:
         recorder = Recorder(Tracker(address, "x", tmp_path), tmp_path, "")
         begun = time.monotonic()
@@ -84,7 +84,7 @@ def fresh_database(home: Path, writers: int) -> None:
     own = environment(home, MLFLOW_TRACKING_URI=uri)
     folders = [home / f"trial-{i}" for i in range(writers)]
     for said in ended(*[begin(folder, own, 4, "epochs=3") for folder in folders]):
-        assert "going on without" not in said
+        assert "continuing without tracking" not in said
     check_whole(Tracker(uri, "likelihood-lab", home), folders)
 
 
@@ -141,9 +141,9 @@ def test_a_server_killed_twenty_times_and_then_for_good(tmp_path: Path) -> None:
         print(f"trained for {took['calm']:.0f} s and, with {len(kills)} kills, for {took['dying']:.0f} s")
         assert sum(moment < over for moment in kills) == KILLS + 1, "the training is too short for so many kills"
         assert took["dying"] <= 1.2 * took["calm"]
-        assert trials["dying"].count("going on without") == 1
+        assert trials["dying"].count("continuing without tracking") == 1
         assert "`make sync DIR=" in trials["dying"]
-        assert "going on without" not in trials["calm"]
+        assert "continuing without tracking" not in trials["calm"]
         pairs = zip(cells(homes["calm"] / "trial"), cells(homes["dying"] / "trial"), strict=True)
         for calm, dying in pairs:
             assert calm.record.weights_sha256 == dying.record.weights_sha256

@@ -377,7 +377,7 @@ def test_options_of_a_users_own_folder_are_listed(sweep: Sweep, tmp_path: Path) 
 
 def test_a_folder_that_cannot_be_written_is_refused(plan: Plan, launcher: NoteTaker) -> None:
     Path("sweep").write_text("a file where the folder should be")
-    with pytest.raises(UsageError, match=r"cannot write in sweep .*: set hydra\.sweep\.dir"):
+    with pytest.raises(UsageError, match=r"cannot write to sweep: .*; free space or choose another folder"):
         plan()
     assert launcher.batches == []
 
