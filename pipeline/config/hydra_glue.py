@@ -117,7 +117,23 @@ def _of_override(error: BaseException) -> bool:
     return str(error).startswith(("Could not override", "Error merging override"))
 
 
+PROTOCOL_KEYS = ("alpha", "looks", "max_seeds", "controls", "vary")  # top-level keys of earlier versions
+REMOVED_KEYS = {
+    "until": "seeds are added where protocol.max_seeds is set, for example protocol.max_seeds=40 protocol.looks=2",
+    "rank_test": "the test is a function of the library, likelihood_lab.stats.trajectory.rank_test",
+}
+
+
+def moved_key(key: str) -> str | None:
+    """What a key of an earlier version is called now, in one line; None for any other key."""
+    if key in PROTOCOL_KEYS:
+        return f"the key '{key}' is now protocol.{key}"
+    return f"the key '{key}' is gone: {REMOVED_KEYS[key]}" if key in REMOVED_KEYS else None
+
+
 def _unknown_key(error: OmegaConfBaseException) -> str:
+    if line := moved_key(str(error.full_key)):
+        return line
     parent, _, key = str(error.full_key).rpartition(".")
     known = [str(name) for name in error.parent_node if name != "hydra"]
     takes = f"{parent} takes" if parent else "the keys are"

@@ -69,11 +69,6 @@ class Controls(Enum):
     none = "none"
 
 
-class Until(Enum):
-    all = "all"
-    decided = "decided"
-
-
 @dataclass
 class TrainerConf:
     accelerator: Accelerator = Accelerator.auto
@@ -84,6 +79,15 @@ class TrainerConf:
     inner_steps: int = 11  # optimizer steps in one Lightning training_step
     checkpoint_every: float | None = 60.0  # seconds between what a killed stack goes on from; null: never kept
     progress: bool = True
+
+
+@dataclass
+class ProtocolConf:
+    alpha: float = 0.05
+    looks: int = 1
+    max_seeds: int | None = None  # null: the given seeds alone
+    controls: Controls = Controls.auto
+    vary: Vary = Vary.all
 
 
 @dataclass
@@ -102,8 +106,7 @@ class TrainConf:
     trainer: TrainerConf = field(default_factory=TrainerConf)
     tracking: TrackingConf = field(default_factory=TrackingConf)
     seed: Any = 0  # an integer or a list of integers
-    share: Any = None  # of a trial that several jobs train: this job's seeds, none of them to conclude
-    vary: Vary = Vary.all
+    share: Any = None  # internal, set by the sweeper: the seeds that this job trains; an empty list: conclude only
     reference: str | None = None  # null: ce, or the first loss where ce is not chosen
     epochs: int = 30
     batch_size: int = 64
@@ -113,13 +116,8 @@ class TrainConf:
     clip_norm: float | None = None
     about: About = About.objective
     expect: Any = None  # same, or {loss: word}
-    alpha: float = 0.05
-    looks: int = 1
-    until: Until = Until.all
-    max_seeds: int = 100
+    protocol: ProtocolConf = field(default_factory=ProtocolConf)
     audit: bool = True
-    controls: Controls = Controls.auto
-    rank_test: int = 0
 
 
 @dataclass
@@ -141,10 +139,9 @@ class AuditConf:
 
 # What names a trial: all that shapes its numbers, but neither losses nor seeds, which may be added later.
 IDENTITY = (
-    "model", "dataset", "optimizer", "epochs", "batch_size", "precision", "schedule", "warmup_steps",
-    "clip_norm", "vary",
+    "model", "dataset", "optimizer", "epochs", "batch_size", "precision", "schedule", "warmup_steps", "clip_norm",
 )  # fmt: skip
-UNNAMED = {"vary": "all"}  # values that leave a trial the name that it had before there was the key
+VARY_ALL = "all"  # the value of protocol.vary that is left out of a trial's identity
 # What names an audit.
 AUDIT_IDENTITY = ("loss", "reference", "dtype", "device", "ignore_index", "soft_targets", "tokens", "num_classes")
 # Keys of conf/dataset/*.yaml that the loader does not receive.
@@ -166,9 +163,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What names a plain configuration's trial; margins belong to the verdict, not to the numbers."""
-    kept = {key: config[key] for key in IDENTITY if key not in UNNAMED or config[key] != UNNAMED[key]}
+    kept = {key: config[key] for key in IDENTITY}
     kept["dataset"] = {k: v for k, v in config["dataset"].items() if k not in DATASET_PROTOCOL}
-    return kept
+    vary = config["protocol"]["vary"]
+    return kept if vary == VARY_ALL else kept | {"vary": vary}
 
 
 def digest(value: Any) -> str:
@@ -189,7 +187,7 @@ def trial_name(config: Mapping[str, Any]) -> str:
 
 
 def _trial_name(*, _root_: DictConfig) -> str:
-    return trial_name(plain(OmegaConf.create({key: _root_[key] for key in IDENTITY})))
+    return trial_name(plain(OmegaConf.create({key: _root_[key] for key in (*IDENTITY, "protocol")})))
 
 
 def _audit_name(*, _root_: DictConfig) -> str:

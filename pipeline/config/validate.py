@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from likelihood_lab.errors import UsageError, did_you_mean
 from pipeline.config import schema as conf
-from pipeline.config.hydra_glue import in_one_line
+from pipeline.config.hydra_glue import in_one_line, moved_key
 from pipeline.config.targets import check_call, locate
 from pipeline.replica import is_control
 from pipeline.text import without_password
@@ -25,9 +25,9 @@ Plain = Mapping[str, Any]
 
 # The least and the most that a number may be; the most is far beyond use, and short of what a machine can stand.
 LIMITS = {
-    "epochs": (1, 10**9), "batch_size": (1, 10**9), "warmup_steps": (0, 10**9), "max_seeds": (2, 10**6),
-    "looks": (1, 1000), "rank_test": (0, 1000), "trainer.threads": (1, 1024), "trainer.inner_steps": (1, 10**6),
-    "trainer.tile": (1, 4096), "trainer.checkpoint_every": (0, 10**9),
+    "epochs": (1, 10**9), "batch_size": (1, 10**9), "warmup_steps": (0, 10**9),
+    "protocol.max_seeds": (2, 10**6), "protocol.looks": (1, 1000), "trainer.threads": (1, 1024),
+    "trainer.inner_steps": (1, 10**6), "trainer.tile": (1, 4096), "trainer.checkpoint_every": (0, 10**9),
 }  # fmt: skip
 
 MOST_CLASSES = 2**18  # of a batch of an audit: the largest vocabularies have as many; 300 such rows take 0.6 GB
@@ -116,12 +116,15 @@ def _check_keys(config: Plain) -> None:
     """Hydra lets `+key=value` add any key and `~key` take any away."""
     _check_fields("", config, conf.TrainConf.__dataclass_fields__)
     _check_fields("trainer.", config["trainer"], conf.TrainerConf.__dataclass_fields__)
+    _check_fields("protocol.", config["protocol"], conf.ProtocolConf.__dataclass_fields__)
     _check_tracking(config["tracking"])
 
 
 def _check_fields(prefix: str, given: Plain, known: Iterable[str]) -> None:
     known = list(known)
     for key in (key for key in given if key not in known):
+        if line := moved_key(f"{prefix}{key}"):
+            raise UsageError(line)
         keys = f"{prefix.rstrip('.')} takes" if prefix else "the keys are"
         raise UsageError(f"unknown key '{prefix}{key}'{did_you_mean(key, known)}; {keys}: {', '.join(known)}")
     for key in (key for key in known if key not in given):
@@ -140,16 +143,18 @@ def _check_tracking(tracking: Plain) -> None:
 
 
 def _check_numbers(config: Plain) -> None:
-    values = {**config, **{f"trainer.{key}": value for key, value in config["trainer"].items()}}
+    groups = {f"{group}.{key}": value for group in ("trainer", "protocol") for key, value in config[group].items()}
+    values = {**config, **groups}
     for key, (least, most) in LIMITS.items():
         if values[key] is not None and not least <= values[key] <= most:
             raise UsageError(f"{key}={values[key]}; it must be at least {least} and at most {most}")
-    if config["rank_test"] == 1:
-        raise UsageError("rank_test=1; give at least 2 copies of the reference (9 is usual), or 0")
-    if config["until"] == "decided" and config["looks"] < 2:
-        raise UsageError("until=decided looks at the data more than once; declare how often, for example looks=2")
-    if not 0 < config["alpha"] < 0.5:
-        raise UsageError(f"alpha={config['alpha']}; it must lie between 0 and 0.5")
+    alpha, looks, max_seeds = (config["protocol"][key] for key in ("alpha", "looks", "max_seeds"))
+    if max_seeds is not None and looks < 2:
+        raise UsageError(
+            f"protocol.max_seeds={max_seeds} adds seeds at further looks; declare the looks, such as protocol.looks=2"
+        )
+    if not 0 < alpha < 0.5:
+        raise UsageError(f"protocol.alpha={alpha}; it must lie between 0 and 0.5")
     if config["clip_norm"] is not None and not 0 < config["clip_norm"] < math.inf:
         raise UsageError(f"clip_norm={config['clip_norm']}; give a positive number, or null for no clipping")
 

@@ -33,8 +33,8 @@ class Progress:
 
     def __init__(self, console: Console, groups: Sequence[Sequence[Replica]], setup: TrialSetup) -> None:
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        alone = setup.config["share"] is None  # bars of several jobs would overwrite each other
-        silent = not (alone and setup.config["trainer"]["progress"] and console.is_terminal)
+        alone = setup.share is None  # bars of several jobs would overwrite each other
+        silent = not (alone and setup.trainer["progress"] and console.is_terminal)
         news = TextColumn("{task.fields[news]}")
         self.bars = Bars(*columns, news, console=console, disable=silent, transient=True)
         self.task = self.bars.add_task("", total=len(groups) * setup.recipe.epochs, news="")

@@ -138,7 +138,7 @@ class TileCheckpoint(pl.Callback):
 
     def __init__(self, folder: Path, setup: TrialSetup, replicas: Sequence[Replica]) -> None:
         self.path, self.replicas = _path(folder, setup, replicas), replicas
-        self.every: float | None = setup.config["trainer"]["checkpoint_every"]
+        self.every: float | None = setup.trainer["checkpoint_every"]
         self.started = time.time()
         self._due = time.monotonic() + (self.every or 0)
         self._said = False
