@@ -1,4 +1,4 @@
-"""One trial from configuration to exit code: train what is missing, tell MLflow, conclude from the cells."""
+"""One trial from configuration to exit code: train the missing runs, record them in MLflow, conclude."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from pipeline.verdict.plan import AnalysisPlan, plan_of, write_plan
 
 
 def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
-    """Train the missing cells of the trial in `path` and print its verdict.
+    """Train the missing runs of the trial in `path` and print its verdict.
 
     Args:
         config: the resolved configuration, checked.
-        command: how to get the same again, for the report.
+        command: the command that repeats the trial, for the report.
     """
     plan = plan_of(config)
     setup = shrink_tile_to_memory(build_setup(config))
@@ -71,7 +71,7 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
             plan = with_more_seeds(plan, more)
             setup = replace(setup, share=None)
             context = context_of(setup, plan, command)
-            console.print(f"\nundecided: going on to {len(plan.seeds)} seeds")
+            console.print(f"\nundecided: continuing with {len(plan.seeds)} seeds")
 
 
 def chosen_controls(config: Mapping[str, Any], plan: AnalysisPlan, audit: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ def _is_identical(entry: Mapping[str, Any] | None) -> bool:
 
 
 def more_seeds(plan: AnalysisPlan, verdict: Mapping[str, Any]) -> int:
-    """How many seeds the next declared look needs; 0 where all is decided, or nothing within reach decides it."""
+    """Return how many seeds the next declared look adds; 0 if all is decided or no affordable number decides it."""
     if verdict["protocol"]["look"] >= verdict["protocol"]["looks"]:
         return 0
     advised = [entry["seeds_needed"] for entry in verdict["comparisons"] if entry["outcome"] == "inconclusive"]
@@ -105,15 +105,16 @@ def more_seeds(plan: AnalysisPlan, verdict: Mapping[str, Any]) -> int:
 
 
 def with_more_seeds(plan: AnalysisPlan, count: int) -> AnalysisPlan:
-    """The request over so many more seeds, the smallest that it does not have."""
+    """Return the plan with `count` more seeds, the smallest unused ones."""
     unused = (seed for seed in itertools.count() if seed not in plan.seeds)
     return replace(plan, seeds=(*plan.seeds, *itertools.islice(unused, count)))
 
 
 def train(setup: TrialSetup, plan: AnalysisPlan, folder: TrialFolder, recorder: Recorder) -> TrialSetup:
-    """Train the cells that the folder lacks; where memory runs out, once more with half as many at a time.
+    """Train the missing runs. If memory runs out, train them again with half as many at once.
 
-    Returns the setting that they were trained with.
+    Returns:
+        The setup that they were trained with.
     """
     with folder.training(setup.share or plan.seeds):
         while True:
@@ -127,22 +128,24 @@ def train(setup: TrialSetup, plan: AnalysisPlan, folder: TrialFolder, recorder: 
 
 
 def _halved(setup: TrialSetup, folder: TrialFolder, error: BaseException) -> TrialSetup:
-    """The setting with half as many runs at once, which the folder remembers, or as another job has it remember.
+    """Return the setup with half as many runs at once, and store that number in the folder.
+
+    If another job has stored a smaller number, that number is used.
 
     Raises:
-        UsageError: that was done before, or there is but one.
+        UsageError: the number was halved before, or it is 1.
     """
     fewer = folder.tile or setup.tile // 2
     if not 0 < fewer < setup.tile:
         line = f"out of memory while training {setup.tile} run(s) at once ({first_line(error)})"
         raise UsageError(f"{line}; lower batch_size or give trainer.tile={max(1, setup.tile // 2)}") from error
     folder.remember_tile(fewer)
-    console.print(f"out of memory with {setup.tile} runs at once; going on with {fewer}")
+    console.print(f"out of memory with {setup.tile} runs at once; continuing with {fewer}")
     return setup.with_tile(fewer)
 
 
 def _train(setup: TrialSetup, plan: AnalysisPlan, folder: TrialFolder, recorder: Recorder) -> None:
-    """Each tile's runs are recorded as soon as its cells are on disk."""
+    """Train the missing runs tile by tile; record each tile as soon as its cells are on disk."""
     share = setup.share
     mine = [replica for replica in all_wanted(plan) if not share or replica.seed in share]
     fingerprints = {replica: setup.fingerprint(replica) for replica in mine}
@@ -158,7 +161,7 @@ def _train(setup: TrialSetup, plan: AnalysisPlan, folder: TrialFolder, recorder:
     groups = [] if share == [] else find_checkpoints(folder.path, setup, fingerprints, missing)
     fresh = [replica for replica in to_train if not any(replica in group for group in groups)]
     groups += tiles(fresh, [*plan.losses, *plan.controls], setup.tile)
-    waiting: list[Cell] = []  # for the reference of their seed: their distance to it is recorded with them
+    waiting: list[Cell] = []  # until the reference of their seed is trained: their distance to it is recorded too
     with Progress(console, groups, setup) as progress:
         for group in groups:
             waiting += train_tile(setup, group, folder, [progress.callback()])

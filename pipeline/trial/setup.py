@@ -1,4 +1,4 @@
-"""A trial made ready from its configuration: objects in place of names, and a fingerprint for every cell."""
+"""The set-up of a trial: the objects that its configuration declares, and the fingerprint of every run."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from pipeline.training.module import Recipe
 from pipeline.training.objectives import Formulation, code_digest, probe
 from pipeline.verdict.plan import AnalysisPlan, TrialContext
 
-ENGINE_VERSION = 1  # raised whenever the bits of a cell change
+ENGINE_VERSION = 1  # raise it when the bits of a run change
 
-# Optimizers that update a weight by looking at it alone, so that replicas stacked in one tensor stay apart.
+# Optimizers that update each weight independently of the others, so that stacked replicas do not mix.
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16_mixed": torch.float32}
 
 
 def context_of(setup: TrialSetup, plan: AnalysisPlan, command: str) -> TrialContext:
-    """What the yardsticks of a setting mean."""
+    """Return what the metrics of a setup mean."""
     train = setup.data.splits["train"]
     if setup.data.soft_targets is None:
         frequencies = torch.bincount(setup.data.labels[train]).double() / len(train)
@@ -66,7 +66,7 @@ def context_of(setup: TrialSetup, plan: AnalysisPlan, command: str) -> TrialCont
 
 
 def check_resolution(plan: AnalysisPlan, setup: TrialSetup) -> None:
-    """An accuracy margin below two test examples could not be told from rounding."""
+    """Refuse an accuracy margin of less than two test examples."""
     examples = len(setup.data.splits["test"])
     margin = plan.margins.get("accuracy")
     if margin is not None and margin < 2 / examples:
@@ -77,7 +77,7 @@ def check_resolution(plan: AnalysisPlan, setup: TrialSetup) -> None:
 
 
 def check_truth(plan: AnalysisPlan, setup: TrialSetup) -> None:
-    """A yardstick that needs the truth decides nothing where it is not known."""
+    """Refuse a metric that needs P(y | x) if the dataset does not know it."""
     asked = [name for name in (*plan.primary, *plan.margins) if METRICS[name].needs_truth]
     if asked and setup.data.truth is None:
         raise UsageError(
@@ -87,7 +87,7 @@ def check_truth(plan: AnalysisPlan, setup: TrialSetup) -> None:
 
 
 def _spans(seeds: Sequence[int]) -> str:
-    """ "seed 7", "seeds 0-9" for a run of them, else a list."""
+    """Return "seed 7", "seeds 0-9" for consecutive seeds, else a list."""
     ordered = sorted(seeds)
     if len(ordered) == 1:
         return f"seed {ordered[0]}"
@@ -159,16 +159,16 @@ class TrialSetup:
 
     @property
     def _layout(self) -> dict[str, str]:
-        """The fast path of the loop engine changes bits, that of the fold engine does not."""
+        """The fast path of the loop engine changes bits; that of the fold engine does not."""
         return {"memory_format": "channels_last"} if self.engine == "loop" and self.fast else {}
 
     def fingerprint(self, replica: Replica) -> str:
         return conf.digest({**self.fingerprint_parts(replica.arm), "arm": replica.arm, "seed": replica.seed})
 
     def stack(self, replicas: list[Replica]) -> Stack:
-        """A stack of these replicas with their initial weights: equal bits for all arms of a seed.
+        """Return a stack of these replicas with their initial weights, equal in bits for all losses of a seed.
 
-        Where tiles are padded, copies of the last replica fill the rest.
+        If tiles are padded, copies of the last replica fill the stack.
         """
         seeds = [replica.seed for replica in replicas]
         if self.engine == "fold" and pads(self.device):
@@ -181,7 +181,7 @@ class TrialSetup:
 
 
 def build_setup(config: Mapping[str, Any]) -> TrialSetup:
-    """Load, build and probe everything once, so that what cannot work fails before anything is written.
+    """Load the data, build the model and call each loss once, before anything is written.
 
     Raises:
         UsageError: any part of the configuration cannot be trained.
@@ -240,7 +240,7 @@ def _engine(
     device: torch.device,
     has_single_example_batch: bool,
 ) -> tuple[str, str, int, bool]:
-    """Engine, reason, tile, fast path; they depend on the configuration alone, never on which runs are missing."""
+    """Return engine, reason, tile and fast path. They depend on the configuration, never on the missing runs."""
     requested, dtype = trainer["engine"], next(model.parameters()).dtype
     channels_last = trainer["fast"] and device.type == "cpu" and dtype == torch.float32 and gains_channels_last(model)
     if has_single_example_batch and requested == "fold":
@@ -264,7 +264,7 @@ def _engine(
 
 
 def _check_pairing(builder: ModelBuilder, model: nn.Module) -> None:
-    """The same seed must give the same initial bits, or there are no pairs."""
+    """Refuse a model whose initial bits differ when it is built twice with one seed."""
     first, again = model.state_dict(), builder(0).state_dict()
     unequal = [name for name in first if not torch.equal(first[name], again[name])]
     if unequal:
