@@ -177,7 +177,7 @@ def trials(folder: Path) -> Iterator[tuple[str, str, Path, Mapping[str, Any]]]:
         found = {}
         for statement in sorted((folder / setting).glob("*/trial.yaml")):
             identity = yaml.safe_load(statement.read_text())
-            found[identity.get("vary", conf.UNNAMED["vary"])] = (statement.parent, identity)
+            found[identity.get("vary", conf.VARY_ALL)] = (statement.parent, identity)
         for vary in VARIES:
             if vary not in found:
                 raise UsageError(f"{folder / setting} has no trial with vary={vary}; run the README's commands first")

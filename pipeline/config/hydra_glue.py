@@ -27,8 +27,8 @@ NO_OPTION = "a group cannot be null or a number; give the name of one of its fil
 def run_entry_point(main: Callable[[], object]) -> None:
     """Call a Hydra entry point and exit with the worst exit code of its jobs.
 
-    By default, Hydra ends with exit code 1 after any error. Here a configuration that cannot be composed is a wrong
-    request.
+    Hydra turns every error into exit code 1 unless it is asked for the full error. Here a configuration that does not
+    compose is a wrong request (exit code 2).
     """
 
     def compose_and_run() -> ExitCode:
@@ -41,14 +41,14 @@ def run_entry_point(main: Callable[[], object]) -> None:
     try:
         code = run_and_report(compose_and_run)
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        print("interrupted; finished runs are kept, the same command continues", file=sys.stderr)
         code = ExitCode.INTERRUPTED
     sys.exit(code)
 
 
 @contextmanager
 def hydra_errors_as_usage_errors() -> Iterator[None]:
-    """Whatever Hydra finds wrong with the request is a `UsageError`; anything else passes."""
+    """Turn Hydra's errors about the request into `UsageError`; let any other error pass."""
     try:
         yield
     except Exception as error:
@@ -58,7 +58,7 @@ def hydra_errors_as_usage_errors() -> Iterator[None]:
 
 
 def _blames_the_request(error: Exception) -> bool:
-    """Hydra's own kinds of error, and the plain ones that it raises here and there."""
+    """Whether an error is Hydra's own kind, or a plain one that Hydra raised."""
     if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
         return True
     trace = error.__traceback__
@@ -69,7 +69,7 @@ def _blames_the_request(error: Exception) -> bool:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an exception says, and for Hydra's also what caused it, without line breaks."""
+    """Return the message of an exception in one line, with the cause of a Hydra error."""
     match error:
         case MissingConfigException(missing_cfg_file=str(path)) if "/" in path:
             return _unknown_option(error, *path.rsplit("/", 1))
@@ -102,13 +102,13 @@ def _with_cause(error: BaseException) -> str:
 
 
 def _unknown_option(error: MissingConfigException, group: str, name: str) -> str:
-    """Hydra lists the options only where one is chosen, not where a list of them is."""
+    """Return a line with the options. Hydra itself lists them for a single choice only, not for a list."""
     options = sorted(error.options or _options_in(group, str(error)))
     return f"{group}={name}: no such option; there is {', '.join(options)}{did_you_mean(name, options)}"
 
 
 def _options_in(group: str, message: str) -> set[str]:
-    """The files of a group in the folders that Hydra says it has searched."""
+    """Return the files of a group in the folders that Hydra's message names."""
     folders = (Path(path) for path in re.findall(r"path=file://(.+)", message))
     return {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
 
@@ -117,7 +117,23 @@ def _of_override(error: BaseException) -> bool:
     return str(error).startswith(("Could not override", "Error merging override"))
 
 
+PROTOCOL_KEYS = ("alpha", "looks", "max_seeds", "controls", "vary")  # top-level keys of earlier versions
+REMOVED_KEYS = {
+    "until": "seeds are added where protocol.max_seeds is set, for example protocol.max_seeds=40 protocol.looks=2",
+    "rank_test": "the test is a function of the library, likelihood_lab.stats.trajectory.rank_test",
+}
+
+
+def moved_key(key: str) -> str | None:
+    """Return a line with the new name of a key of an earlier version; None for any other key."""
+    if key in PROTOCOL_KEYS:
+        return f"the key '{key}' is now protocol.{key}"
+    return f"the key '{key}' is gone: {REMOVED_KEYS[key]}" if key in REMOVED_KEYS else None
+
+
 def _unknown_key(error: OmegaConfBaseException) -> str:
+    if line := moved_key(str(error.full_key)):
+        return line
     parent, _, key = str(error.full_key).rpartition(".")
     known = [str(name) for name in error.parent_node if name != "hydra"]
     takes = f"{parent} takes" if parent else "the keys are"
@@ -134,10 +150,10 @@ def _sweep_without_multirun(message: str) -> str | None:
 
 
 class DeferredOutputDir(Callback):
-    """Keeps Hydra from making the folder for a request that is then refused.
+    """Callback that stops Hydra from creating the output folder of a request that is later refused.
 
-    Hydra makes `hydra.run.dir` before it calls the task. It is told to stay where it is, and the task finds
-    the folder that was asked for in `hydra.callbacks.deferred_output_dir.asked`.
+    Hydra creates `hydra.run.dir` before it calls the task. The callback sets that key to the current folder and stores
+    the requested folder in `hydra.callbacks.deferred_output_dir.asked`, where the task reads it.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
@@ -148,12 +164,12 @@ class DeferredOutputDir(Callback):
 
 
 def is_multirun(settings: HydraConf) -> bool:
-    """Whether the job at hand is one of several."""
+    """Whether this job is one of a multirun."""
     return settings.mode is not None and settings.mode.name == "MULTIRUN"
 
 
 def folder_of(settings: HydraConf) -> Path:
-    """The folder that was asked for: Hydra makes a swept job's, a single request makes its own."""
-    late = settings.callbacks.get("deferred_output_dir")  # whoever takes it away has Hydra make the folder
-    asked = settings.runtime.output_dir if is_multirun(settings) or late is None else late["asked"]
-    return Path(str(asked)).absolute()
+    """Return the output folder. Hydra creates that of a job in a multirun; a single request creates its own."""
+    deferred = settings.callbacks.get("deferred_output_dir")  # None if the user removed it: Hydra created the folder
+    folder = settings.runtime.output_dir if is_multirun(settings) or deferred is None else deferred["asked"]
+    return Path(str(folder)).absolute()

@@ -1,4 +1,4 @@
-"""The schema of every configuration group, and what a configuration says: seeds, reference, expectations."""
+"""The schema of every configuration group, and the meaning of keys that have several forms."""
 
 from __future__ import annotations
 
@@ -69,21 +69,25 @@ class Controls(Enum):
     none = "none"
 
 
-class Until(Enum):
-    all = "all"
-    decided = "decided"
-
-
 @dataclass
 class TrainerConf:
     accelerator: Accelerator = Accelerator.auto
     engine: Engine = Engine.auto
-    tile: int | None = None  # replicas trained at once; null: a static rule
+    tile: int | None = None  # runs trained at once; null: a rule decides
     threads: int = 1
-    fast: bool = True  # fast paths, wherever they give the same bits; see docs/speed.md
+    fast: bool = True  # use fast paths that give the same bits; see docs/speed.md
     inner_steps: int = 11  # optimizer steps in one Lightning training_step
-    checkpoint_every: float | None = 60.0  # seconds between what a killed stack goes on from; null: never kept
+    checkpoint_every: float | None = 60.0  # seconds between checkpoints of a tile; null: no checkpoints
     progress: bool = True
+
+
+@dataclass
+class ProtocolConf:
+    alpha: float = 0.05
+    looks: int = 1
+    max_seeds: int | None = None  # null: the given seeds alone
+    controls: Controls = Controls.auto
+    vary: Vary = Vary.all
 
 
 @dataclass
@@ -102,8 +106,7 @@ class TrainConf:
     trainer: TrainerConf = field(default_factory=TrainerConf)
     tracking: TrackingConf = field(default_factory=TrackingConf)
     seed: Any = 0  # an integer or a list of integers
-    share: Any = None  # of a trial that several jobs train: this job's seeds, none of them to conclude
-    vary: Vary = Vary.all
+    share: Any = None  # internal, set by the sweeper: the seeds that this job trains; an empty list: conclude only
     reference: str | None = None  # null: ce, or the first loss where ce is not chosen
     epochs: int = 30
     batch_size: int = 64
@@ -113,13 +116,8 @@ class TrainConf:
     clip_norm: float | None = None
     about: About = About.objective
     expect: Any = None  # same, or {loss: word}
-    alpha: float = 0.05
-    looks: int = 1
-    until: Until = Until.all
-    max_seeds: int = 100
+    protocol: ProtocolConf = field(default_factory=ProtocolConf)
     audit: bool = True
-    controls: Controls = Controls.auto
-    rank_test: int = 0
 
 
 @dataclass
@@ -139,20 +137,19 @@ class AuditConf:
     jobs: int = 2
 
 
-# What names a trial: all that shapes its numbers, but neither losses nor seeds, which may be added later.
+# Keys that name a trial: all that decide its numbers. Losses and seeds are left out, since they may be added later.
 IDENTITY = (
-    "model", "dataset", "optimizer", "epochs", "batch_size", "precision", "schedule", "warmup_steps",
-    "clip_norm", "vary",
+    "model", "dataset", "optimizer", "epochs", "batch_size", "precision", "schedule", "warmup_steps", "clip_norm",
 )  # fmt: skip
-UNNAMED = {"vary": "all"}  # values that leave a trial the name that it had before there was the key
-# What names an audit.
+VARY_ALL = "all"  # the value of protocol.vary that is left out of a trial's identity
+# Keys that name an audit.
 AUDIT_IDENTITY = ("loss", "reference", "dtype", "device", "ignore_index", "soft_targets", "tokens", "num_classes")
 # Keys of conf/dataset/*.yaml that the loader does not receive.
 DATASET_PROTOCOL = ("margins", "primary", "dose")
 
 
 def register() -> None:
-    """Make the schema and the resolver known to Hydra; safe to call again."""
+    """Register the schema and the resolvers with Hydra. Calling it again is safe."""
     ConfigStore.instance().store(name="schema", node=TrainConf)
     ConfigStore.instance().store(name="audit_schema", node=AuditConf)
     OmegaConf.register_new_resolver("trial_name", _trial_name, replace=True)
@@ -160,36 +157,37 @@ def register() -> None:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as ordinary Python values."""
+    """Return the resolved configuration as plain Python values."""
     return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What names a plain configuration's trial; margins belong to the verdict, not to the numbers."""
-    kept = {key: config[key] for key in IDENTITY if key not in UNNAMED or config[key] != UNNAMED[key]}
+    """Return the part of a plain configuration that names its trial. Margins are left out: they decide no number."""
+    kept = {key: config[key] for key in IDENTITY}
     kept["dataset"] = {k: v for k, v in config["dataset"].items() if k not in DATASET_PROTOCOL}
-    return kept
+    vary = config["protocol"]["vary"]
+    return kept if vary == VARY_ALL else kept | {"vary": vary}
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of the value's canonical JSON."""
+    """Return the SHA-256 of the value's canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def short_name(target: str) -> str:
-    """The last part of a dotted path: `pipeline.models.mlp` is mlp."""
+    """Return the last part of a dotted path: `mlp` for `pipeline.models.mlp`."""
     return target.rpartition(".")[2]
 
 
 def trial_name(config: Mapping[str, Any]) -> str:
-    """A stable folder name made from the configuration, such as digits-mlp-1f2e3d4c."""
+    """Return a stable folder name made from the configuration, such as digits-mlp-1f2e3d4c."""
     words = [short_name(str(config[group].get("_target_", group))) for group in ("dataset", "model")]
     return "-".join([*words, digest(identity(config))[:8]])
 
 
 def _trial_name(*, _root_: DictConfig) -> str:
-    return trial_name(plain(OmegaConf.create({key: _root_[key] for key in IDENTITY})))
+    return trial_name(plain(OmegaConf.create({key: _root_[key] for key in (*IDENTITY, "protocol")})))
 
 
 def _audit_name(*, _root_: DictConfig) -> str:
@@ -197,11 +195,11 @@ def _audit_name(*, _root_: DictConfig) -> str:
     return f"audit-{digest(asked)[:8]}"
 
 
-# --- what the keys with several forms mean
+# --- keys with several forms
 
 
 def seeds_of(config: Mapping[str, Any]) -> list[int]:
-    """The seeds as a list: distinct integers from 0 to 2**32 - 1."""
+    """Return the seeds as a list of distinct integers from 0 to 2**32 - 1."""
     seeds = config["seed"] if isinstance(config["seed"], list) else [config["seed"]]
     if not seeds:
         raise UsageError("seed is empty; give an integer or a list such as seed=[0,1,2]")
@@ -215,7 +213,10 @@ def seeds_of(config: Mapping[str, Any]) -> list[int]:
 
 
 def share_of(config: Mapping[str, Any]) -> list[int] | None:
-    """The seeds that this job trains of a trial that several jobs share; none of them: it concludes. None: all."""
+    """Return the seeds that this job trains, if several jobs share the trial.
+
+    An empty list means that the job only writes the verdict; None means that it trains all seeds.
+    """
     share = config["share"]
     if share is None:
         return None
@@ -226,7 +227,7 @@ def share_of(config: Mapping[str, Any]) -> list[int] | None:
 
 
 def reference_of(config: Mapping[str, Any]) -> str:
-    """The loss that the others are compared with."""
+    """Return the name of the loss that the others are compared with."""
     chosen, reference = list(config["loss"]), config["reference"]
     if reference is None:
         return "ce" if "ce" in chosen else str(chosen[0])
@@ -242,7 +243,7 @@ VERDICTS = (
 
 
 def expectations_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """What the user expects of each loss, by name; empty where nothing is asserted."""
+    """Return the expected word of each loss, by name; empty if nothing is expected."""
     reference, expect = reference_of(config), config["expect"]
     candidates = [name for name in config["loss"] if name != reference]
     if expect is None:

@@ -1,4 +1,4 @@
-"""Calls that a configuration declares: a dotted `_target_` and its keywords, against its signature."""
+"""Checks of declared calls: a dotted `_target_` and its keywords against the signature."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from likelihood_lab.errors import UsageError, did_you_mean, first_line
 
 
 class BrokenImportError(UsageError):
-    """A module that is there, but raises while it is imported."""
+    """The module exists, but raises an error while it is imported."""
 
 
 Parameters = Mapping[str, inspect.Parameter]
@@ -31,7 +31,7 @@ MOVED = {
 
 
 def locate(key: str, target: Any) -> Any:
-    """The callable behind a dotted path; `key` is where the configuration names it."""
+    """Return the callable behind a dotted path; `key` is the configuration key that names it."""
     parts = target.split(".") if isinstance(target, str) else []
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise UsageError(f"{key}._target_={target!r}; give a dotted path such as torch.nn.CrossEntropyLoss")
@@ -47,7 +47,7 @@ def locate(key: str, target: Any) -> Any:
 
 
 def _owner(key: str, path: str) -> ModuleType | type:
-    """A module, or a class inside one."""
+    """Return the module of that path, or the class inside a module."""
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
@@ -61,19 +61,19 @@ def _owner(key: str, path: str) -> ModuleType | type:
             raise UsageError(line) from error
         line = f"{key}._target_: cannot import {path} ({first_line(error)}); check spelling and PYTHONPATH"
         raise UsageError(line) from error
-    except Exception as error:  # whatever a user's module does while it is imported
+    except Exception as error:  # the module of a user may raise anything
         said = f"{type(error).__name__}: {first_line(error)}"
         raise BrokenImportError(f"{key}._target_: importing {path} failed: {said}") from error
 
 
 def check_call(key: str, declared: Any, given: Sequence[str] = (), complete: bool = True) -> None:
-    """Refuse keywords that the target does not take, values of another type than it says, and missing ones.
+    """Refuse unknown keywords, values of a wrong type, and missing keywords.
 
-    The target's own signature is the schema, so a user's class is checked as closely as the pipeline's own.
+    The signature of the target is the schema, so a class of the user is checked like the pipeline's own.
 
     Args:
-        given: what the caller adds, or keeps to itself.
-        complete: whether everything required has to be there; not so for a function that is called later.
+        given: keywords that the caller adds, or does not pass on.
+        complete: whether all required keywords must be present; false for a function that is called later.
     """
     if not isinstance(declared, Mapping) or "_target_" not in declared:
         raise UsageError(f"{key} declares no _target_; give a dotted path such as torch.nn.CrossEntropyLoss")
@@ -81,7 +81,7 @@ def check_call(key: str, declared: Any, given: Sequence[str] = (), complete: boo
     keywords = {k: v for k, v in declared.items() if k not in given and not str(k).startswith("_")}
     try:
         parameters = inspect.signature(target).parameters
-    except ValueError:  # a built-in without a signature: its own call will tell
+    except ValueError:  # a built-in without a signature: calling it will show the error
         return
     name = declared["_target_"]
     _check_known(key, name, keywords, {k: p for k, p in parameters.items() if k not in given})
@@ -108,7 +108,7 @@ def _check_types(key: str, target: Callable[..., Any], keywords: Mapping[str, An
     owner = target.__init__ if inspect.isclass(target) else target
     try:
         hints = typing.get_type_hints(owner)
-    except Exception:  # annotations that name what is not imported: nothing to check
+    except Exception:  # annotations that name something not imported: nothing to check
         return
     for word, value in keywords.items():
         if isinstance(value, float) and math.isnan(value):
@@ -120,13 +120,13 @@ def _check_types(key: str, target: Callable[..., Any], keywords: Mapping[str, An
 
 
 def _complaint(hint: Any, value: Any) -> str | None:
-    """Why a value from a YAML file is not of the annotated type; None where it is or nobody can tell."""
+    """Return why a value from a YAML file is not of the annotated type; None if it is, or if that is unknown."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
     from pydantic.errors import PydanticUserError
 
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-        # Strict, so that "3" is no number; JSON, so that a list may stand for a tuple.
+        # Strict: "3" is not a number. JSON: a list may stand for a tuple.
         adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         problems = error.errors()
@@ -134,6 +134,6 @@ def _complaint(hint: Any, value: Any) -> str | None:
             return None
         said = problems[0]["msg"]
         return said[0].lower() + said[1:]
-    except (PydanticUserError, TypeError):  # a type that pydantic does not know, a value that JSON does not
+    except (PydanticUserError, TypeError):  # pydantic does not know the type, or JSON not the value
         return None
     return None

@@ -1,4 +1,4 @@
-"""The checks of a composed configuration that Hydra itself does not make."""
+"""Checks of a composed configuration beyond those of Hydra."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from likelihood_lab.errors import UsageError, did_you_mean
 from pipeline.config import schema as conf
-from pipeline.config.hydra_glue import in_one_line
+from pipeline.config.hydra_glue import in_one_line, moved_key
 from pipeline.config.targets import check_call, locate
 from pipeline.replica import is_control
 from pipeline.text import without_password
 
 Plain = Mapping[str, Any]
 
-# The least and the most that a number may be; the most is far beyond use, and short of what a machine can stand.
+# Smallest and largest value of each number. The largest is far beyond any use, but does not exhaust a machine.
 LIMITS = {
-    "epochs": (1, 10**9), "batch_size": (1, 10**9), "warmup_steps": (0, 10**9), "max_seeds": (2, 10**6),
-    "looks": (1, 1000), "rank_test": (0, 1000), "trainer.threads": (1, 1024), "trainer.inner_steps": (1, 10**6),
-    "trainer.tile": (1, 4096), "trainer.checkpoint_every": (0, 10**9),
+    "epochs": (1, 10**9), "batch_size": (1, 10**9), "warmup_steps": (0, 10**9),
+    "protocol.max_seeds": (2, 10**6), "protocol.looks": (1, 1000), "trainer.threads": (1, 1024),
+    "trainer.inner_steps": (1, 10**6), "trainer.tile": (1, 4096), "trainer.checkpoint_every": (0, 10**9),
 }  # fmt: skip
 
-MOST_CLASSES = 2**18  # of a batch of an audit: the largest vocabularies have as many; 300 such rows take 0.6 GB
+MOST_CLASSES = 2**18  # classes in an audit: as many as the largest vocabularies; 300 such rows take 0.6 GB
 
-# What the pipeline adds when it calls each group's target, or keeps to itself.
+# Keywords that the pipeline adds when it calls the target of a group, or does not pass on.
 GIVEN_BY_PIPELINE = {
     "model": ("input_shape", "num_classes"),
     "dataset": conf.DATASET_PROTOCOL,
@@ -41,7 +41,7 @@ GIVEN_BY_PIPELINE = {
 
 
 def validate(cfg: DictConfig) -> None:
-    """Refuse a composed configuration that could not be trained, in one line, before anything is written.
+    """Refuse a configuration that cannot be trained, in one line, before anything is written.
 
     Raises:
         UsageError: always with the key, the value and what to give instead.
@@ -61,14 +61,16 @@ def validate(cfg: DictConfig) -> None:
         raise UsageError(f"dataset.dose={dose!r}; give a number from -1 to 1000: the logits are multiplied by 1 + dose")
     for name, loss in config["loss"].items():
         if is_control(name):
-            raise UsageError(f"loss.{name} bears the name of a control that trials add by themselves; rename it")
+            raise UsageError(f"loss.{name} has the name of a control that trials add by themselves; rename it")
         validate_loss(f"loss.{name}", loss)
     for group, given in GIVEN_BY_PIPELINE.items():
         check_call(group, config[group], given)
 
 
 def validate_audit(cfg: DictConfig) -> None:
-    """The same for an audit; of the losses only the form is checked: each is found and imported in its own child.
+    """Refuse the configuration of an audit that cannot run.
+
+    Only the form of the losses is checked. Each loss is imported later in its own subprocess.
 
     Raises:
         UsageError: always with the key, the value and what to give instead.
@@ -100,7 +102,7 @@ def validate_audit(cfg: DictConfig) -> None:
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration without Hydra's own, resolved under its schema, with every value given."""
+    """Return the resolved configuration without Hydra's own part; refuse missing values."""
     own = cfg.copy()
     with open_dict(own):
         own.pop("hydra", None)
@@ -113,15 +115,18 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check_keys(config: Plain) -> None:
-    """Hydra lets `+key=value` add any key and `~key` take any away."""
+    """Refuse keys added by `+key=value` and keys removed by `~key`, which Hydra allows."""
     _check_fields("", config, conf.TrainConf.__dataclass_fields__)
     _check_fields("trainer.", config["trainer"], conf.TrainerConf.__dataclass_fields__)
+    _check_fields("protocol.", config["protocol"], conf.ProtocolConf.__dataclass_fields__)
     _check_tracking(config["tracking"])
 
 
 def _check_fields(prefix: str, given: Plain, known: Iterable[str]) -> None:
     known = list(known)
     for key in (key for key in given if key not in known):
+        if line := moved_key(f"{prefix}{key}"):
+            raise UsageError(line)
         keys = f"{prefix.rstrip('.')} takes" if prefix else "the keys are"
         raise UsageError(f"unknown key '{prefix}{key}'{did_you_mean(key, known)}; {keys}: {', '.join(known)}")
     for key in (key for key in known if key not in given):
@@ -129,7 +134,7 @@ def _check_fields(prefix: str, given: Plain, known: Iterable[str]) -> None:
 
 
 def _check_tracking(tracking: Plain) -> None:
-    """A configuration is shown, stored and handed to launchers: it holds no secret."""
+    """Refuse a password in the configuration, which is shown, stored and given to launchers."""
     _check_fields("tracking.", tracking, conf.TrackingConf.__dataclass_fields__)
     uri = tracking["uri"] or ""
     if (safe := without_password(uri)) != uri:
@@ -140,16 +145,18 @@ def _check_tracking(tracking: Plain) -> None:
 
 
 def _check_numbers(config: Plain) -> None:
-    values = {**config, **{f"trainer.{key}": value for key, value in config["trainer"].items()}}
+    groups = {f"{group}.{key}": value for group in ("trainer", "protocol") for key, value in config[group].items()}
+    values = {**config, **groups}
     for key, (least, most) in LIMITS.items():
         if values[key] is not None and not least <= values[key] <= most:
             raise UsageError(f"{key}={values[key]}; it must be at least {least} and at most {most}")
-    if config["rank_test"] == 1:
-        raise UsageError("rank_test=1; give at least 2 copies of the reference (9 is usual), or 0")
-    if config["until"] == "decided" and config["looks"] < 2:
-        raise UsageError("until=decided looks at the data more than once; declare how often, for example looks=2")
-    if not 0 < config["alpha"] < 0.5:
-        raise UsageError(f"alpha={config['alpha']}; it must lie between 0 and 0.5")
+    alpha, looks, max_seeds = (config["protocol"][key] for key in ("alpha", "looks", "max_seeds"))
+    if max_seeds is not None and looks < 2:
+        raise UsageError(
+            f"protocol.max_seeds={max_seeds} adds seeds at further looks; declare the looks, such as protocol.looks=2"
+        )
+    if not 0 < alpha < 0.5:
+        raise UsageError(f"protocol.alpha={alpha}; it must lie between 0 and 0.5")
     if config["clip_norm"] is not None and not 0 < config["clip_norm"] < math.inf:
         raise UsageError(f"clip_norm={config['clip_norm']}; give a positive number, or null for no clipping")
 
@@ -158,9 +165,9 @@ def _check_numbers(config: Plain) -> None:
 
 
 def chosen_files(group: str) -> dict[str, list[Path]]:
-    """The options of a group that the job at hand has chosen, with their files; empty outside Hydra.
+    """Return the chosen options of a group with their files; empty outside a Hydra job.
 
-    Of several files of one name Hydra reads the first.
+    If several files have one name, Hydra reads the first.
     """
     if not (HydraConfig.initialized() and GlobalHydra.instance().is_initialized()):
         return {}
@@ -177,7 +184,7 @@ def chosen_files(group: str) -> dict[str, list[Path]]:
 
 
 def _check_files(chosen: Mapping[str, list[Path]]) -> None:
-    """A loss bears its file's name: under another it would silently replace the loss of that name."""
+    """Refuse a loss with another name than its file, which would silently replace the loss of that name."""
     for stem, files in chosen.items():
         for file in files[1:]:
             raise UsageError(f"{file} is hidden by {files[0]}; give it, and the key in it, another name")
@@ -188,7 +195,7 @@ def _check_files(chosen: Mapping[str, list[Path]]) -> None:
 
 
 def validate_loss(key: str, loss: Any) -> None:
-    """Refuse a loss that could not be called: its module is imported, its keywords are compared with its signature.
+    """Refuse a loss that cannot be called. Imports its module and compares its keywords with its signature.
 
     Raises:
         UsageError: always with the key, the value and what to give instead.
@@ -214,7 +221,7 @@ def _check_form(key: str, loss: Any) -> None:
 
 
 def _check_partial(key: str, target: Any, fn: Plain) -> None:
-    """A class is called to make the loss; a function that takes the batch is the loss."""
+    """Refuse a class with `_partial_` (calling it makes the loss) and a function without (it is the loss)."""
     if inspect.isclass(target) and fn.get("_partial_"):
         raise UsageError(f"{key}: {fn['_target_']} is a class, which makes the loss; remove `_partial_`")
     if inspect.isroutine(target) and not fn.get("_partial_"):
@@ -235,7 +242,7 @@ def _check_args(key: str, args: Any) -> None:
     if isinstance(args, str):
         raise UsageError(f"{key}={args}; give a list: [{args}]")
     if {"hidden", "weight", "bias"} & set(args) and not {"hidden", "weight"} <= set(args):
-        raise UsageError(f"{key}={list(args)}: a fused loss takes hidden and weight, both")
+        raise UsageError(f"{key}={list(args)}: a fused loss takes both hidden and weight")
 
 
 # --- margins
@@ -252,11 +259,11 @@ def _check_margins(dataset: Plain) -> None:
         raise UsageError(f"dataset.primary={primary!r}; give a list such as [nll,accuracy]")
     for metric, margin in margins.items():
         if metric not in METRICS:
-            raise UsageError(f"dataset.margins names '{metric}'; the yardsticks are {', '.join(METRICS)}")
+            raise UsageError(f"dataset.margins names '{metric}'; the metrics are {', '.join(METRICS)}")
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < math.inf:
             raise UsageError(f"dataset.margins.{metric}={margin!r}; a margin is a positive number")
     for metric in primary:
         if metric not in [*METRICS]:
-            raise UsageError(f"dataset.primary names '{metric}'; the yardsticks are {', '.join(METRICS)}")
+            raise UsageError(f"dataset.primary names '{metric}'; the metrics are {', '.join(METRICS)}")
         if margins and metric not in margins:
             raise UsageError(f"dataset.primary names '{metric}', which has no margin in dataset.margins")

@@ -1,13 +1,13 @@
-"""What a trial takes of memory and disk, known before it starts: it splits itself to fit, or is refused.
+"""Memory and disk that a trial needs, computed before it starts: its tile is reduced to fit, or it is refused.
 
-A replica in training keeps, in bytes:
+A replica in training needs, in bytes:
 
-    parameters x (2 + states)   the weights, their gradient, and what the optimizer keeps for each of them
-    + 2 x kept                  what the forward pass on one batch keeps for the backward pass, and as much in gradients
+    parameters x (2 + states)   the weights, their gradient, and the numbers that the optimizer keeps for each weight
+    + 2 x saved                 the tensors that the forward pass saves for the backward pass, and as much in gradients
     + buffers
 
-and a stack keeps that for each replica of its tile, beside the data. On disk a run is its weights twice, in its cell
-and as a checkpoint, and about 140 kB of history, sketches and logits.
+A stack needs that for each replica of its tile, and the data. On disk a run takes its weights twice, in its cell and as
+a checkpoint, and about 140 kB of history, sketches and logits.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pipeline.text import in_words
 from pipeline.trial.setup import TrialSetup
 
 HISTORY_BYTES = 140_000
-USABLE = 0.7  # of a machine's memory: a ResNet-18 was seen to take 1.4 times what the formula says, MLPs .9
-PROBED = (2, 4)  # rows of the two batches whose difference tells what a row costs
+USABLE = 0.7  # share of the memory; measured use over this formula: 1.4 for ResNet-18, 0.9 for MLPs
+PROBED = (2, 4)  # rows of two batches; their difference gives the bytes of one row
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes: of one replica in training, of the data, of the machine or its GPU, and of one run on disk."""
+    """Bytes of one replica in training, of the data, of the memory (machine or GPU), and of one run on disk."""
 
     replica: int
     data: int
@@ -41,12 +41,12 @@ class Budget:
     run: int
 
     def of(self, tile: int) -> int:
-        """Memory of a stack of so many replicas, with the data."""
+        """Return the memory of a stack of `tile` replicas, with the data."""
         return self.data + tile * self.replica
 
 
 def budget_of(setup: TrialSetup) -> Budget:
-    """Measured on one plain module and two batches of a few rows."""
+    """Compute the budget from one plain module and two batches of a few rows."""
     module = setup.builder(0).to(setup.device, setup.dtype).train()
     weights = sum(_bytes(module.parameters()))
     states = _states(setup.recipe.make_optimizer)
@@ -62,7 +62,7 @@ def budget_of(setup: TrialSetup) -> Budget:
 
 
 def shrink_tile_to_memory(setup: TrialSetup) -> TrialSetup:
-    """The setting with its tile halved until a stack fits into the machine.
+    """Return the setup with its tile halved until a stack fits into memory.
 
     Raises:
         UsageError: not even one run fits.
@@ -81,11 +81,7 @@ def shrink_tile_to_memory(setup: TrialSetup) -> TrialSetup:
 
 
 def check_disk(budget: Budget, missing: int, folder: Path) -> None:
-    """Refuse a trial whose missing runs would fill the disk.
-
-    Raises:
-        UsageError: they would.
-    """
+    """Raise `UsageError` if the missing runs would fill the disk."""
     needed, free = missing * budget.run, shutil.disk_usage(folder).free
     if needed > free:
         raise UsageError(
@@ -99,7 +95,7 @@ def _bytes(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def _states(make_optimizer: Callable[..., torch.optim.Optimizer]) -> int:
-    """How many numbers an optimizer keeps for each weight."""
+    """Return how many numbers an optimizer keeps for each weight."""
     weight = nn.Parameter(torch.zeros(3))
     optimizer = make_optimizer([weight])
     weight.grad = torch.ones_like(weight)
@@ -109,20 +105,20 @@ def _states(make_optimizer: Callable[..., torch.optim.Optimizer]) -> int:
 
 
 def _kept(module: nn.Module, shape: tuple[int, ...], batch_size: int) -> int:
-    """Bytes that the backward pass needs of a whole batch, from what it needs of two small ones.
+    """Return the bytes that the backward pass needs of a batch, extrapolated from two small batches.
 
-    Asked without data, on torch's `meta` device, where the model's own code allows it.
+    The batches have no data (torch's `meta` device) if the code of the model allows it.
     """
     try:
         few, more = (_saved(module, shape, rows, torch.device("meta")) for rows in PROBED)
-    except Exception:  # whatever a user's model does that needs numbers
+    except Exception:  # a model whose code needs numbers
         few, more = (_saved(module, shape, rows, next(module.parameters()).device) for rows in PROBED)
     a_row = (more - few) / (PROBED[1] - PROBED[0])
     return int(few + a_row * (batch_size - PROBED[0]))
 
 
 def _saved(module: nn.Module, shape: tuple[int, ...], rows: int, device: torch.device) -> int:
-    """Bytes of the tensors that autograd saves in one forward pass, but for the parameters themselves."""
+    """Return the bytes of the tensors that autograd saves in one forward pass, without the parameters."""
     scratch = copy.deepcopy(module).to(device)  # its running statistics may move
     own = {parameter.untyped_storage()._cdata for parameter in scratch.parameters()}
     seen: dict[int, int] = {}
@@ -140,7 +136,7 @@ def _saved(module: nn.Module, shape: tuple[int, ...], rows: int, device: torch.d
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes of the GPU, or of the machine and what its container may use of it."""
+    """Return the bytes of the GPU, or of the machine within the limit of its container."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     total: int = int(psutil.virtual_memory().total)

@@ -17,24 +17,24 @@ from pipeline.replica import Replica
 from pipeline.training.module import StackTrainingModule
 from pipeline.trial.setup import TrialSetup
 
-PROBE = 5.0  # seconds of training by which all of it is estimated
-LONG = 60.0  # seconds that are worth a line
+PROBE = 5.0  # seconds of training from which the whole time is estimated
+LONG = 60.0  # seconds; a shorter training prints no estimate
 
 
 def announce_time(seconds: float, runs: int) -> None:
-    """What a long training is going to take."""
+    """Print an estimate of the time of a long training."""
     if seconds > LONG:
         taken = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-        console.print(f"about {taken} to train {runs} runs, if they go on at the pace of the first seconds")
+        console.print(f"about {taken} to train {runs} runs, at the pace of the first seconds")
 
 
 class Progress:
-    """One bar over all epochs of all tiles; silent where the configuration or the terminal says so."""
+    """Progress bar over all epochs of all tiles; hidden if the configuration or the terminal says so."""
 
     def __init__(self, console: Console, groups: Sequence[Sequence[Replica]], setup: TrialSetup) -> None:
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        alone = setup.config["share"] is None  # bars of several jobs would overwrite each other
-        silent = not (alone and setup.config["trainer"]["progress"] and console.is_terminal)
+        alone = setup.share is None  # the bars of several jobs would overwrite each other
+        silent = not (alone and setup.trainer["progress"] and console.is_terminal)
         news = TextColumn("{task.fields[news]}")
         self.bars = Bars(*columns, news, console=console, disable=silent, transient=True)
         self.task = self.bars.add_task("", total=len(groups) * setup.recipe.epochs, news="")
@@ -50,12 +50,12 @@ class Progress:
         self.bars.stop()
 
     def callback(self) -> pl.Callback:
-        """For one tile's training."""
+        """Return the Lightning callback for one tile."""
         return _EpochNews(self)
 
 
 class _EpochNews(pl.Callback):
-    """Tells of an epoch when the next begins: `on_train_epoch_end` comes before the module has measured."""
+    """Updates the bar when the next epoch begins: `on_train_epoch_end` is called before the metrics are computed."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress

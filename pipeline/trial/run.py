@@ -1,4 +1,4 @@
-"""One trial from configuration to exit code: train what is missing, tell MLflow, conclude from the cells."""
+"""One trial from configuration to exit code: train the missing runs, record them in MLflow, conclude."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from likelihood_lab.errors import UsageError, first_line, is_out_of_memory
 from pipeline.config import schema as conf
 from pipeline.console import console
 from pipeline.entry import ExitCode
-from pipeline.replica import BY_PRECISION, DOSE, REPLAY, Replica, ranked_arms
+from pipeline.replica import BY_PRECISION, DOSE, REPLAY, Replica
 from pipeline.storage.cells import Cell, TrialFolder
 from pipeline.tracking.mlflow_store import Run
 from pipeline.tracking.recorder import Recorder, tracker_of
 from pipeline.tracking.runs import cell_run
-from pipeline.trial.audit_step import ask_at_weights, ask_audit, read_audit
+from pipeline.trial.audit_step import TrialAudit
 from pipeline.trial.budget import budget_of, check_disk, shrink_tile_to_memory
 from pipeline.trial.conclude import all_wanted, conclude, read_cells
 from pipeline.trial.console import announce, announce_budget
@@ -30,11 +30,11 @@ from pipeline.verdict.plan import AnalysisPlan, plan_of, write_plan
 
 
 def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
-    """Train the missing cells of the trial in `path` and print its verdict.
+    """Train the missing runs of the trial in `path` and print its verdict.
 
     Args:
         config: the resolved configuration, checked.
-        command: how to get the same again, for the report.
+        command: the command that repeats the trial, for the report.
     """
     plan = plan_of(config)
     setup = shrink_tile_to_memory(build_setup(config))
@@ -49,9 +49,10 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
         recorder = Recorder(tracker, path, f"`make sync DIR={shlex.quote(str(path))}` sends the rest")
         recorder.open()
         folder.write_identity(identity)
-        if config["audit"]:
-            ask_audit(setup, plan, folder)
-        plan = replace(plan, controls=chosen_controls(config, plan, folder))
+        audit = TrialAudit(folder) if config["audit"] else None
+        if audit:
+            audit.compare_losses(setup, plan)
+        plan = replace(plan, controls=chosen_controls(config, plan, audit.content if audit else None))
         setup = setup.with_controls(plan.controls, plan.reference).with_tile(folder.tile)
         if config["share"]:  # the job that concludes has share=[]
             write_plan(path, plan, context, tracker.described() if tracker else {})
@@ -61,41 +62,41 @@ def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
         while True:
             write_plan(path, plan, context, tracker.described() if tracker else {})
             setup = train(setup, plan, folder, recorder)
-            if config["audit"]:
-                ask_at_weights(setup, plan, folder)
+            if audit:
+                audit.compare_at_weights(setup, plan)
             code, verdict = conclude(folder, plan, context, recorder)
-            more = more_seeds(plan, verdict) if config["until"] == "decided" else 0
+            more = 0 if config["protocol"]["max_seeds"] is None else more_seeds(plan, verdict)
             if code is ExitCode.BUG or not more:
                 return code
             plan = with_more_seeds(plan, more)
-            setup = replace(setup, config={**setup.config, "share": None})
+            setup = replace(setup, share=None)
             context = context_of(setup, plan, command)
-            console.print(f"\nundecided: going on to {len(plan.seeds)} seeds")
+            console.print(f"\nundecided: continuing with {len(plan.seeds)} seeds")
 
 
-def chosen_controls(config: Mapping[str, Any], plan: AnalysisPlan, folder: TrialFolder) -> tuple[str, ...]:
-    """A replay wherever losses are compared; placebos and dose where rounding may part some of them, or if told to."""
-    ranks = ranked_arms(plan.candidates, config["rank_test"]) if config["rank_test"] else []
-    if config["controls"] == "none" or (config["controls"] == "auto" and not plan.candidates):
-        return tuple(ranks)
-    audit = read_audit(folder.path) if config["audit"] else None
-    found = (
-        {}
-        if audit is None
-        else {name: [entry, entry.get("at_precision", entry)] for name, entry in audit["losses"].items()}
-    )
-    rounding = any(
-        {entry["objective"] for entry in found.get(name, [{"objective": "not_run"}])} != {"identical"}
-        for name in plan.candidates
-    )
-    if config["controls"] == "auto" and not rounding:
-        return (REPLAY, *ranks)
+def chosen_controls(config: Mapping[str, Any], plan: AnalysisPlan, audit: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return the controls to train: a replay wherever losses are compared, the others where a loss is not identical.
+
+    Args:
+        audit: the content of audit.json, where the losses were audited.
+    """
+    choice = config["protocol"]["controls"]
+    if choice == "none" or (choice == "auto" and not plan.candidates):
+        return ()
+    entries = {} if audit is None else audit["losses"]
+    if choice == "auto" and all(_is_identical(entries.get(name)) for name in plan.candidates):
+        return (REPLAY,)
     dose = () if config["dataset"].get("dose") is None else (DOSE,)
-    return (REPLAY, *BY_PRECISION[config["precision"]], *dose, *ranks)
+    return (REPLAY, *BY_PRECISION[config["precision"]], *dose)
+
+
+def _is_identical(entry: Mapping[str, Any] | None) -> bool:
+    """Whether an entry of audit.json is `identical`, in the precision of the training, too."""
+    return entry is not None and {entry["objective"], entry.get("at_precision", entry)["objective"]} == {"identical"}
 
 
 def more_seeds(plan: AnalysisPlan, verdict: Mapping[str, Any]) -> int:
-    """How many seeds the next declared look needs; 0 where all is decided, or nothing within reach decides it."""
+    """Return how many seeds the next declared look adds; 0 if all is decided or no affordable number decides it."""
     if verdict["protocol"]["look"] >= verdict["protocol"]["looks"]:
         return 0
     advised = [entry["seeds_needed"] for entry in verdict["comparisons"] if entry["outcome"] == "inconclusive"]
@@ -104,17 +105,18 @@ def more_seeds(plan: AnalysisPlan, verdict: Mapping[str, Any]) -> int:
 
 
 def with_more_seeds(plan: AnalysisPlan, count: int) -> AnalysisPlan:
-    """The request over so many more seeds, the smallest that it does not have."""
+    """Return the plan with `count` more seeds, the smallest unused ones."""
     unused = (seed for seed in itertools.count() if seed not in plan.seeds)
     return replace(plan, seeds=(*plan.seeds, *itertools.islice(unused, count)))
 
 
 def train(setup: TrialSetup, plan: AnalysisPlan, folder: TrialFolder, recorder: Recorder) -> TrialSetup:
-    """Train the cells that the folder lacks; where memory runs out, once more with half as many at a time.
+    """Train the missing runs. If memory runs out, train them again with half as many at once.
 
-    Returns the setting that they were trained with.
+    Returns:
+        The setup that they were trained with.
     """
-    with folder.training(setup.config["share"] or plan.seeds):
+    with folder.training(setup.share or plan.seeds):
         while True:
             try:
                 _train(setup, plan, folder, recorder)
@@ -126,23 +128,25 @@ def train(setup: TrialSetup, plan: AnalysisPlan, folder: TrialFolder, recorder: 
 
 
 def _halved(setup: TrialSetup, folder: TrialFolder, error: BaseException) -> TrialSetup:
-    """The setting with half as many runs at once, which the folder remembers, or as another job has it remember.
+    """Return the setup with half as many runs at once, and store that number in the folder.
+
+    If another job has stored a smaller number, that number is used.
 
     Raises:
-        UsageError: that was done before, or there is but one.
+        UsageError: the number was halved before, or it is 1.
     """
     fewer = folder.tile or setup.tile // 2
     if not 0 < fewer < setup.tile:
         line = f"out of memory while training {setup.tile} run(s) at once ({first_line(error)})"
         raise UsageError(f"{line}; lower batch_size or give trainer.tile={max(1, setup.tile // 2)}") from error
     folder.remember_tile(fewer)
-    console.print(f"out of memory with {setup.tile} runs at once; going on with {fewer}")
+    console.print(f"out of memory with {setup.tile} runs at once; continuing with {fewer}")
     return setup.with_tile(fewer)
 
 
 def _train(setup: TrialSetup, plan: AnalysisPlan, folder: TrialFolder, recorder: Recorder) -> None:
-    """Each tile's runs are recorded as soon as its cells are on disk."""
-    share = setup.config["share"]
+    """Train the missing runs tile by tile; record each tile as soon as its cells are on disk."""
+    share = setup.share
     mine = [replica for replica in all_wanted(plan) if not share or replica.seed in share]
     fingerprints = {replica: setup.fingerprint(replica) for replica in mine}
     missing, moved = folder.find_missing(fingerprints)
@@ -157,7 +161,7 @@ def _train(setup: TrialSetup, plan: AnalysisPlan, folder: TrialFolder, recorder:
     groups = [] if share == [] else find_checkpoints(folder.path, setup, fingerprints, missing)
     fresh = [replica for replica in to_train if not any(replica in group for group in groups)]
     groups += tiles(fresh, [*plan.losses, *plan.controls], setup.tile)
-    waiting: list[Cell] = []  # for the reference of their seed: their distance to it is recorded with them
+    waiting: list[Cell] = []  # until the reference of their seed is trained: their distance to it is recorded too
     with Progress(console, groups, setup) as progress:
         for group in groups:
             waiting += train_tile(setup, group, folder, [progress.callback()])

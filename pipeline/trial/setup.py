@@ -1,4 +1,4 @@
-"""A trial made ready from its configuration: objects in place of names, and a fingerprint for every cell."""
+"""The set-up of a trial: the objects that its configuration declares, and the fingerprint of every run."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from pipeline.engine.choose import (
 from pipeline.engine.seeding import SCOPE, Variation
 from pipeline.engine.stack import Stack
 from pipeline.models import ModelBuilder
-from pipeline.replica import CANDIDATE, RANKED, Replica
+from pipeline.replica import Replica
 from pipeline.runtime import choose_device, environment_record, keep_freed_memory, set_numerics
-from pipeline.training.controls import control, declared, ranked
+from pipeline.training.controls import control, declared
 from pipeline.training.module import Recipe
 from pipeline.training.objectives import Formulation, code_digest, probe
 from pipeline.verdict.plan import AnalysisPlan, TrialContext
 
-ENGINE_VERSION = 1  # raised whenever the bits of a cell change
+ENGINE_VERSION = 1  # raise it when the bits of a run change
 
-# Optimizers that update a weight by looking at it alone, so that replicas stacked in one tensor stay apart.
+# Optimizers that update each weight independently of the others, so that stacked replicas do not mix.
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16_mixed": torch.float32}
 
 
 def context_of(setup: TrialSetup, plan: AnalysisPlan, command: str) -> TrialContext:
-    """What the yardsticks of a setting mean."""
+    """Return what the metrics of a setup mean."""
     train = setup.data.splits["train"]
     if setup.data.soft_targets is None:
         frequencies = torch.bincount(setup.data.labels[train]).double() / len(train)
@@ -58,7 +58,7 @@ def context_of(setup: TrialSetup, plan: AnalysisPlan, command: str) -> TrialCont
         label_entropy=-torch.xlogy(frequencies, frequencies).sum().item(),
         scope=(
             f"{_spans(plan.seeds)}{SCOPE[setup.recipe.variation.vary]}, {steps} steps of "
-            f"{conf.short_name(setup.config['optimizer']['_target_'])} in {setup.config['precision']}, "
+            f"{conf.short_name(setup.identity['optimizer']['_target_'])} in {setup.precision}, "
             f"{setup.data.name}, {setup.builder.name}, on {setup.environment['device']}"
         ),
         command=command,
@@ -66,7 +66,7 @@ def context_of(setup: TrialSetup, plan: AnalysisPlan, command: str) -> TrialCont
 
 
 def check_resolution(plan: AnalysisPlan, setup: TrialSetup) -> None:
-    """An accuracy margin below two test examples could not be told from rounding."""
+    """Refuse an accuracy margin of less than two test examples."""
     examples = len(setup.data.splits["test"])
     margin = plan.margins.get("accuracy")
     if margin is not None and margin < 2 / examples:
@@ -77,7 +77,7 @@ def check_resolution(plan: AnalysisPlan, setup: TrialSetup) -> None:
 
 
 def check_truth(plan: AnalysisPlan, setup: TrialSetup) -> None:
-    """A yardstick that needs the truth decides nothing where it is not known."""
+    """Refuse a metric that needs P(y | x) if the dataset does not know it."""
     asked = [name for name in (*plan.primary, *plan.margins) if METRICS[name].needs_truth]
     if asked and setup.data.truth is None:
         raise UsageError(
@@ -87,7 +87,7 @@ def check_truth(plan: AnalysisPlan, setup: TrialSetup) -> None:
 
 
 def _spans(seeds: Sequence[int]) -> str:
-    """ "seed 7", "seeds 0-9" for a run of them, else a list."""
+    """Return "seed 7", "seeds 0-9" for consecutive seeds, else a list."""
     ordered = sorted(seeds)
     if len(ordered) == 1:
         return f"seed {ordered[0]}"
@@ -98,9 +98,23 @@ def _spans(seeds: Sequence[int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class TrialSetup:
-    """Everything that a trial needs to train any of its cells."""
+    """Everything that a trial needs to train any of its runs.
 
-    config: Mapping[str, Any]
+    Attributes:
+        identity: the part of the configuration that decides the numbers of every loss.
+        losses: the declaration of each loss, and of each control once there are any.
+        precision: float64, float32 or bf16_mixed; `dtype` is that of the weights.
+        dose: the size of the positive control, where the dataset declares one.
+        trainer: the configuration group.
+        share: the seeds that this job trains, where several jobs share the trial; an empty list: none.
+    """
+
+    identity: Mapping[str, Any]
+    losses: Mapping[str, Any]
+    precision: str
+    dose: float | None
+    trainer: Mapping[str, Any]
+    share: list[int] | None
     device: torch.device
     dtype: torch.dtype
     data: Dataset
@@ -115,52 +129,46 @@ class TrialSetup:
     environment: Mapping[str, Any]
 
     def with_controls(self, names: Sequence[str], reference: str) -> TrialSetup:
-        """The same setting with controls of the reference as further arms."""
-        dose = self.config["dataset"].get("dose")
-        known = {formulation.name: formulation for formulation in self.formulations}
-        bases = {name: name.removeprefix(CANDIDATE) if name.startswith(CANDIDATE) else reference for name in names}
-        added = {name: declared(name, self.config["loss"][base], dose) for name, base in bases.items()}
-        made = (
-            ranked(name, known, reference) if name.startswith(RANKED) else control(name, known[reference], dose)
-            for name in names
-        )
-        formulations = (*self.formulations, *made)
+        """Return the setup with controls of the reference among its losses."""
+        declaration = self.losses[reference]
+        formulation = next(formulation for formulation in self.formulations if formulation.name == reference)
         return replace(
-            self, config={**self.config, "loss": {**self.config["loss"], **added}}, formulations=formulations
+            self,
+            losses={**self.losses, **{name: declared(name, declaration, self.dose) for name in names}},
+            formulations=(*self.formulations, *(control(name, formulation, self.dose) for name in names)),
         )
 
     def with_tile(self, size: int | None) -> TrialSetup:
-        """The same setting with at most so many replicas at once."""
+        """Return the setup with at most so many replicas at once."""
         return self if size is None or size >= self.tile else replace(self, tile=size)
 
     @functools.cache  # noqa: B019 - one setting a process
     def fingerprint_parts(self, arm: str) -> dict[str, Any]:
-        """What decides the bits of an arm's cells, but for the seed."""
-        trainer = self.config["trainer"]
+        """Return what decides the bits of the runs of an arm, apart from the seed."""
         return {
-            **conf.identity(self.config),
-            "loss": self.config["loss"][arm],
-            "loss_code": code_digest(locate(f"loss.{arm}.fn", self.config["loss"][arm]["fn"]["_target_"])),
+            **self.identity,
+            "loss": self.losses[arm],
+            "loss_code": code_digest(locate(f"loss.{arm}.fn", self.losses[arm]["fn"]["_target_"])),
             "model_code": code_digest(self.builder.make),
             "data_digest": self.data.digest,
             "engine": {"name": self.engine, "version": ENGINE_VERSION, "tile": self.tile, **self._layout},
             "torch": str(torch.__version__),
             "device": self.environment["device"],
-            "threads": trainer["threads"],
+            "threads": self.trainer["threads"],
         }
 
     @property
     def _layout(self) -> dict[str, str]:
-        """The fast path of the loop engine changes bits, that of the fold engine does not."""
+        """The fast path of the loop engine changes bits; that of the fold engine does not."""
         return {"memory_format": "channels_last"} if self.engine == "loop" and self.fast else {}
 
     def fingerprint(self, replica: Replica) -> str:
         return conf.digest({**self.fingerprint_parts(replica.arm), "arm": replica.arm, "seed": replica.seed})
 
     def stack(self, replicas: list[Replica]) -> Stack:
-        """A stack of these replicas with their initial weights: equal bits for all arms of a seed.
+        """Return a stack of these replicas with their initial weights, equal in bits for all losses of a seed.
 
-        Where tiles are padded, copies of the last replica fill the rest.
+        If tiles are padded, copies of the last replica fill the stack.
         """
         seeds = [replica.seed for replica in replicas]
         if self.engine == "fold" and pads_tiles(self.device):
@@ -173,7 +181,7 @@ class TrialSetup:
 
 
 def build_setup(config: Mapping[str, Any]) -> TrialSetup:
-    """Load, build and probe everything once, so that what cannot work fails before anything is written.
+    """Load the data, build the model and call each loss once, before anything is written.
 
     Raises:
         UsageError: any part of the configuration cannot be trained.
@@ -193,20 +201,24 @@ def build_setup(config: Mapping[str, Any]) -> TrialSetup:
     formulations = tuple(formulation_of(name, loss) for name, loss in config["loss"].items())
     for formulation in formulations:
         probe(formulation, data.num_classes, device, dtype)
-    _check_batches(recipe.batch_size, builder, len(data.splits["train"]))
-    lonely = _last_batch(len(data.splits["train"]), recipe.batch_size) == 1
-    engine, reason, tile, fast = _engine(config, builder, recipe, device, dtype, lonely)
-    head = _head(formulations, builder)
+    model, num_examples = builder(0), len(data.splits["train"])  # one plain module for all that follows
+    _check_batches(recipe.batch_size, model, num_examples)
+    _check_pairing(builder, model)
+    head = _head(formulations, builder, model)
+    single = _last_batch(num_examples, recipe.batch_size) == 1
+    engine, reason, tile, fast = _engine(config["trainer"], builder, model.to(device, dtype), recipe, device, single)
     return TrialSetup(
-        config, device, dtype, data, builder, formulations, recipe, engine, reason, tile, fast, head,
-        environment_record(device),
+        identity=conf.identity(config), losses=config["loss"], precision=config["precision"],
+        dose=config["dataset"].get("dose"), trainer=config["trainer"], share=config["share"], device=device,
+        dtype=dtype, data=data, builder=builder, formulations=formulations, recipe=recipe, engine=engine,
+        engine_reason=reason, tile=tile, fast=fast, head=head, environment=environment_record(device),
     )  # fmt: skip
 
 
-def _check_batches(batch_size: int, builder: ModelBuilder, num_examples: int) -> None:
+def _check_batches(batch_size: int, model: nn.Module, num_examples: int) -> None:
     if batch_size > num_examples:
         raise UsageError(f"batch_size={batch_size} exceeds the {num_examples} training examples; lower it")
-    normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in builder(0).modules())
+    normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if normalises and _last_batch(num_examples, batch_size) == 1:
         fitting = (size for size in range(2, num_examples + 1) if _last_batch(num_examples, size) > 1)
         nearest = min(fitting, key=lambda size: abs(size - batch_size))
@@ -221,41 +233,39 @@ def _last_batch(num_examples: int, batch_size: int) -> int:
 
 
 def _engine(
-    config: Mapping[str, Any],
+    trainer: Mapping[str, Any],
     builder: ModelBuilder,
+    model: nn.Module,
     recipe: Recipe,
     device: torch.device,
-    dtype: torch.dtype,
-    lonely: bool,
+    has_single_example_batch: bool,
 ) -> tuple[str, str, int, bool]:
-    """Engine, reason, tile, fast path; they depend on the configuration alone, never on which cells are missing."""
-    requested, first = config["trainer"]["engine"], builder(0).to(device, dtype)
-    _check_pairing(builder)
-    fast = config["trainer"]["fast"]
-    channels_last = fast and device.type == "cpu" and dtype == torch.float32 and gains_channels_last(first)
-    if lonely and requested == "fold":
+    """Return engine, reason, tile and fast path. They depend on the configuration, never on the missing runs."""
+    requested, dtype = trainer["engine"], next(model.parameters()).dtype
+    channels_last = trainer["fast"] and device.type == "cpu" and dtype == torch.float32 and gains_channels_last(model)
+    if has_single_example_batch and requested == "fold":
         raise UsageError(
             "trainer.engine=fold, but the last batch holds one example, whose bits depend on the neighbours when "
             "folded; use trainer.engine=auto or another batch_size"
         )
-    if lonely and requested == "auto":
+    if has_single_example_batch and requested == "auto":
         why = "a batch of one example has other bits when folded"
-        return "loop", why, config["trainer"]["tile"] or 4, channels_last
+        return "loop", why, trainer["tile"] or 4, channels_last
     batch_bytes = recipe.batch_size * math.prod(builder.input_shape) * dtype.itemsize
-    tile = config["trainer"]["tile"] or tile_size("fold", first, batch_bytes, device)
-    static_loop = requested == "loop" or (requested == "auto" and has_convolutions(first) and device.type == "cpu")
-    modules = [first] if static_loop else [builder(seed).to(device, dtype) for seed in range(tile)]
-    engine, reason = choose_engine(requested, modules, builder.input_shape, recipe.batch_size, recipe.make_optimizer)
+    tile = trainer["tile"] or tile_size("fold", model, batch_bytes, device)
+    static_loop = requested == "loop" or (requested == "auto" and has_convolutions(model) and device.type == "cpu")
+    others = [] if static_loop else [builder(seed).to(device, dtype) for seed in range(1, tile)]
+    how = ([model, *others], builder.input_shape, recipe.batch_size, recipe.make_optimizer)
+    engine, reason = choose_engine(requested, *how)
     if engine == "loop" and requested == "fold":
         raise UsageError(f"trainer.engine=fold, but {builder.name} {reason}; use trainer.engine=auto")
-    how = (modules, builder.input_shape, recipe.batch_size, recipe.make_optimizer)
-    faster = channels_last if engine == "loop" else fast and fast_path_holds(*how)
-    return engine, reason, config["trainer"]["tile"] or tile_size(engine, first, batch_bytes, device), faster
+    fast = channels_last if engine == "loop" else trainer["fast"] and fast_path_holds(*how)
+    return engine, reason, trainer["tile"] or tile_size(engine, model, batch_bytes, device), fast
 
 
-def _check_pairing(builder: ModelBuilder) -> None:
-    """The same seed must give the same initial bits, or there are no pairs."""
-    first, again = builder(0).state_dict(), builder(0).state_dict()
+def _check_pairing(builder: ModelBuilder, model: nn.Module) -> None:
+    """Refuse a model whose initial bits differ when it is built twice with one seed."""
+    first, again = model.state_dict(), builder(0).state_dict()
     unequal = [name for name in first if not torch.equal(first[name], again[name])]
     if unequal:
         raise UsageError(
@@ -264,11 +274,11 @@ def _check_pairing(builder: ModelBuilder) -> None:
         )
 
 
-def _head(formulations: tuple[Formulation, ...], builder: ModelBuilder) -> str | None:
+def _head(formulations: tuple[Formulation, ...], builder: ModelBuilder, model: nn.Module) -> str | None:
     fused = [formulation.name for formulation in formulations if formulation.fused]
     if not fused:
         return None
-    head = find_head(builder(0), torch.zeros(2, *builder.input_shape))
+    head = find_head(model, torch.zeros(2, *builder.input_shape))
     if head is None:
         raise UsageError(f"loss {fused[0]} takes hidden and weight, but {builder.name} does not end in a linear layer")
     return head
@@ -297,5 +307,5 @@ def _recipe(config: Mapping[str, Any]) -> Recipe:
         clip_norm=config["clip_norm"],
         autocast=config["precision"] == "bf16_mixed",
         inner_steps=config["trainer"]["inner_steps"],
-        variation=Variation(config["vary"]),
+        variation=Variation(config["protocol"]["vary"]),
     )

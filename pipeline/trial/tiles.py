@@ -31,12 +31,12 @@ from pipeline.training.module import StackTrainingModule, fit
 from pipeline.training.objectives import Objectives
 from pipeline.trial.setup import TrialSetup
 
-FORMAT = 2  # raised whenever what is kept changes
-SHARE = 50  # training takes at least so many times as long as keeping it
+FORMAT = 2  # raise it when the content of a checkpoint changes
+MIN_TRAIN_TO_SAVE_RATIO = 50  # write a checkpoint at most every 50 save durations (2 % overhead)
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of a `state_dict`."""
+    """Return the SHA-256 over names, types, shapes and bytes of a `state_dict`."""
     sha = hashlib.sha256()
     for name, tensor in weights.items():
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -45,7 +45,7 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
 
 
 def tiles(missing: Sequence[Replica], arms: Sequence[str], size: int) -> list[list[Replica]]:
-    """The missing cells in groups of at most `size`, sorted by arm; a seed's arms stay together where they fit."""
+    """Return the missing runs in groups of at most `size`, sorted by arm; the arms of a seed share one if they fit."""
     by_seed: dict[int, list[Replica]] = {}
     for replica in sorted(missing, key=lambda r: (r.seed, arms.index(r.arm))):
         by_seed.setdefault(replica.seed, []).append(replica)
@@ -62,7 +62,7 @@ def tiles(missing: Sequence[Replica], arms: Sequence[str], size: int) -> list[li
 def train_tile(
     setup: TrialSetup, replicas: list[Replica], folder: TrialFolder, callbacks: Sequence[pl.Callback] = ()
 ) -> list[Cell]:
-    """Train these replicas as one stack, from where they were interrupted, and write the cells that are missing."""
+    """Train these replicas as one stack, from their checkpoint if there is one, and write the missing cells."""
     present = [f for f in setup.formulations if any(replica.arm == f.name for replica in replicas)]
     objectives = Objectives(
         present, replicas, setup.data.num_classes, setup.device, setup.dtype, setup.recipe.variation
@@ -77,7 +77,7 @@ def train_tile(
     )
     initial = [weights_sha256(module.stack.weights(slot)) for slot in range(len(replicas))]
     partial = TileCheckpoint(folder.path, setup, replicas)
-    partial.give_back(module)
+    partial.restore(module)
     _quiet_lightning()
     fit(module, [*callbacks, partial], "gpu" if setup.device.type == "cuda" else "cpu")
     missing, _ = folder.find_missing({replica: setup.fingerprint(replica) for replica in replicas})
@@ -124,35 +124,33 @@ def _results(
 
 @functools.cache
 def _quiet_lightning() -> None:
-    """Once a process: Lightning's notices say nothing that the pipeline does not say itself."""
+    """Silence Lightning's notices, once a process; the pipeline prints its own."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     # Lightning 2.6 uses a class that torch 2.14 has deprecated; nothing here can change that.
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
 
 
 class TileCheckpoint(pl.Callback):
-    """One tile's training as it is kept between epochs.
+    """Checkpoint of one tile, written between epochs.
 
-    Kept when an epoch begins, so not after the last: its cells follow at once.
+    It is written when an epoch begins, so not after the last epoch, whose cells follow at once.
     """
 
     def __init__(self, folder: Path, setup: TrialSetup, replicas: Sequence[Replica]) -> None:
         self.path, self.replicas = _path(folder, setup, replicas), replicas
-        self.every: float | None = setup.config["trainer"]["checkpoint_every"]
+        self.every: float | None = setup.trainer["checkpoint_every"]
         self.started = time.time()
         self._due = time.monotonic() + (self.every or 0)
-        self._said = False
+        self._has_warned = False
 
-    def give_back(self, module: StackTrainingModule) -> None:
-        """Let the module go on from what was kept, where something was."""
+    def restore(self, module: StackTrainingModule) -> None:
+        """Load the checkpoint into the module, if there is one."""
         if self.path.exists():
             kept = _load(self.path)
             self.started = kept["started"]
             module.load_training_state(kept["training_state"])
             done, epochs = module.epochs_done, module.recipe.epochs
-            console.print(
-                f"{len(self.replicas)} runs go on where they were interrupted, after epoch {done} of {epochs}"
-            )
+            console.print(f"{len(self.replicas)} runs continue from their checkpoint, after epoch {done} of {epochs}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, StackTrainingModule)  # noqa: S101 - it is what `fit` was given
@@ -161,12 +159,12 @@ class TileCheckpoint(pl.Callback):
         began = time.monotonic()
         try:
             self._keep(pl_module)
-        except UsageError as error:  # a precaution that fails is no reason to stop
-            if not self._said:
-                console.print(f"{error}; training goes on, and a kill would cost what was done since")
-            self._said = True
+        except UsageError as error:  # a failed checkpoint does not stop the training
+            if not self._has_warned:
+                console.print(f"{error}; training continues without a checkpoint")
+            self._has_warned = True
         if self.every:  # 0: after every epoch, whatever it costs
-            self._due = time.monotonic() + max(self.every, SHARE * (time.monotonic() - began))
+            self._due = time.monotonic() + max(self.every, MIN_TRAIN_TO_SAVE_RATIO * (time.monotonic() - began))
 
     def _keep(self, module: StackTrainingModule) -> None:
         replicas = [(replica.arm, replica.seed) for replica in self.replicas]
@@ -177,26 +175,26 @@ class TileCheckpoint(pl.Callback):
             sink.close()
 
     def remove(self) -> None:
-        """Once the cells are there."""
+        """Delete the checkpoint once the cells are written."""
         self.path.unlink(missing_ok=True)
 
 
 def find_checkpoints(
     folder: Path, setup: TrialSetup, mine: Collection[Replica], missing: Collection[Replica]
 ) -> list[list[Replica]]:
-    """The tiles of a trial's folder that can be gone on with; what stands in the way of the others is said.
+    """Return the tiles whose checkpoints can be continued; print why the others cannot.
 
     Args:
         mine: all runs that this process may train.
-        missing: those without a cell.
+        missing: the runs without a cell.
     """
     groups: list[list[Replica]] = []
     for path in sorted((folder / "partial").glob("*.pt")):
         try:
             replicas = [Replica(arm, seed) for arm, seed in _load(path)["replicas"]]
-        except FileNotFoundError:  # another job's, which has ended
+        except FileNotFoundError:  # another job has just ended
             continue
-        except Exception:  # whatever torch says of a damaged file
+        except Exception:  # torch raises many kinds of error for a damaged file
             console.print(f"{path} is damaged and is removed; its runs are trained from the start")
             path.unlink()
             continue
@@ -207,7 +205,7 @@ def find_checkpoints(
         elif {*mine}.issuperset(replicas) and path == _path(folder, setup, replicas):
             groups.append(replicas)
         else:
-            console.print(f"{path} was kept with other losses, seeds, code or settings, or elsewhere; it is not used")
+            console.print(f"{path} is of other losses, seeds, code, settings or another machine; it is not used")
     return groups
 
 
@@ -218,7 +216,7 @@ def _path(folder: Path, setup: TrialSetup, replicas: Sequence[Replica]) -> Path:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """What was kept; torch itself reads over flipped bits."""
+    """Load a checkpoint; check its sums first, since torch does not notice flipped bits."""
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None:
             raise zipfile.BadZipFile(damaged)
@@ -227,7 +225,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 class _Sink:
-    """A file that keeps its first error to itself until it is closed: on a full disk torch dies in ways of its own."""
+    """File wrapper that records the first write error and raises it on close; torch.save crashes on a full disk."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -242,7 +240,7 @@ class _Sink:
         return len(content)
 
     def flush(self) -> None:
-        """Left to whoever opened the file."""
+        """Do nothing; the owner of the file flushes it."""
 
     def close(self) -> None:
         if self.error is not None:

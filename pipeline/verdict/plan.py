@@ -24,6 +24,7 @@ from pipeline.replica import REPLAY, Replica
 from pipeline.storage.files import read_yaml, write_whole, yaml_bytes
 
 FILE = "looks.jsonl"
+MOST_ADVISED = 100  # seeds; a verdict that needs more says "unreachable", unless protocol.max_seeds says otherwise
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def wanted_controls(plan: AnalysisPlan) -> list[Replica]:
 
 def plan_of(config: Mapping[str, Any]) -> AnalysisPlan:
     """The request that a configuration makes."""
-    dataset = config["dataset"]
+    dataset, protocol = config["dataset"], config["protocol"]
     margins = dataset.get("margins") or {}
     return AnalysisPlan(
         losses=tuple(config["loss"]),
@@ -105,9 +106,9 @@ def plan_of(config: Mapping[str, Any]) -> AnalysisPlan:
         expect=conf.expectations_of(config),
         margins=margins,
         primary=tuple(dataset.get("primary") or margins or ("nll", "brier", "accuracy")),
-        alpha=config["alpha"],
-        max_seeds=config["max_seeds"],
-        looks=config["looks"],
+        alpha=protocol["alpha"],
+        max_seeds=protocol["max_seeds"] or MOST_ADVISED,
+        looks=protocol["looks"],
     )
 
 

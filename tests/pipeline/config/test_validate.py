@@ -176,7 +176,7 @@ def test_one_word_is_expected_of_every_candidate() -> None:
         ("clip_norm", float("inf"), "clip_norm=inf; give a positive number"),
         ("dataset.margins", {"nll": -0.1}, "dataset.margins.nll=-0.1; a margin is a positive number"),
         ("dataset.margins", {"nll": True}, "dataset.margins.nll=True; a margin is a positive number"),
-        ("dataset.margins", {"auc": 0.1}, "dataset.margins names 'auc'; the yardsticks are nll, brier, acc"),
+        ("dataset.margins", {"auc": 0.1}, "dataset.margins names 'auc'; the metrics are nll, brier, acc"),
         ("dataset.margins", 0.1, "dataset.margins=0.1; give a mapping such as '{nll: 0.05}'"),
         ("dataset.primary", ["ece"], "dataset.primary names 'ece', which has no margin"),
         ("dataset.primary", ["f1"], "dataset.primary names 'f1'; the yardsticks are"),

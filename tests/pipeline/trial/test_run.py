@@ -331,7 +331,7 @@ def test_a_long_training_says_once_and_early_what_it_will_take(
     monkeypatch.setattr("pipeline.trial.progress.PROBE", 0.0)
     monkeypatch.setattr("pipeline.trial.progress.LONG", 0.0)
     trial(tmp_path / "t", "loss=[ce]", "seed=[0,1]", "trainer.tile=1")
-    assert capsys.readouterr().out.count("to train 2 runs, if they go on") == 1
+    assert capsys.readouterr().out.count("to train 2 runs, at the pace") == 1
 
 
 def test_models_that_never_moved_are_not_called_the_same(tmp_path: Path) -> None:
