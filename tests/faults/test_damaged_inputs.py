@@ -150,28 +150,6 @@ IDX: dict[str, tuple[Damage, str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", IDX)
-def test_a_damaged_idx_file_is_one_line(damage: str, tmp_path: Path) -> None:
-    root = idx_folder(tmp_path / "idx")
-    declared = {"_target_": "pipeline.data.loaders.mnist", "root": str(root), "val": 20}
-    assert load_dataset(declared).num_classes == 10
-    spoil, text = IDX[damage]
-    spoil(root)
-    assert text in usage_error(lambda: load_dataset(declared))
-
-
-def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loader reads at most one byte more than the header announces."""
-    root = idx_folder(tmp_path / "idx")
-    put(IMAGES, idx(60, 3, 2, more=2**24))(root)
-    sizes: list[int] = []
-    read = gzip.GzipFile.read
-    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size=-1: sizes.append(size) or read(self, size))
-    assert "other than the 360 bytes" in usage_error(lambda: loaders.mnist(root=str(root)))
-    assert 0 < max(sizes) <= 361
-    assert min(sizes) > 0
-
-
 # --- pictures
 
 
@@ -215,18 +193,7 @@ if os.geteuid() != 0:  # root may read everything
     PICTURES["a file without permission"] = (lambda root: (root / FIRST).chmod(0), "Permission denied")
 
 
-@pytest.mark.parametrize("damage", PICTURES)
-def test_a_damaged_picture_folder_is_one_line(damage: str, tmp_path: Path) -> None:
-    root = picture_folder(tmp_path / "pictures")
-    target = "pipeline.data.image_folder.image_folder"
-    declared = {"_target_": target, "root": str(root), "size": 8, "cache": str(tmp_path / "c")}
-    assert load_dataset(declared).num_classes == 2
-    spoil, text = PICTURES[damage]
-    spoil(root)
-    assert text in usage_error(lambda: load_dataset(declared))
-
-
-# --- archives and pickles
+# --- annotations, archives and pickles
 
 
 def annotated(root: Path) -> Path:
@@ -260,13 +227,36 @@ ANNOTATED: dict[str, tuple[Damage, str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", ANNOTATED)
-def test_damaged_annotations_are_one_line(damage: str, tmp_path: Path) -> None:
-    root = annotated(tmp_path / "cifar10h")
-    spoil, text = ANNOTATED[damage]
-    spoil(root)
-    declared = {"_target_": "pipeline.data.soft_labels.cifar10h", "root": str(root), "val": 10, "test": 10}
+# What is damaged: how to write it, its target and keywords, its classes, and the damages with their messages.
+DATA: dict[str, tuple[Callable[[Path], Path], dict[str, Any], int, dict[str, tuple[Damage, str]]]] = {
+    "idx": (idx_folder, {"_target_": "pipeline.data.loaders.mnist", "val": 20}, 10, IDX),
+    "pictures": (picture_folder, {"_target_": "pipeline.data.image_folder.image_folder", "size": 8}, 2, PICTURES),
+    "cifar10h": (annotated, {"_target_": "pipeline.data.soft_labels.cifar10h", "val": 10, "test": 10}, 10, ANNOTATED),
+}
+
+
+@pytest.mark.parametrize(("data", "damage"), [(data, damage) for data in DATA for damage in DATA[data][-1]])
+def test_damaged_data_are_one_line(data: str, damage: str, tmp_path: Path) -> None:
+    write, declared, num_classes, damages = DATA[data]
+    declared = declared | {"root": str(write(tmp_path / data))}
+    if data == "pictures":
+        declared |= {"cache": str(tmp_path / "c")}
+    assert load_dataset(declared).num_classes == num_classes
+    spoil, text = damages[damage]
+    spoil(tmp_path / data)
     assert text in usage_error(lambda: load_dataset(declared))
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader reads at most one byte more than the header announces."""
+    root = idx_folder(tmp_path / "idx")
+    put(IMAGES, idx(60, 3, 2, more=2**24))(root)
+    sizes: list[int] = []
+    read = gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size=-1: sizes.append(size) or read(self, size))
+    assert "other than the 360 bytes" in usage_error(lambda: loaders.mnist(root=str(root)))
+    assert 0 < max(sizes) <= 361
+    assert min(sizes) > 0
 
 
 def archive(path: Path, *members: tuple[str, bytes | str]) -> Path:

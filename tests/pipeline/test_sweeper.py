@@ -250,18 +250,15 @@ def test_the_last_job_follows_all_batches_of_shares(plan: Plan, launcher: FakeLa
     ]
 
 
-@pytest.mark.parametrize(("exit_code", "launched"), [(3, 3), (2, 2)])
+@pytest.mark.parametrize(
+    ("exit_code", "accident", "num_jobs"), [(3, None, 3), (2, None, 2), (3, ConnectionError("the cluster is gone"), 3)]
+)
 def test_the_last_job_follows_lost_but_not_refused_shares(
-    plan: Plan, launcher: FakeLauncher, exit_codes: list[int], exit_code: int, launched: int
+    plan: Plan, launcher: FakeLauncher, exit_codes: list[int], exit_code: int, accident: Exception | None, num_jobs: int
 ) -> None:
-    launcher.exit_code = exit_code
-    assert len(plan("seed=0,1", replicas_per_job=3)) == launched
-    assert exit_codes == [exit_code] * launched
-
-
-def test_the_last_job_follows_shares_of_unknown_state(plan: Plan, launcher: FakeLauncher) -> None:
-    launcher.accident = ConnectionError("the cluster is gone")
-    assert plan("seed=0,1", replicas_per_job=3)[-1] == ["seed=[0,1]", "share=[]"]
+    launcher.exit_code, launcher.accident = exit_code, accident
+    assert len(plan("seed=0,1", replicas_per_job=3)) == num_jobs
+    assert exit_codes == [exit_code] * num_jobs
 
 
 def test_jobs_that_share_a_trial_need_one_folder(sweep: Sweep) -> None:

@@ -116,14 +116,6 @@ def test_a_difference_at_the_trial_s_weights_decides(at_weights: str, word: str,
         assert entry["sentence"] == sentence
 
 
-def test_without_an_audit_the_verdict_says_so(tmp_path: Path) -> None:
-    trial(tmp_path / "t", "loss=[ce,nll]", "epochs=1")
-    assert not (tmp_path / "t" / "audit.json").exists()
-    (entry,) = verdict(tmp_path / "t")["comparisons"]
-    assert entry["objective"] == "not_run"
-    assert "were not audited" in entry["sentence"]
-
-
 def test_lr_scale_undoes_a_factor_in_the_loss(tmp_path: Path) -> None:
     mean = "{_target_: torch.nn.KLDivLoss, reduction: mean}"
     declared = f"+loss.faster={{fn: {mean}, args: [log_probs, target_probs], lr_scale: 10}}"
