@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def untouched_randomness() -> Iterator[None]:
-    """Fails the test if torch's global generator stands elsewhere afterwards."""
+    """Fail the test if it changes the state of torch's global generator."""
     import torch
 
     before = torch.get_rng_state()
@@ -16,8 +16,8 @@ def untouched_randomness() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _cache_and_store_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests remember, a user must not recall; and nothing of theirs goes to a user's store."""
+def _own_cache_and_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep tests away from the user's cache and tracking store."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("LIKELIHOOD_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -26,7 +26,7 @@ def _cache_and_store_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """As the pipeline trains, whichever test comes first: with two, bits may depend on a replica's slot."""
+    """Use one thread, as the pipeline does: with two, bits may depend on a replica's slot."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,12 +1,14 @@
-"""A Hydra sweeper that trains swept losses and seeds together, in one job; everything else makes jobs.
+"""Hydra sweeper that trains swept losses and seeds together in one job; every other sweep makes jobs.
 
-`-m model=mlp,cnn loss=nll,ce 'seed=range(3)'` launches `model=mlp loss=[nll,ce] seed=[0,1,2]` and the same
-for `cnn`, through any launcher. A choice of lists is an ordinary sweep (`seed=[0],[1]` makes two jobs), and
-`hydra/sweeper=basic` makes a job of every combination. Where `replicas_per_job` splits a job, its parts work in one
-folder at the same time: each is told its `share` of the seeds, and one more job, whose share is empty, concludes.
+`-m model=mlp,cnn loss=nll,ce 'seed=range(3)'` launches `model=mlp loss=[nll,ce] seed=[0,1,2]` and the same for `cnn`,
+through any launcher. A choice of lists is an ordinary sweep: `seed=[0],[1]` makes two jobs. `hydra/sweeper=basic`
+makes a job of every combination.
 
-Hydra executes a plugin before the module can be found by its name, so that dataclasses in it cannot have
-postponed annotations: no `from __future__ import annotations`.
+`replicas_per_job` splits a large job into parts that work in one folder at the same time. Each part gets its `share`
+of the seeds. One more job, with an empty share, writes the verdict.
+
+Hydra executes a plugin before the module can be found by its name. Its dataclasses cannot have postponed annotations,
+so this file has no `from __future__ import annotations`.
 """
 
 import itertools
@@ -36,20 +38,20 @@ from pipeline.config.hydra_glue import hydra_errors_as_usage_errors, in_one_line
 from pipeline.entry import ExitCode
 from pipeline.storage.files import write_json
 
-Job = tuple[str, ...]  # the overrides that make one job
+Job = tuple[str, ...]  # the overrides of one job
 CONCLUDING = "share=[]"
 
 
 @dataclass
 class StackedSweeperConf:
-    """What `hydra.sweeper` may say."""
+    """Settings of `hydra.sweeper`."""
 
     _target_: str = "hydra_plugins.stacked_sweeper.stacked_sweeper.StackedSweeper"
-    stack: list[str] = field(default_factory=lambda: ["loss", "seed"])  # the axes whose values share a job
-    replicas_per_job: int | None = None  # share the last axis's values where a job would hold more combinations
-    max_batch_size: int | None = None  # jobs handed to the launcher at once
-    check: str = "pipeline.config.validate.validate"  # sees each job's configuration before any job is launched
-    params: dict[str, str] = field(default_factory=dict)  # a sweep kept in a file; the command line wins
+    stack: list[str] = field(default_factory=lambda: ["loss", "seed"])  # axes whose values share a job
+    replicas_per_job: int | None = None  # larger jobs are split along the last axis
+    max_batch_size: int | None = None  # jobs per call of the launcher
+    check: str = "pipeline.config.validate.validate"  # called with each configuration first
+    params: dict[str, str] = field(default_factory=dict)  # a sweep in a file; the command line wins
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="stacked", node=StackedSweeperConf)
@@ -57,7 +59,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="stacked", node=Stacked
 
 @dataclass
 class Record:
-    """One job in `sweep.json`: `done`, `failed`, or `unknown` where nothing came back (yet)."""
+    """One job in `sweep.json`. Its status is `done`, `failed`, or `unknown` if it returned nothing (yet)."""
 
     overrides: Job
     dir: str | None = None
@@ -67,7 +69,7 @@ class Record:
 
 
 class StackedSweeper(Sweeper):
-    """Lists instead of jobs along the stack's axes; a job that fails costs the others nothing."""
+    """Sweeper that makes lists, not jobs, along the axes of the stack. A failed job does not affect the others."""
 
     config: DictConfig
     hydra_context: HydraContext
@@ -82,7 +84,7 @@ class StackedSweeper(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> list[Record]:
-        """Check every job, then launch them all, whatever becomes of each; exit codes are noted."""
+        """Check every job, launch all of them, and record their exit codes."""
         with hydra_errors_as_usage_errors():
             parts = {job: self.checked(job) for job in self.jobs(arguments)}
         made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
@@ -94,17 +96,17 @@ class StackedSweeper(Sweeper):
         records = self.launched(concluding, records)
         for record in records:
             exit_codes.record_exit_code(ExitCode.BUG if record.exit_code is None else record.exit_code)
-            said = f"{record.status}: {' '.join(record.overrides)}"
+            line = f"{record.status}: {' '.join(record.overrides)}"
             if record.status != "done":
-                print(f"{said}: {record.error}", file=sys.stderr)
-            elif record.overrides not in shares:  # launchers keep to themselves what a job has printed
-                print(f"{said}: exit code {record.exit_code}, {record.dir}")
+                print(f"{line}: {record.error}", file=sys.stderr)
+            elif record.overrides not in shares:  # some launchers do not show what a job prints
+                print(f"{line}: exit code {record.exit_code}, {record.dir}")
         if all(record.exit_code == ExitCode.USAGE for record in records):
-            self.take_back(made)
+            self.remove_folders(made)
         return records
 
     def launched(self, jobs: list[Job], before: list[Record]) -> list[Record]:
-        """The records of the jobs before these and of these, launched in batches."""
+        """Launch the jobs in batches; return their records after those of the jobs `before`."""
         records = [*before, *map(Record, jobs)]
         self.save(records)
         size = self.settings.max_batch_size or max(1, len(jobs))
@@ -115,7 +117,7 @@ class StackedSweeper(Sweeper):
         return records
 
     def jobs(self, arguments: list[str]) -> list[Job]:
-        """Every combination of the swept values, once; of two settings of one key the last counts."""
+        """Return every combination of the swept values, without duplicates. The last setting of a key counts."""
         for name in ("replicas_per_job", "max_batch_size"):
             if (limit := getattr(self.settings, name)) is not None and limit < 1:
                 raise UsageError(f"hydra.sweeper.{name}={limit}: give an integer >= 1, or null for no limit")
@@ -128,11 +130,11 @@ class StackedSweeper(Sweeper):
         return list(dict.fromkeys(itertools.product(*choices.values())))
 
     def axis(self, key: str) -> str | None:
-        """The axis of the stack that an override's key (`seed`, `++seed`) sets, if any."""
+        """Return the axis of the stack that an override's key (`seed`, `++seed`) sets, or None."""
         return name if (name := key.lstrip("+")) in self.settings.stack else None
 
     def choices(self, override: Override) -> list[str]:
-        """The overrides that one argument stands for: one a swept value, or one with the list of them all."""
+        """Return one override per swept value, or one with the list of all values for an axis of the stack."""
         key, line = override.get_key_element(), str(override.input_line)
         if (axis := self.axis(key)) and override.is_add():
             raise UsageError(f"{line}: {axis} cannot be added to; name every value in {axis}=VALUE,VALUE")
@@ -147,29 +149,28 @@ class StackedSweeper(Sweeper):
         return [f"{key}=[{','.join(texts)}]"]
 
     def checked(self, job: Job) -> list[Job]:
-        """The job, once its configuration has passed the check, in as many parts as it needs."""
+        """Check the configuration of a job and return the job, in parts if it is too large."""
         composed = self.composed(job)
         if composed.hydra.sweeper != self.config.hydra.sweeper:
             raise UsageError(f"{' '.join(job)} brings its own hydra.sweeper settings: run it by itself")
         get_method(self.settings.check)(composed)
-        limit = self.settings.replicas_per_job
-        return [job] if limit is None else self.parts(job, composed, limit)
+        return self.parts(job, composed, self.settings.replicas_per_job)
 
     def composed(self, job: Job, number: int = 0) -> DictConfig:
-        """The configuration of a job, in which `${hydra:...}` means the same as where it will run."""
+        """Return the configuration of a job; `${hydra:...}` resolves as in the job itself."""
         composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
         with open_dict(composed):
             composed.hydra.job.num = number
         HydraConfig.instance().set_config(composed)
         return composed
 
-    def parts(self, job: Job, config: DictConfig, limit: int) -> list[Job]:
-        """The job in shares of the last axis's values, none of more than `limit` replicas (or one value)."""
+    def parts(self, job: Job, config: DictConfig, limit: int | None) -> list[Job]:
+        """Split a job along the last axis into parts of at most `limit` replicas, but at least one value."""
         *others, last = (OmegaConf.select(config, axis) for axis in self.settings.stack)
-        if not isinstance(last, ListConfig) or config.get("share") is not None:
+        if limit is None or not isinstance(last, ListConfig) or config.get("share") is not None:
             return [job]
-        abreast = math.prod(len(values) for values in others if isinstance(values, DictConfig | ListConfig))
-        size = max(1, limit // abreast)
+        per_value = math.prod(len(values) for values in others if isinstance(values, DictConfig | ListConfig))
+        size = max(1, limit // per_value)
         if len(last) <= size:
             return [job]
         texts = [Transformer.str(value) for value in last]
@@ -184,10 +185,10 @@ class StackedSweeper(Sweeper):
         return parts
 
     def launch(self, jobs: list[Job], start: int) -> list[Record]:
-        """One batch; where a job takes the launcher down with it, nothing is known of its neighbours."""
+        """Launch one batch. If the launcher fails, all jobs of the batch are `unknown`."""
         try:
             returns = self.launcher.launch(jobs, initial_job_idx=start)
-        except Exception as error:  # a killed worker, a full disk: launchers raise what they like
+        except Exception as error:  # a killed worker, a full disk: launchers raise any type
             return [Record(job, error=in_one_line(error)) for job in jobs]
         return [recorded(job, returned) for job, returned in zip(jobs, returns, strict=True)]
 
@@ -201,8 +202,8 @@ class StackedSweeper(Sweeper):
         # Two sweeps may share the folder: the process id keeps their drafts apart.
         write_json(self.folder / "sweep.json", jobs, f".sweep.{os.getpid()}.json")
 
-    def take_back(self, made: list[Path]) -> None:
-        """Leave nothing of a sweep none of whose jobs was accepted; `made` are the folders made for it."""
+    def remove_folders(self, made: list[Path]) -> None:
+        """Remove `sweep.json` and the folders `made` for a sweep of which every job was refused."""
         (self.folder / "sweep.json").unlink()
         for path in made:
             with suppress(OSError):  # a launcher's own files may be in it
@@ -210,7 +211,7 @@ class StackedSweeper(Sweeper):
 
 
 def swept_values(override: Override) -> list[Any]:
-    """The values of one sweep, in the order in which they were asked for."""
+    """Return the values of one sweep, in their given order."""
     if not override.is_discrete_sweep():
         raise UsageError(f"{override.input_line}: an interval cannot be listed; give choices or a range")
     try:
@@ -223,12 +224,12 @@ def swept_values(override: Override) -> list[Any]:
 
 
 def recorded(job: Job, returned: JobReturn) -> Record:
-    """What became of a job that came back, with a result or with an exception."""
+    """Return the record of a job that returned a result or an exception."""
     folder = str(cast(DictConfig, returned.hydra_cfg).hydra.runtime.output_dir)
     try:
         result = returned.return_value
         code = ExitCode(result["exit_code"])
-    except Exception as error:  # whatever the task function let through
+    except Exception as error:  # anything that the task function raised
         return Record(job, folder, "failed", ExitCode.BUG, in_one_line(error))
     if code in (ExitCode.HOLDS, ExitCode.REFUTED):
         return Record(job, folder, "done", code)

@@ -1,4 +1,4 @@
-"""Drills: what is killed, full, slow or wrong, and what must be there afterwards.
+"""Drills that kill processes, fill disks, slow down servers and damage files, and check what is left.
 
-Marked `faults` and run by `make faults`; a reduced form of each runs unmarked, with the ordinary tests.
+The mark `faults` selects them (`make faults`). A reduced form of each has no mark and runs with the other tests.
 """

@@ -4,12 +4,12 @@ import pytest
 
 from pipeline.entry import ExitCode
 from pipeline.tracking.tracker import Tracker
-from tests.faults.watched import Drill
+from tests.faults.drill import Drill
 
 
 @pytest.fixture(scope="session")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Drill:
-    """A database without runs, which takes MLflow seconds to make."""
+    """A database without runs. MLflow needs seconds to make one."""
     drill = Drill(tmp_path_factory.mktemp("empty"))
     Tracker(drill.uri, "likelihood-lab", drill.root).open()
     return drill
@@ -17,8 +17,8 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Drill:
 
 @pytest.fixture(scope="session")
 def whole(empty: Drill, tmp_path_factory: pytest.TempPathFactory) -> Drill:
-    """The trial to which nothing happens."""
-    drill = empty.copied(tmp_path_factory.mktemp("whole") / "drill")
+    """The trial that nothing interrupts."""
+    drill = empty.copy(tmp_path_factory.mktemp("whole") / "drill")
     assert drill.run().code == ExitCode.HOLDS
-    drill.assert_whole(drill.hashes())
+    drill.assert_whole(drill.hashes)
     return drill

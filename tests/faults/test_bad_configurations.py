@@ -1,12 +1,9 @@
-"""Configurations drawn from the schema, each wrong in some way: one line, exit code 2, and nothing left behind."""
+"""Wrong configurations, drawn from the schema: one line, exit code 2, and nothing left behind."""
 
 from __future__ import annotations
 
-import io
-import sys
 import typing
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,9 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from pipeline import train
 from pipeline.config import schema as conf
-from pipeline.config.hydra_glue import run_entry_point
 from pipeline.config.validate import LIMITS
-from pipeline.entry import ExitCode
+from tests.trials import command_error
 
 Overrides = list[str]
 GROUPS = ("loss", "model", "dataset", "optimizer", "trainer", "tracking", "experiment")
@@ -39,7 +34,7 @@ ANYTHING = {
     "seed": ("-1", "1.5", "[]", "[0,0]", "x", "{a: 1}", str(2**32), "null", "[true]", "[[0]]"),
     "share": ("x", "0", "1.5", "true", "{a: 1}", "[x]", "[-1]", "[99]", "[true]", "[[0]]"),
     "expect": ("x", "3", "{ce: same}", "{nobody: same}", "{nll: x}", "[same]", "true"),
-}  # what the schema leaves to `pipeline.config.schema`
+}  # the schema allows any value; `pipeline.config.schema` checks them
 IMPOSSIBLE: list[Overrides] = [
     ["reference=brier"], ["loss=[ce]", "expect=same"], ["loss=[ce,nll,ce]"], ["until=decided"], ["rank_test=1"],
     ["alpha=0"], ["alpha=0.5"], ["alpha=nan"], ["clip_norm=0"], ["clip_norm=inf"], ["batch_size=1138"],
@@ -59,15 +54,15 @@ IMPOSSIBLE: list[Overrides] = [
 
 
 def misfits(hint: Any) -> tuple[str, ...]:
-    """What cannot be a value of this type, as one writes it on the command line."""
+    """Return texts that cannot be a value of this type on the command line."""
     kinds = typing.get_args(hint) or (hint,)
     kind = kinds[0]
     wrong = ("no_such_word", "3", "[x]", "{a: 1}") if issubclass(kind, Enum) else MISFITS[kind]
     return (*wrong, *UNSET, *(() if type(None) in kinds else ("null",)))
 
 
-def of_schema() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every field of the schema but for the groups, with what it cannot be."""
+def schema_fields() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield every field of the schema except the groups, with its wrong values."""
     for prefix, schema in (("", conf.TrainConf), ("trainer.", conf.TrainerConf), ("tracking.", conf.TrackingConf)):
         for name, hint in typing.get_type_hints(schema).items():
             if name in ANYTHING:
@@ -76,8 +71,8 @@ def of_schema() -> Iterator[tuple[str, tuple[str, ...]]]:
                 yield prefix + name, misfits(hint)
 
 
-def of_files() -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Every keyword of every shipped model, dataset and optimizer: what chooses its file, and what it cannot be."""
+def file_keywords() -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Yield every keyword of every shipped model, dataset and optimizer: its file's override, key, wrong values."""
     for group in DECLARED:
         for file in sorted((conf.CONF / group).glob("*.yaml")):
             for key, value in yaml.safe_load(file.read_text(encoding="utf-8")).items():
@@ -85,7 +80,7 @@ def of_files() -> Iterator[tuple[str, str, tuple[str, ...]]]:
                     yield f"{group}={file.stem}", f"{group}.{key}", MISFITS[type(value)]
 
 
-FIELDS, KEYWORDS = list(of_schema()), list(of_files())
+FIELDS, KEYWORDS = list(schema_fields()), list(file_keywords())
 words = st.from_regex(r"[a-z]{3,8}_[a-z]{3,8}", fullmatch=True)
 
 
@@ -109,7 +104,7 @@ def out_of_range(draw: st.DrawFn) -> Overrides:
 
 @st.composite
 def unknown(draw: st.DrawFn) -> Overrides:
-    """A key, an option or a target that does not exist."""
+    """Draw a key, an option or a target that does not exist."""
     word = draw(words)
     prefixes = ("", *(f"{group}." for group in GROUPS if group != "experiment"), "loss.ce.", "loss.ce.fn.")
     return [
@@ -131,27 +126,9 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("empty")
 
 
-def refusal(folder: Path, overrides: Overrides) -> str:
-    """The one line that the command ends with in this process, once it is clear that nothing else came of it."""
-    said, out = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said), redirect_stdout(out):
-        patch.setenv("HYDRA_FULL_ERROR", "1")
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/runs.db")
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py", *overrides])
-        with pytest.raises(SystemExit) as left:
-            run_entry_point(train.task)
-    assert left.value.code == ExitCode.USAGE, f"{overrides}: {said.getvalue()}"
-    assert out.getvalue() == "", overrides
-    assert said.getvalue().count("\n") == 1, f"{overrides}: {said.getvalue()}"
-    assert said.getvalue().startswith("error: "), overrides
-    assert list(folder.iterdir()) == [], "a refused request leaves neither a folder nor a run"
-    return said.getvalue()
-
-
-def judged(folder: Path, wrong: Overrides, beside: Overrides) -> None:
+def check(folder: Path, wrong: Overrides, harmless: Overrides) -> None:
     keys = {line.partition("=")[0] for line in wrong}
-    line = refusal(folder, [*(line for line in beside if line.partition("=")[0] not in keys), *wrong])
+    line = command_error(folder, *(line for line in harmless if line.partition("=")[0] not in keys), *wrong)
     assert len(line) < 500, line
     assert "Error:" not in line, f"the name of an exception tells a user nothing: {line}"
 
@@ -163,24 +140,24 @@ quiet: dict[str, Any] = {
 
 
 @settings(max_examples=25, **quiet)
-@given(wrong=bad, beside=harmless)
-def test_a_bad_configuration_is_one_line(empty: Path, wrong: Overrides, beside: Overrides) -> None:
-    judged(empty, wrong, beside)
+@given(wrong=bad, harmless=harmless)
+def test_a_bad_configuration_is_one_line(empty: Path, wrong: Overrides, harmless: Overrides) -> None:
+    check(empty, wrong, harmless)
 
 
 @pytest.mark.faults
 @settings(max_examples=200, **quiet)
-@given(wrong=bad, beside=harmless)
-def test_two_hundred_bad_configurations_are_a_line_each(empty: Path, wrong: Overrides, beside: Overrides) -> None:
-    judged(empty, wrong, beside)
+@given(wrong=bad, harmless=harmless)
+def test_200_bad_configurations_are_one_line_each(empty: Path, wrong: Overrides, harmless: Overrides) -> None:
+    check(empty, wrong, harmless)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("wrong", [*IMPOSSIBLE, *([f"{key}={wrong[0]}"] for key, wrong in FIELDS)], ids=" ".join)
-def test_every_field_and_every_impossible_combination_is_refused(empty: Path, wrong: Overrides) -> None:
-    judged(empty, wrong, [])
+def test_every_field_and_combination_is_refused(empty: Path, wrong: Overrides) -> None:
+    check(empty, wrong, [])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_leaves_nothing_either(empty: Path) -> None:
-    assert "torch sees no CUDA GPU" in refusal(empty, ["trainer=gpu"])
+def test_a_missing_gpu_is_one_line(empty: Path) -> None:
+    assert "trainer=gpu, but torch sees no CUDA GPU here" in command_error(empty, "trainer=gpu")

@@ -1,29 +1,22 @@
-"""A disk that is full at some stage costs a line, and after room is made the same command ends right."""
+"""A full disk gives one line of error; with room again, the same command completes the trial."""
 
 from __future__ import annotations
 
-import subprocess
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.entry import ExitCode
-from tests.faults.watched import Drill, Moment
-
-SIZE = "24m"  # the trial takes less than half of it
+from tests.faults.drill import Drill, Moment
+from tests.trials import small_disk
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, where this process may mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", place], check=False)  # noqa: S607
-    if mounted.returncode:
-        pytest.skip("a small disk cannot be mounted here: run as root")
-    yield place
-    subprocess.run(["umount", place], check=True)  # noqa: S607
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "24m") as place:  # the trial takes less than half of it
+        yield place
 
 
 def fill(disk: Path) -> None:
@@ -36,8 +29,8 @@ def fill(disk: Path) -> None:
                 continue
 
 
-def assert_survives(drill: Drill, moment: Moment, disk: Path, hashes: dict[str, str]) -> str:
-    """Filled at that moment, then with room again; returns what the user was told."""
+def check_full_disk(drill: Drill, moment: Moment, disk: Path, hashes: dict[str, str]) -> str:
+    """Fill the disk at that moment, make room, run again; return the errors of the first run."""
     ended = drill.run(moment, lambda: fill(disk))
     assert (disk / "filler").exists(), moment
     (disk / "filler").unlink()
@@ -51,18 +44,17 @@ def assert_survives(drill: Drill, moment: Moment, disk: Path, hashes: dict[str, 
     return ended.errors
 
 
-def test_full_while_cells_are_written(empty: Drill, whole: Drill, small_disk: Path) -> None:
-    drill = empty.copied(small_disk / "drill")
+def test_disk_full_while_cells_are_written(empty: Drill, whole: Drill, disk: Path) -> None:
     moment = "open trial/cells/LOSS/.sN-draft/state.pt", 5
-    said = assert_survives(drill, moment, small_disk, whole.hashes())
-    assert "No space left on device; free space or choose another folder" in said
+    errors = check_full_disk(empty.copy(disk / "drill"), moment, disk, whole.hashes)
+    assert "No space left on device; free space or choose another folder" in errors
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
-def test_full_at_any_crash_point(empty: Drill, whole: Drill, small_disk: Path) -> None:
+def test_disk_full_at_any_crash_point(empty: Drill, whole: Drill, disk: Path) -> None:
     for number, name in enumerate(sorted(whole.crash_points())):
-        drill = empty.copied(small_disk / f"{number}")
-        said = assert_survives(drill, (name, 1), small_disk, whole.hashes())
-        print(f"full before {name}: {said.strip()}")
-        drill.remove()
+        drill = empty.copy(disk / f"{number}")
+        errors = check_full_disk(drill, (name, 1), disk, whole.hashes)
+        print(f"full before {name}: {errors.strip()}")
+        shutil.rmtree(drill.root)

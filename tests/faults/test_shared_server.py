@@ -1,4 +1,4 @@
-"""The server that `make server` starts: who may do what, many writers at once, and where its secrets are."""
+"""The server that `make server` starts: permissions, many writers at once, and no secret in any file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import pytest
 from pipeline.tracking.mlflow_store import Run
 from pipeline.tracking.recorder import Recorder
 from pipeline.tracking.tracker import StoreError, Tracker
-from tests.faults.serving import Server, environment, guarded_server, postgres, running
-from tests.faults.trials import begin, check_whole, ended, synced
+from tests.faults.servers import Server, check_store, environment, guarded_server, postgres, start_trial, sync, wait_for
 
 pytest.importorskip("flask_wtf", reason="the server's packages are not installed (make .venv/.server)")
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
@@ -27,7 +26,7 @@ Passwords = tuple[str, str, str]
 
 
 def call(server: Server, path: str, user: tuple[str, str] | None = None, body: object = None) -> int:
-    """The status of the answer to a call, with `body` a POST."""
+    """Return the status of the answer to a GET, or to a POST of `body`."""
     request = urllib.request.Request(server.url + path)  # noqa: S310 - our own address
     request.add_header("Content-Type", "application/json")
     if user is not None:
@@ -40,8 +39,8 @@ def call(server: Server, path: str, user: tuple[str, str] | None = None, body: o
         return error.code
 
 
-def check_doors(server: Server, admin: tuple[str, str], user: tuple[str, str]) -> None:
-    """Nobody gets in without a password, nor further than was granted."""
+def check_permissions(server: Server, admin: tuple[str, str], user: tuple[str, str]) -> None:
+    """The server refuses clients without the right password, and users without a grant."""
     search = f"{API}/experiments/search?max_results=1"
     for path in (search, f"{API}/runs/search", "/", f"{API}/users/list", "/api/2.0/mlflow-artifacts/artifacts"):
         assert call(server, path) == 401
@@ -60,34 +59,34 @@ def run(name: str) -> Run:
     return Run(name, {"sweep": "trial", "fingerprint": name}, {"lr": "0.1"}, points, 0.0, 1.0, artifacts={"a": "a"})
 
 
-def check_no_secret(secrets_: Sequence[str], *folders: Path) -> None:
+def check_no_secret(passwords: Sequence[str], *folders: Path) -> None:
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert {"users.db", "auth.ini", "server.log"} <= {path.name for path in files}
     for path in files:
         content = path.read_bytes()
-        assert not [secret for secret in secrets_ if secret.encode() in content], path
+        assert not [password for password in passwords if password.encode() in content], path
 
 
 @pytest.fixture
 def passwords() -> Passwords:
-    """Of the administrator, of a user and of the database."""
+    """Passwords of the administrator, of a user and of the database."""
     return secrets.token_hex(12), secrets.token_hex(12), secrets.token_hex(12)
 
 
 @pytest.fixture
 def client(tmp_path: Path, passwords: Passwords, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """How a user logs in, here and in processes of the test."""
+    """Environment of a user's processes; this process gets the same login."""
     names = {"MLFLOW_TRACKING_USERNAME": "lab", "MLFLOW_TRACKING_PASSWORD": passwords[1]}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     return environment(tmp_path, **names)
 
 
-def test_clients_without_the_right_password_are_refused_and_no_file_holds_it(
+def test_wrong_passwords_are_refused_and_none_is_stored(
     tmp_path: Path, passwords: Passwords, client: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running(guarded_server(tmp_path, passwords[0])) as server:
-        check_doors(server, ("admin", passwords[0]), ("lab", passwords[1]))
+    with guarded_server(tmp_path, passwords[0]) as server:
+        check_permissions(server, ("admin", passwords[0]), ("lab", passwords[1]))
         recorder = Recorder(Tracker(server.url, "of the lab", tmp_path), tmp_path / "trial", "")
         recorder.open()
         recorder.offer({"a": lambda: run("a")})
@@ -104,21 +103,21 @@ def test_clients_without_the_right_password_are_refused_and_no_file_holds_it(
 
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
-def test_eight_writers_through_a_guarded_server_on_postgresql(
+def test_eight_writers_through_a_server_on_postgresql(
     tmp_path: Path, passwords: Passwords, client: dict[str, str]
 ) -> None:
     with postgres(passwords[2]) as (database, kept):
         backend = {"MLFLOW_BACKEND_STORE_URI": database, "PGPASSWORD": passwords[2]}
-        with running(guarded_server(tmp_path, passwords[0], **backend)) as server:
-            check_doors(server, ("admin", passwords[0]), ("lab", passwords[1]))
+        with guarded_server(tmp_path, passwords[0], **backend) as server:
+            check_permissions(server, ("admin", passwords[0]), ("lab", passwords[1]))
             own = client | {"MLFLOW_TRACKING_URI": server.url}
             folders = [tmp_path / f"trial-{i}" for i in range(8)]
-            for said in ended(*[begin(folder, own, 4, "epochs=3") for folder in folders]):
-                assert "continuing without tracking" not in said
-            check_whole(Tracker(server.url, "likelihood-lab", tmp_path), folders)
-            (said,) = ended(begin(tmp_path / "wrong", own | {"MLFLOW_TRACKING_PASSWORD": "wrong"}, 2))
-            assert "not authenticated" in said
-            assert "0 of 7 runs are recorded there" in said
-            assert "7 were sent" in synced(tmp_path / "wrong", own)
-            check_whole(Tracker(server.url, "likelihood-lab", tmp_path), [*folders, tmp_path / "wrong"])
+            for output in wait_for(*[start_trial(folder, own, 4, "epochs=3") for folder in folders]):
+                assert "continuing without tracking" not in output
+            check_store(server.url, folders)
+            (output,) = wait_for(start_trial(tmp_path / "wrong", own | {"MLFLOW_TRACKING_PASSWORD": "wrong"}, 2))
+            assert "not authenticated" in output
+            assert "0 of 7 runs are recorded there" in output
+            assert "7 were sent" in sync(tmp_path / "wrong", own)
+            check_store(server.url, [*folders, tmp_path / "wrong"])
             check_no_secret(passwords, tmp_path, kept)

@@ -1,21 +1,27 @@
-"""A tracking store that is absent, slow, restarted, refusing or crowded: nothing of a trial is lost."""
+"""A tracking store that is absent, slow, restarted, refusing or used by many loses nothing of a trial."""
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from pipeline.entry import run_and_report
+from pipeline.storage.cells import TrialFolder
 from pipeline.tracking import recorder as recording
 from pipeline.tracking.recorder import Recorder
 from pipeline.tracking.tracker import Tracker
-from tests.faults.serving import environment, free_port, plain_server, running
-from tests.faults.trials import begin, cells, check_whole, ended, synced
+from pipeline.trial.run import run
+from tests.faults.servers import check_store, environment, free_port, plain_server, start_trial, sync, wait_for
+from tests.trials import compose
 
 # MLflow's own queries use a loader that SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
@@ -26,10 +32,10 @@ def answer(status: str, body: str = "") -> bytes:
 
 
 @contextmanager
-def impostor(reply: bytes | None) -> Iterator[str]:
-    """The address of something that answers every call alike, or never."""
+def fake_server(reply: bytes | None) -> Iterator[str]:
+    """Yield the address of a server that gives every call the same answer, or none."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        held: list[socket.socket] = []
+        callers: list[socket.socket] = []
 
         def serve() -> None:
             while True:
@@ -37,7 +43,7 @@ def impostor(reply: bytes | None) -> Iterator[str]:
                     caller, _ = listener.accept()
                 except OSError:
                     return
-                held.append(caller)
+                callers.append(caller)
                 if reply is not None:
                     caller.recv(65536)
                     caller.sendall(reply)
@@ -46,7 +52,7 @@ def impostor(reply: bytes | None) -> Iterator[str]:
         threading.Thread(target=serve, daemon=True).start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
-        for caller in held:
+        for caller in callers:
             caller.close()
 
 
@@ -63,128 +69,130 @@ def impostor(reply: bytes | None) -> Iterator[str]:
     ],
     ids=["silent", "a page", "401", "403", "500", "503", "noise"],
 )
-def test_whatever_answers_in_place_of_mlflow_ends_no_trial(
+def test_an_answer_of_no_mlflow_ends_no_trial(
     reply: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recording, "CALL_TIMEOUT", 1.0)
-    with impostor(reply) as address:
+    with fake_server(reply) as address:
         recorder = Recorder(Tracker(address, "x", tmp_path), tmp_path, "")
-        begun = time.monotonic()
+        began = time.monotonic()
         recorder.open()
         for _ in range(5):
             recorder.offer({"a": lambda: pytest.fail("there is nothing to send it to")})
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - began < 10
     assert "0 of 1 runs are recorded there" in str(recorder.shortfall)
     assert "\n" not in str(recorder.shortfall)
 
 
-def fresh_database(home: Path, writers: int) -> None:
-    """So many trials at once, into a database that is not there yet."""
-    uri = f"sqlite:///{home / 'runs.db'}"
-    own = environment(home, MLFLOW_TRACKING_URI=uri)
-    folders = [home / f"trial-{i}" for i in range(writers)]
-    for said in ended(*[begin(folder, own, 4, "epochs=3") for folder in folders]):
-        assert "continuing without tracking" not in said
-    check_whole(Tracker(uri, "likelihood-lab", home), folders)
+def write(folder: Path, uri: str) -> None:
+    """Train a trial and record it in MLflow; stdout goes to a file beside the folder."""
+    config = compose(
+        "loss=[ce,nll,brier]", "seed=[0,1,2,3]", "trainer.tile=3", "tracking=mlflow", f"tracking.uri={uri}"
+    )
+    with folder.with_suffix(".txt").open("w") as output, redirect_stdout(output):
+        sys.exit(run_and_report(lambda: run(config, folder, "the command")))
 
 
-def test_two_writers_on_a_fresh_database(tmp_path: Path) -> None:
-    fresh_database(tmp_path, 2)
+@pytest.mark.parametrize("num_writers", [2, pytest.param(8, marks=pytest.mark.faults)])
+def test_writers_on_a_fresh_database(num_writers: int, tmp_path: Path) -> None:
+    """So many processes record at once, before the database exists."""
+    uri = f"sqlite:///{tmp_path / 'runs.db'}"
+    folders = [tmp_path / f"trial-{i}" for i in range(num_writers)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; torch's survive a fork idle
+        writers = [multiprocessing.get_context("fork").Process(target=write, args=(path, uri)) for path in folders]
+        for writer in writers:
+            writer.start()
+    for writer, folder in zip(writers, folders, strict=True):
+        writer.join()
+        assert writer.exitcode == 0
+        assert "continuing without tracking" not in folder.with_suffix(".txt").read_text()
+    check_store(uri, folders)
 
 
-@pytest.mark.faults
-def test_eight_writers_on_a_fresh_database(tmp_path: Path) -> None:
-    fresh_database(tmp_path, 8)
-
-
-KILLS = 20
+NUM_KILLS = 20
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
-def test_a_server_killed_twenty_times_and_then_for_good(tmp_path: Path) -> None:
-    """Two trials at once, one of them with a server that dies all the time: both end alike, and at about one time."""
+def test_a_server_killed_20_times_and_then_for_good(tmp_path: Path) -> None:
+    """Two trials run at once, one with a server that is killed often: same results, and about the same time."""
     homes = {name: tmp_path / name for name in ("calm", "dying")}
-    servers, trials, took = {}, {}, {}
-    for name, home in homes.items():
-        home.mkdir()
-        servers[name] = plain_server(home)
-        servers[name].start()
+    outputs, seconds, kills = {}, {}, []
+    with ExitStack() as stack:
+        for home in homes.values():
+            home.mkdir()
+        servers = {name: stack.enter_context(plain_server(home)) for name, home in homes.items()}
 
-    def kill() -> None:
-        for _ in range(KILLS):
+        def kill() -> None:
+            for _ in range(NUM_KILLS):
+                time.sleep(2)
+                servers["dying"].kill()
+                kills.append(time.monotonic())
+                time.sleep(1)
+                servers["dying"].start()
             time.sleep(2)
             servers["dying"].kill()
             kills.append(time.monotonic())
-            time.sleep(1)
-            servers["dying"].start()
-        time.sleep(2)
-        servers["dying"].kill()
-        kills.append(time.monotonic())
 
-    def train(name: str) -> None:
-        begun = time.monotonic()
-        own = environment(homes[name], MLFLOW_TRACKING_URI=servers[name].url)
-        (trials[name],) = ended(begin(homes[name] / "trial", own, 60, "epochs=150"))
-        took[name] = time.monotonic() - begun
+        def train(name: str) -> None:
+            began = time.monotonic()
+            own = environment(homes[name], MLFLOW_TRACKING_URI=servers[name].url)
+            (outputs[name],) = wait_for(start_trial(homes[name] / "trial", own, 60, "epochs=150"))
+            seconds[name] = time.monotonic() - began
 
-    kills: list[float] = []
-    try:
         killer = threading.Thread(target=kill)
         workers = [threading.Thread(target=train, args=(name,)) for name in homes]
         for thread in (killer, *workers):
             thread.start()
         for worker in workers:
             worker.join()
-        over = time.monotonic()
+        end = time.monotonic()
         killer.join()
-        print(f"trained for {took['calm']:.0f} s and, with {len(kills)} kills, for {took['dying']:.0f} s")
-        assert sum(moment < over for moment in kills) == KILLS + 1, "the training is too short for so many kills"
-        assert took["dying"] <= 1.2 * took["calm"]
-        assert trials["dying"].count("continuing without tracking") == 1
-        assert "`make sync DIR=" in trials["dying"]
-        assert "continuing without tracking" not in trials["calm"]
-        pairs = zip(cells(homes["calm"] / "trial"), cells(homes["dying"] / "trial"), strict=True)
-        for calm, dying in pairs:
+        print(f"trained for {seconds['calm']:.0f} s and, with {len(kills)} kills, for {seconds['dying']:.0f} s")
+        assert sum(moment < end for moment in kills) == NUM_KILLS + 1, "the training is too short for so many kills"
+        assert seconds["dying"] <= 1.2 * seconds["calm"]
+        assert outputs["dying"].count("continuing without tracking") == 1
+        assert "`make sync DIR=" in outputs["dying"]
+        assert "continuing without tracking" not in outputs["calm"]
+        cells = (TrialFolder(home / "trial").cells() for home in homes.values())
+        for calm, dying in zip(*cells, strict=True):
             assert calm.record.weights_sha256 == dying.record.weights_sha256
             assert calm.history.equals(dying.history)
         servers["dying"].start()
         own = environment(homes["dying"], MLFLOW_TRACKING_URI=servers["dying"].url)
-        print(synced(homes["dying"] / "trial", own))
-        assert ", 0 were sent" in synced(homes["dying"] / "trial", own)
+        print(sync(homes["dying"] / "trial", own))
+        assert ", 0 were sent" in sync(homes["dying"] / "trial", own)
         for name, home in homes.items():
-            check_whole(Tracker(servers[name].url, "likelihood-lab", home), [home / "trial"])
-    finally:
-        for server in servers.values():
-            server.kill()
+            check_store(servers[name].url, [home / "trial"])
 
 
 @pytest.mark.faults
-def test_a_server_that_is_gone_for_good_costs_half_a_minute(tmp_path: Path) -> None:
-    """One that takes the connection and says nothing is the slowest way to be gone; a closed port the fastest."""
-    took: dict[str, float] = {}
-    said: dict[str, str] = {}
-
-    def train(name: str, address: str) -> None:
-        begun = time.monotonic()
-        own = environment(tmp_path, MLFLOW_TRACKING_URI=address)
-        (said[name],) = ended(begin(tmp_path / name, own, 8))
-        took[name] = time.monotonic() - begun
-
-    with impostor(None) as silent:
+def test_a_server_gone_for_good_costs_half_a_minute(tmp_path: Path) -> None:
+    """A server that accepts connections and never answers is the slowest case; a closed port is the fastest."""
+    with fake_server(None) as silent:
         addresses = {"closed": f"http://127.0.0.1:{free_port()}", "silent": silent}
-        threads = [threading.Thread(target=train, args=named) for named in addresses.items()]
+        seconds: dict[str, float] = {}
+        outputs: dict[str, str] = {}
+
+        def train(name: str) -> None:
+            began = time.monotonic()
+            own = environment(tmp_path, MLFLOW_TRACKING_URI=addresses[name])
+            (outputs[name],) = wait_for(start_trial(tmp_path / name, own, 8))
+            seconds[name] = time.monotonic() - began
+
+        threads = [threading.Thread(target=train, args=(name,)) for name in addresses]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    print(took)
-    assert took["silent"] - took["closed"] <= 30
-    assert all("0 of 25 runs are recorded there" in said[name] for name in addresses)
+    print(seconds)
+    assert seconds["silent"] - seconds["closed"] <= 30
+    assert all("0 of 25 runs are recorded there" in outputs[name] for name in addresses)
     home = tmp_path / "later"
     home.mkdir()
-    with running(plain_server(home)) as server:
+    with plain_server(home) as server:
         own = environment(tmp_path, MLFLOW_TRACKING_URI=server.url)
         for name in addresses:
-            assert "held 0 of 25 runs, 25 were sent" in synced(tmp_path / name, own)
-        check_whole(Tracker(server.url, "likelihood-lab", home), [tmp_path / name for name in addresses])
+            assert "held 0 of 25 runs, 25 were sent" in sync(tmp_path / name, own)
+        check_store(server.url, [tmp_path / name for name in addresses])

@@ -1,9 +1,8 @@
-"""The schema and the checks of a composed configuration: what is refused, and in which words."""
+"""The schema and the checks of a composed configuration, and the message of every refusal."""
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,58 +14,56 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from likelihood_lab.errors import UsageError
 from pipeline.config import schema as conf
 from pipeline.config.targets import check_call, locate
 from pipeline.config.validate import chosen_files, validate
+from tests.trials import ROOT, usage_error
 
-ROOT = Path(__file__).parents[3]
-Refusal = Callable[..., str]
+Refusal = Callable[[dict[str, Any]], str]
+
+
+def compose_train(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(conf.CONF), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
 
 
 @pytest.fixture(scope="module")
 def composed() -> DictConfig:
-    with initialize_config_dir(str(conf.CONF), version_base="1.3"):
-        return compose("train")
+    return compose_train()
 
 
 @pytest.fixture
 def refusal(composed: DictConfig) -> Refusal:
-    """Why a configuration with these values, by dotted key, is refused."""
+    """Return a function that gives the error of the default configuration with these values, by dotted key."""
 
     def of(values: dict[str, Any]) -> str:
         cfg = copy.deepcopy(composed)
         with open_dict(cfg):
             for key, value in values.items():
                 OmegaConf.update(cfg, key, value, merge=False, force_add=True)
-        with pytest.raises(UsageError) as refused:
-            validate(cfg)
-        line = str(refused.value)
-        assert "\n" not in line
-        return line
+        return usage_error(lambda: validate(cfg))
 
     return of
 
 
-def test_the_configuration_that_ships_passes(composed: DictConfig) -> None:
+def test_the_shipped_configuration_passes(composed: DictConfig) -> None:
     validate(composed)
 
 
 @pytest.mark.parametrize("experiment", [file.stem for file in (conf.CONF / "experiment").glob("*.yaml")])
-def test_every_experiment_that_ships_passes(experiment: str) -> None:
-    with initialize_config_dir(str(conf.CONF), version_base="1.3"):
-        cfg = compose("train", overrides=[f"experiment={experiment}"])
+def test_every_shipped_experiment_passes(experiment: str) -> None:
+    cfg = compose_train(f"experiment={experiment}")
     validate(cfg)
     assert cfg.tracking.experiment == experiment  # one name everywhere
-    assert (conf.CONF.parent / "experiments" / experiment / "README.md").exists()
+    assert (ROOT / "experiments" / experiment / "README.md").exists()
 
 
-@pytest.mark.parametrize("loss", [file.stem for file in (conf.CONF / "loss").glob("*.yaml")])
-def test_a_loss_file_declares_one_loss_under_its_own_name(loss: str) -> None:
-    assert list(OmegaConf.load(conf.CONF / "loss" / f"{loss}.yaml")) == [loss]
+def test_a_loss_file_declares_one_loss_under_its_own_name() -> None:
+    for file in (conf.CONF / "loss").glob("*.yaml"):
+        assert list(OmegaConf.load(file)) == [file.stem]
 
 
-def test_the_keys_are_those_that_users_write() -> None:
+def test_the_keys_of_a_training() -> None:
     assert list(conf.TrainConf.__dataclass_fields__) == [
         "loss", "model", "dataset", "optimizer", "trainer", "tracking", "seed", "share", "vary", "reference", "epochs",
         "batch_size", "precision", "schedule", "warmup_steps", "clip_norm", "about", "expect", "alpha",
@@ -77,76 +74,45 @@ def test_the_keys_are_those_that_users_write() -> None:
 # --- seeds, reference, expectations
 
 
-@pytest.mark.parametrize(
-    ("seed", "reason"),
-    [
-        ([0, 1, 0, 2, 1], "seed repeats 0, 1"),
-        (-1, "seed=-1 is not an integer from 0 to 4294967295"),
-        ([0, -3], "seed=-3 is not an integer"),
-        (1.0, "seed=1.0 is not an integer"),
-        (True, "seed=True is not an integer"),
-        ([0, None], "seed=None is not an integer"),
-        (None, "seed=None is not an integer"),
-        (2**32, "seed=4294967296 is not an integer"),
-        (2**40, "seed=1099511627776 is not an integer"),
-        ("abc", "seed='abc' is not an integer"),
-        ([[0, 1]], "seed=[0, 1] is not an integer"),
-        ({"a": 1}, "is not an integer"),
-        ([], "seed is empty; give an integer or a list"),
-    ],
-)
-def test_a_seed_that_could_not_seed_is_refused(seed: object, reason: str, refusal: Refusal) -> None:
-    assert reason in refusal({"seed": seed})
-
-
-def test_an_omitted_seed_is_zero_and_the_largest_is_taken(composed: DictConfig) -> None:
+def test_seed_default_is_zero_and_largest_is_accepted(composed: DictConfig) -> None:
     assert conf.seeds_of(conf.plain(composed)) == [0]
     assert conf.seeds_of({"seed": [0, conf.MAX_SEED]}) == [0, 2**32 - 1]
 
 
 @pytest.mark.parametrize(("losses", "reference"), [("nll ce kl", "ce"), ("kl nll", "kl")])
-def test_the_reference_is_ce_or_else_the_first(losses: str, reference: str) -> None:
+def test_reference_is_ce_or_else_the_first(losses: str, reference: str) -> None:
     assert conf.reference_of({"loss": dict.fromkeys(losses.split()), "reference": None}) == reference
 
 
-def test_a_reference_that_is_not_chosen_is_refused(refusal: Refusal) -> None:
-    assert "reference=brier is not among the chosen losses, nll, ce, kl" in refusal({"reference": "brier"})
-
-
-@pytest.mark.parametrize(
-    ("expect", "reason"),
-    [
-        ({"nlll": "same"}, "expect names 'nlll'; the chosen candidates are nll, kl"),
-        ({"ce": "same"}, "expect names 'ce'"),
-        ("smae", "'smae' is no verdict; the words are same, identical"),
-        ({"nll": "sames"}, "expect: nll 'sames' is no verdict"),
-        ({"nll": None}, "expect: nll None is no verdict"),
-        (["same"], "expect=['same']; give a word such as same"),
-        (True, "expect=True; give a word such as same"),
-    ],
-)
-def test_an_expectation_of_nobody_or_nothing_is_refused(expect: object, reason: str, refusal: Refusal) -> None:
-    assert reason in refusal({"expect": expect})
-
-
-def test_an_expectation_without_a_candidate_is_refused() -> None:
-    with pytest.raises(UsageError, match="expect='same', but ce is the only loss"):
-        conf.expectations_of({"loss": {"ce": {}}, "reference": None, "expect": "same"})
-
-
-def test_one_word_is_expected_of_every_candidate() -> None:
+def test_one_expected_word_applies_to_every_candidate() -> None:
     losses = dict.fromkeys(["nll", "ce", "kl"])
     asked = {"loss": losses, "reference": None, "expect": "same"}
     assert conf.expectations_of(asked) == {"nll": "same", "kl": "same"}
     assert conf.expectations_of({**asked, "expect": None}) == {}
+    alone = {**asked, "loss": {"ce": {}}}
+    assert "expect='same', but ce is the only loss" in usage_error(lambda: conf.expectations_of(alone))
 
 
 # --- keys, numbers, margins
 
 
+class NeedsWeight(torch.nn.Module):
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+
+
+CE = "torch.nn.CrossEntropyLoss"
+BRIER = "likelihood_lab.categorical.losses.brier_score"
+
+
+def loss(target: str, args: object = ("logits",), **keywords: object) -> dict[str, Any]:
+    return {"fn": {"_target_": target, **keywords}, "args": list(args) if isinstance(args, tuple) else args}
+
+
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
+        ("reference", "brier", "reference=brier is not among the chosen losses, nll, ce, kl"),
         ("nonsense", 1, "unknown key 'nonsense'; the keys are: loss, model"),
         ("epoch", 1, "unknown key 'epoch' (did you mean 'epochs'?)"),
         ("trainer.thread", 1, "unknown key 'trainer.thread' (did you mean 'threads'?); trainer takes: acc"),
@@ -183,24 +149,57 @@ def test_one_word_is_expected_of_every_candidate() -> None:
         ("dataset.primary", "nll", "dataset.primary='nll'; give a list"),
         ("loss", {}, "no loss is chosen; give for example 'loss=[nll,ce,kl]'"),
         ("model", {}, "model declares no _target_"),
+        ("seed", [0, 1, 0, 2, 1], "seed repeats 0, 1"),
+        ("seed", -1, "seed=-1 is not an integer from 0 to 4294967295"),
+        ("seed", [0, -3], "seed=-3 is not an integer"),
+        ("seed", 1.0, "seed=1.0 is not an integer"),
+        ("seed", True, "seed=True is not an integer"),
+        ("seed", None, "seed=None is not an integer"),
+        ("seed", 2**32, "seed=4294967296 is not an integer"),
+        ("seed", "abc", "seed='abc' is not an integer"),
+        ("seed", [[0, 1]], "seed=[0, 1] is not an integer"),
+        ("seed", {"a": 1}, "is not an integer"),
+        ("seed", [], "seed is empty; give an integer or a list"),
+        ("expect", {"nlll": "same"}, "expect names 'nlll'; the chosen candidates are nll, kl"),
+        ("expect", {"ce": "same"}, "expect names 'ce'"),
+        ("expect", "smae", "'smae' is no verdict; the words are same, identical"),
+        ("expect", {"nll": "sames"}, "expect: nll 'sames' is no verdict"),
+        ("expect", {"nll": None}, "expect: nll None is no verdict"),
+        ("expect", ["same"], "expect=['same']; give a word such as same"),
+        ("expect", True, "expect=True; give a word such as same"),
+        ("loss.mine", {"args": ["logits", "labels"]}, "loss.mine.fn is missing"),
+        ("loss.mine", {"fn": {"_target_": CE}}, "loss.mine.args is missing"),
+        ("loss.mine", loss(CE, []), "loss.mine.args is missing"),
+        ("loss.mine", loss(CE, "logits"), "give a list: [logits]"),
+        ("loss.mine", loss(CE, ["logit"]), "loss.mine.args names 'logit' (did you mean 'logits'?); it is a list of lo"),
+        ("loss.mine", {"fn": {"reduction": "sum"}, "args": ["logits"]}, "loss.mine.fn declares no _target_"),
+        ("loss.mine", {"fn": CE, "args": ["logits"]}, "loss.mine.fn declares no _target_"),
+        ("loss.mine", CE, "loss.mine is not a mapping"),
+        ("loss.mine", loss(CE[:-1]), "torch.nn has no callable 'CrossEntropyLos' (did you mean 'CrossEntropyLoss'?)"),
+        (
+            "loss.mine",
+            loss("no_such.loss"),
+            "loss.mine.fn._target_: cannot import no_such (No module named",
+        ),
+        ("loss.mine", loss(CE, reducton="sum"), "unknown key 'loss.mine.fn.reducton' (did you mean 'reduction'?)"),
+        ("loss.mine", loss(f"{__name__}.NeedsWeight"), "loss.mine.fn.weight is missing"),
+        ("loss.mine", loss(BRIER), f"{BRIER} is a function; add `_partial_: true`"),
+        ("loss.mine", loss(CE, _partial_=True), f"{CE} is a class, which makes the loss; remove `_partial_`"),
     ],
 )
-def test_a_key_or_value_that_nothing_can_use_is_refused(key: str, value: object, reason: str, refusal: Refusal) -> None:
+def test_a_wrong_key_or_value_is_refused(key: str, value: object, reason: str, refusal: Refusal) -> None:
     assert reason in refusal({key: value})
 
 
-def test_a_key_that_was_taken_away_is_missed(composed: DictConfig) -> None:
-    cfg = copy.deepcopy(composed)
-    with open_dict(cfg):
-        del cfg["epochs"]
-    with pytest.raises(UsageError, match="epochs is missing"):
-        validate(OmegaConf.create(OmegaConf.to_container(cfg)))
+def test_a_missing_key_is_refused(composed: DictConfig) -> None:
+    cfg = OmegaConf.create({key: value for key, value in composed.items_ex(resolve=False) if key != "epochs"})
+    assert "epochs is missing" in usage_error(lambda: validate(cfg))
 
 
 def pictures(root: str, size: int = 8) -> None: ...
 
 
-def test_a_value_that_is_left_to_the_user_is_asked_for(refusal: Refusal) -> None:
+def test_a_value_left_to_the_user_is_required(refusal: Refusal) -> None:
     target = f"{__name__}.pictures"
     left_open = {"dataset": {"_target_": target, "root": "???"}}
     assert "dataset.root is not set; give it on the command line: dataset.root=" in refusal(left_open)
@@ -210,112 +209,57 @@ def test_a_value_that_is_left_to_the_user_is_asked_for(refusal: Refusal) -> None
 # --- losses
 
 
-class NeedsWeight(torch.nn.Module):
-    def __init__(self, weight: float) -> None:
-        super().__init__()
-
-
 @pytest.mark.parametrize(
-    ("loss", "reason"),
+    ("code", "message"),
     [
-        ({"args": ["logits", "labels"]}, "loss.mine.fn is missing"),
-        ({"fn": {"_target_": "torch.nn.CrossEntropyLoss"}}, "loss.mine.args is missing"),
-        ({"fn": {"_target_": "torch.nn.CrossEntropyLoss"}, "args": []}, "loss.mine.args is missing"),
-        ({"fn": {"_target_": "torch.nn.CrossEntropyLoss"}, "args": "logits"}, "give a list: [logits]"),
+        ("def loss(:\n", "importing {module} failed: SyntaxError"),
+        ("import no_such_library\n", "cannot import {module} (No module named 'no_such_library')"),
         (
-            {"fn": {"_target_": "torch.nn.CrossEntropyLoss"}, "args": ["logit", "labels"]},
-            "loss.mine.args names 'logit' (did you mean 'logits'?); it is a list of logits, log_probs",
-        ),
-        ({"fn": {"reduction": "sum"}, "args": ["logits"]}, "loss.mine.fn declares no _target_"),
-        ({"fn": "torch.nn.CrossEntropyLoss", "args": ["logits"]}, "loss.mine.fn declares no _target_"),
-        ("torch.nn.CrossEntropyLoss", "loss.mine is not a mapping"),
-        (
-            {"fn": {"_target_": "torch.nn.CrossEntropyLos"}, "args": ["logits"]},
-            "torch.nn has no callable 'CrossEntropyLos' (did you mean 'CrossEntropyLoss'?)",
-        ),
-        (
-            {"fn": {"_target_": "no_such_module.loss"}, "args": ["logits"]},
-            "loss.mine.fn._target_: cannot import no_such_module (No module named 'no_such_module'); check",
-        ),
-        (
-            {"fn": {"_target_": "torch.nn.KLDivLoss", "reducton": "sum"}, "args": ["log_probs"]},
-            "unknown key 'loss.mine.fn.reducton' (did you mean 'reduction'?)",
-        ),
-        (
-            {"fn": {"_target_": f"{__name__}.NeedsWeight"}, "args": ["logits"]},
-            "loss.mine.fn.weight is missing",
-        ),
-        (
-            {"fn": {"_target_": "likelihood_lab.categorical.losses.brier_score"}, "args": ["probs", "target_probs"]},
-            "likelihood_lab.categorical.losses.brier_score is a function; add `_partial_: true`",
-        ),
-        (
-            {"fn": {"_target_": "torch.nn.CrossEntropyLoss", "_partial_": True}, "args": ["logits"]},
-            "torch.nn.CrossEntropyLoss is a class, which makes the loss; remove `_partial_`",
+            "from pipeline.datasets import make_dataset\n",
+            "{module} imports pipeline.datasets, which is now pipeline.data; change the import",
         ),
     ],
-)  # fmt: skip
-def test_a_loss_that_is_not_declared_whole_is_refused(loss: object, reason: str, refusal: Refusal) -> None:
-    assert reason in refusal({"loss.mine": loss})
-
-
-def test_a_module_that_fails_while_it_is_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids=["torn", "needy", "dated"],
+)
+def test_a_module_that_cannot_be_imported_is_named(
+    code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    module = f"{request.node.callspec.id}_module"
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "torn_module.py").write_text("def loss(:\n")
-    with pytest.raises(UsageError, match=r"importing torn_module failed: SyntaxError"):
-        locate("loss.mine.fn", "torn_module.loss")
-    (tmp_path / "needy_module.py").write_text("import no_such_library\n")
-    with pytest.raises(UsageError, match=r"cannot import needy_module \(No module named 'no_such_library'\)"):
-        locate("loss.mine.fn", "needy_module.loss")
+    (tmp_path / f"{module}.py").write_text(code)
+    assert message.format(module=module) in usage_error(lambda: locate("loss.mine.fn", f"{module}.loss"))
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("pipeline.losses.brier_score", "likelihood_lab.categorical.losses.brier_score"),
+        ("pipeline.losses.brier_score", BRIER),
         ("pipeline.datasets.make_dataset", "pipeline.data.make_dataset"),
         ("pipeline.loaders.digits", "pipeline.data.loaders.digits"),
         ("pipeline.pictures.image_folder", "pipeline.data.image_folder.image_folder"),
         ("pipeline.soft_labels.teacher", "pipeline.data.soft_labels.teacher"),
     ],
 )
-def test_a_target_of_an_earlier_version_is_told_its_new_name(old: str, new: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(f"loss.mine.fn._target_={old}: that is now {new}; change")):
-        locate("loss.mine.fn", old)
+def test_a_target_of_an_earlier_version_gets_its_new_name(old: str, new: str) -> None:
+    message = f"loss.mine.fn._target_={old}: that is now {new}; change"
+    assert message in usage_error(lambda: locate("loss.mine.fn", old))
     assert callable(locate("loss.mine.fn", new))
-
-
-def test_a_module_that_imports_a_moved_one_is_told_its_new_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "dated_module.py").write_text("from pipeline.datasets import make_dataset\n")
-    said = r"dated_module imports pipeline\.datasets, which is now pipeline\.data; change the import"
-    with pytest.raises(UsageError, match=said):
-        locate("dataset", "dated_module.blobs")
 
 
 def test_a_method_of_a_class_can_be_named() -> None:
     assert locate("model", "torch.nn.Linear.extra_repr") is torch.nn.Linear.extra_repr
 
 
-def test_a_list_stands_for_a_tuple_and_an_integer_for_a_float() -> None:
+def test_a_list_is_a_tuple_and_an_integer_a_float() -> None:
     check_call("optimizer", {"_target_": "torch.optim.Adam", "betas": [0, 0.999], "lr": 1}, ["params"])
 
 
-def write_losses(folder: Path, **files: str) -> list[str]:
-    (folder / "loss").mkdir()
-    for stem, text in files.items():
-        (folder / "loss" / f"{stem}.yaml").write_text(text)
-    return [f"hydra.searchpath=[file://{folder}]"]
-
-
-CE = "{fn: {_target_: torch.nn.CrossEntropyLoss}, args: [logits, labels]}"
+DECLARED = f"{{fn: {{_target_: {CE}}}, args: [logits, labels]}}"
 
 
 @contextmanager
 def job(*overrides: str) -> Iterator[DictConfig]:
-    """The configuration of a job while Hydra runs it."""
+    """Yield the configuration of a job, with Hydra's global state as while the job runs."""
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
         cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
@@ -326,29 +270,29 @@ def job(*overrides: str) -> Iterator[DictConfig]:
 
 
 @pytest.mark.parametrize(
-    ("text", "keys"),
-    [(f"nll: {CE}", "nll"), (f"mine: {CE}\nnll: {CE}", "mine, nll"), (CE, "fn, args")],
-    ids=["the key of another loss", "two keys", "no name"],
+    ("losses", "file", "text", "message"),
+    [
+        ("ce,nll,mine", "mine", f"nll: {DECLARED}", "mine.yaml declares nll; give it the single key mine"),
+        (
+            "ce,nll,mine",
+            "mine",
+            f"mine: {DECLARED}\nnll: 1",
+            "mine.yaml declares mine, nll; give it the sin",
+        ),
+        ("ce,nll,mine", "mine", DECLARED, "mine.yaml declares fn, args; give it the single key mine"),
+        ("ce,nll", "nll", f"nll: {DECLARED}", "nll.yaml is hidden by "),
+        ("ce,nll,ce", "mine", "", "loss=ce is chosen more than once"),
+    ],
+    ids=["the key of another loss", "two keys", "no name", "hidden", "chosen twice"],
 )
-def test_a_loss_file_that_would_replace_another_is_refused(text: str, keys: str, tmp_path: Path) -> None:
-    overrides = write_losses(tmp_path, mine=text)
-    with job("loss=[ce,nll,mine]", *overrides) as cfg, pytest.raises(UsageError) as refused:
-        validate(cfg)
-    assert f"mine.yaml declares {keys}; give it the single key mine" in str(refused.value)
+def test_a_wrong_loss_file_is_refused(losses: str, file: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss" / f"{file}.yaml").write_text(text)
+    with job(f"loss=[{losses}]", f"hydra.searchpath=[file://{tmp_path}]") as cfg:
+        assert message in usage_error(lambda: validate(cfg))
 
 
-def test_a_loss_file_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
-    overrides = write_losses(tmp_path, nll=f"nll: {CE}")
-    with job("loss=[ce,nll]", *overrides) as cfg, pytest.raises(UsageError, match=r"nll\.yaml is hidden by "):
-        validate(cfg)
-
-
-def test_a_loss_that_is_named_twice_is_refused() -> None:
-    with job("loss=[ce,nll,ce]") as cfg, pytest.raises(UsageError, match="loss=ce is chosen more than once"):
-        validate(cfg)
-
-
-def test_the_chosen_files_are_those_of_the_experiment() -> None:
+def test_chosen_files_are_those_of_the_experiment() -> None:
     assert chosen_files("loss") == {}
     with job("experiment=textbook_spellings") as cfg:
         assert list(chosen_files("loss")) == list(cfg.loss)
@@ -358,7 +302,7 @@ def test_the_chosen_files_are_those_of_the_experiment() -> None:
 # --- names
 
 
-def test_a_trial_is_named_by_its_configuration_alone(composed: DictConfig) -> None:
+def test_trial_name_depends_on_the_configuration_alone(composed: DictConfig) -> None:
     config = conf.plain(composed)
     name = conf.trial_name(config)
     assert name.startswith("digits-mlp-")
@@ -367,7 +311,7 @@ def test_a_trial_is_named_by_its_configuration_alone(composed: DictConfig) -> No
     assert conf.trial_name({**config, "epochs": 31}) != name
 
 
-def test_what_varies_by_default_is_in_no_name_and_all_else_is(composed: DictConfig) -> None:
+def test_vary_is_in_the_trial_name_unless_default(composed: DictConfig) -> None:
     config = conf.plain(composed)
     assert config["vary"] == "all"
     assert "vary" not in conf.identity(config)

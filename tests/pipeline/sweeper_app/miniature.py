@@ -1,4 +1,4 @@
-"""A task small enough to see what the sweeper does with it: it records what it received."""
+"""A small Hydra application that writes down the configuration that it receives."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ConfigStore.instance().store(name="miniature", node=Miniature)
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what the task could not train."""
+    """Refuse wrong seeds and models."""
     seeds = cfg.seed if isinstance(cfg.seed, ListConfig) else [cfg.seed]
     if any(type(seed) is not int or seed < 0 for seed in seeds):
         raise UsageError(f"seed={list(seeds)}: give integers >= 0")
@@ -54,7 +54,7 @@ def check(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def main(cfg: DictConfig) -> dict[str, Any]:
-    """Record what was asked for, then finish, raise or die."""
+    """Write the configuration, then finish, raise or kill the process."""
     folder = HydraConfig.get().runtime.output_dir
     Path(folder, "received.json").write_text(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
     if cfg.accident == "raise":
