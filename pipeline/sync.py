@@ -48,6 +48,7 @@ def _send(folder: TrialFolder, tracker: Tracker) -> str:
     """What was sent, in one line."""
     from pipeline.tracking.runs import cell_run, report_run
     from pipeline.verdict.plan import read_plan
+    from pipeline.verdict.results import Verdict
 
     reference = read_plan(folder.path)[0].reference
     tracker.open()
@@ -57,7 +58,8 @@ def _send(folder: TrialFolder, tracker: Tracker) -> str:
     concluded = (folder.path / "report.html").exists()
     if concluded:
         try:
-            report = report_run(folder, json.loads((folder.path / "verdict.json").read_text()), cells)
+            content = json.loads((folder.path / "verdict.json").read_text())
+            report = report_run(folder, Verdict.from_json(content), cells)
         except (FileNotFoundError, ValueError) as error:
             line = f"the verdict or report in {folder.path} is damaged or gone"
             raise UsageError(f"{line}: `make report DIR={folder.path}` makes it again") from error

@@ -26,7 +26,7 @@ from pipeline.text import MARKS, shortened
 from pipeline.tracking.mlflow_store import Run
 from pipeline.tracking.recorder import Recorder, tracker_of
 from pipeline.tracking.runs import content_tag
-from pipeline.verdict.verdict import exit_code_of
+from pipeline.verdict.verdict import check_expectations
 
 Config = Mapping[str, Any]
 
@@ -135,4 +135,7 @@ def closing_audit(audit: Mapping[str, Any], folder: Path, recorded: str | None) 
     console.print(f"\naudit: {folder / 'audit.json'}, pictures beside it in figures/")
     if recorded is not None:
         console.print(recorded)
-    return exit_code_of([(name, entry["objective"], entry) for name, entry in audit["losses"].items()])
+    keys = ("objective", "expected", "confirmed")
+    code, lines = check_expectations([(name, *map(entry.get, keys)) for name, entry in audit["losses"].items()])
+    console.print("\n".join(lines))
+    return code

@@ -1,4 +1,4 @@
-"""Cells and verdicts as MLflow sees them."""
+"""MLflow runs of cells and of reports."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from pipeline.replica import Replica, is_control
 from pipeline.runtime import git_state
 from pipeline.storage.cells import Cell, TrialFolder, gaps
 from pipeline.tracking.mlflow_store import Run
+from pipeline.verdict.results import Verdict
 
 DIGESTS = ("data_digest", "loss_code", "model_code")  # long, and of interest to the fingerprint alone
 
 
 def cell_run(cell: Cell, folder: TrialFolder, reference: str) -> Run:
-    """One flat run for a cell, with its distance to the reference of the same seed."""
+    """Return the run of a cell, with its distance to the reference of the same seed."""
     record, made = cell.record, cell.record.made_from
     tags = {
         "loss": record.arm,
@@ -53,12 +54,12 @@ def cell_run(cell: Cell, folder: TrialFolder, reference: str) -> Run:
     )
 
 
-def report_run(folder: TrialFolder, verdict: Mapping[str, Any], cells: Iterable[Cell]) -> Run:
-    """The one run that carries a trial's verdict, report and history."""
+def report_run(folder: TrialFolder, verdict: Verdict, cells: Iterable[Cell]) -> Run:
+    """Return the run of a trial's verdict, report and history."""
     records = [cell.record for cell in cells]
-    words = {f"verdict.{entry['loss']}": entry["verdict"] for entry in verdict["comparisons"]}
+    words = {f"verdict.{comparison.loss}": comparison.verdict for comparison in verdict.comparisons}
     identity = {"kind": "report", "sweep": folder.path.name, "fingerprint": "report"}
-    about = {"model": verdict["model"], "dataset": verdict["dataset"]}
+    about = {"model": verdict.model, "dataset": verdict.dataset}
     names = ["verdict.json", "report.html", "history.parquet"]
     names += ["audit.json"] if (folder.path / "audit.json").exists() else []
     names += [f"figures/{path.name}" for path in sorted((folder.path / "figures").glob("*.svg"))]
@@ -66,7 +67,7 @@ def report_run(folder: TrialFolder, verdict: Mapping[str, Any], cells: Iterable[
     return Run(
         name=f"{folder.path.name}/report",
         tags=identity | about | words | content_tag(artifacts) | _code(),
-        params={"reference": verdict["reference"], "seeds": str(verdict["seeds"])},
+        params={"reference": verdict.reference, "seeds": str(verdict.seeds)},
         metrics=pd.DataFrame(columns=["metric", "step", "value"]),
         started=min(record.started for record in records),
         ended=max(record.ended for record in records),
@@ -75,7 +76,7 @@ def report_run(folder: TrialFolder, verdict: Mapping[str, Any], cells: Iterable[
 
 
 def content_tag(artifacts: Mapping[str, Path]) -> dict[str, str]:
-    """What tells a report from an earlier one of the same trial: the digest of its files."""
+    """Return the digest of a report's files, which tells it from an earlier one of the same trial."""
     sha = hashlib.sha256()
     for name, path in artifacts.items():
         sha.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
@@ -84,12 +85,12 @@ def content_tag(artifacts: Mapping[str, Path]) -> dict[str, str]:
 
 @functools.cache
 def _code() -> dict[str, str]:
-    """Which code this process runs: that of its first question, since asking git takes as long as training a run."""
+    """Git state at the first call; cached, because calling git takes as long as training a run."""
     return git_state(conf.ROOT)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys with text values."""
+    """Flatten nested mappings to dotted keys with text values."""
     flat: dict[str, str] = {}
     for key, entry in value.items():
         flat |= _flat(entry, f"{prefix}{key}.") if isinstance(entry, Mapping) else {f"{prefix}{key}": str(entry)}

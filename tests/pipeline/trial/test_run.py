@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -400,20 +401,25 @@ def test_the_trials_of_a_sweep_audit_their_losses_once(tmp_path: Path, monkeypat
 
 
 def test_an_audit_of_other_code_or_another_reference_says_nothing(audited: Path) -> None:
-    from pipeline.verdict.plan import read_plan
-    from pipeline.verdict.verdict import audited_entry
+    from pipeline.verdict.audit_entry import Audit, entry_in_force
+    from pipeline.verdict.outcomes import TrialResults
+    from pipeline.verdict.plan import Look, read_plan
 
     folder = TrialFolder(audited)
-    request, _ = read_plan(audited)
     cells = {Replica(cell.record.arm, cell.record.seed): cell for cell in folder.cells()}
+    results = TrialResults(cells, *read_plan(audited), Look(1, 0.05))
+
+    def holds(name: str, **changes: Any) -> bool:
+        return entry_in_force(name, Audit.from_json(audit | changes), results) is not None
+
     audit = json.loads((audited / "audit.json").read_text())
-    assert audited_entry("nll", audit, cells, request) is not None
+    assert holds("nll")
     audit["losses"]["nll"]["made_from"]["loss_code"] = "other"
-    assert audited_entry("nll", audit, cells, request) is None
-    assert audited_entry("kl_mean", audit, cells, request) is not None
-    assert audited_entry("kl_mean", audit | {"reference": "nll"}, cells, request) is None
+    assert not holds("nll")
+    assert holds("kl_mean")
+    assert not holds("kl_mean", reference="nll")
     audit["reference_made_from"]["torch"] = "1.0"
-    assert audited_entry("kl_mean", audit, cells, request) is None
+    assert not holds("kl_mean")
 
 
 def test_without_an_audit_the_verdict_says_so(main_job: Path) -> None:
@@ -440,10 +446,10 @@ def test_another_number_of_seeds_is_another_look_at_half_the_level(tmp_path: Pat
 
 def test_looks_that_were_declared_first_hold_and_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trial(tmp_path / "t", "loss=[ce,brier]", "seed=[0,1]")
-    assert "hold, which the first verdict" not in capsys.readouterr().out
+    assert "as declared by the first verdict" not in capsys.readouterr().out
     declared = verdict(tmp_path / "t")["protocol"]
     trial(tmp_path / "t", "loss=[ce,brier]", "seed=[0,1]", "looks=3", "until=decided")
-    assert "alpha=0.05 and looks=1 hold, which the first verdict in" in capsys.readouterr().out
+    assert "using alpha=0.05 and looks=1, as declared by the first verdict in" in capsys.readouterr().out
     assert verdict(tmp_path / "t")["protocol"] == declared
 
 
@@ -520,7 +526,7 @@ def test_the_first_screen_of_a_real_report_says_what_was_and_what_was_not_tested
     trial(tmp_path / "t", "loss=[ce,nll,brier]", "seed=[0]", "audit=true", "controls=all")
     page = (tmp_path / "t" / "report.html").read_text()
     assert "In the losses themselves: label smoothing by" in page
-    assert "At best these seeds" not in page  # one seed shows no placebo equal
+    assert "margin that the placebos pass" not in page  # one seed shows no placebo equal
     report([str(tmp_path / "t"), "reference=nll"])
     page = (tmp_path / "t" / "report.html").read_text()
     assert "In the losses themselves: unknown, they were not audited." in page
@@ -602,15 +608,15 @@ def test_the_losses_are_asked_again_at_what_reached_them_in_training(tmp_path: P
 
 
 def test_what_is_wrong_at_the_trial_s_own_weights_decides() -> None:
-    from pipeline.verdict.verdict import _at_weights
+    from pipeline.verdict.audit_entry import AuditEntry, with_weights
 
-    entry = {"objective": "identical", "sentence": "bit for bit", "covered": ["the grid"]}
-    at = {"objective": "different", "sentence": "wrong there", "about": {"steps": [1, 9], "seed": 0}}
-    found = _at_weights(entry | {"at_weights": at})
-    assert found["objective"] == "different"
-    assert found["sentence"] == "the same function on the grid, but not at this trial's own weights: wrong there"
-    assert _at_weights(entry | {"at_weights": at | {"objective": "error"}})["objective"] == "identical"
-    assert _at_weights(entry | {"at_weights": at | {"objective": "rounding"}})["objective"] == "identical"
+    at = AuditEntry("different", "wrong there", about={"steps": [1, 9], "seed": 0})
+    entry = AuditEntry("identical", "bit for bit", at_weights=at)
+    found = with_weights(entry)
+    assert found.objective == "different"
+    assert found.sentence == "the same function on the grid, but not at this trial's own weights: wrong there"
+    for word in ("error", "rounding"):
+        assert with_weights(replace(entry, at_weights=replace(at, objective=word))).objective == "identical"
 
 
 def test_a_loss_that_is_nan_at_once_leaves_a_verdict_that_can_be_read(tmp_path: Path) -> None:
@@ -631,9 +637,9 @@ def test_the_rank_test_tells_a_small_mutant_from_the_reference_and_an_honest_for
     trial(tmp_path / "t", "rank_test=5", *losses, "seed=[0,1,2,3,4]", "epochs=1")
     found = {entry["loss"]: entry for entry in verdict(tmp_path / "t")["comparisons"]}
     assert found["smoothed"]["rank_test"]["p"] < 0.01
-    assert "is told apart from the reference's own copies" in found["smoothed"]["sentence"]
+    assert "The rank test distinguishes it from dithered copies" in found["smoothed"]["sentence"]
     assert found["nll_logsumexp"]["rank_test"]["p"] > 0.05
-    assert "ranks like the reference's own copies" in found["nll_logsumexp"]["sentence"]
+    assert "The rank test does not distinguish it from dithered copies" in found["nll_logsumexp"]["sentence"]
     assert sorted(folder.name for folder in (tmp_path / "t" / "controls").iterdir()) == [
         *(f"rank_copy_{k}" for k in range(1, 6)), "rank_of_nll_logsumexp", "rank_of_smoothed",
     ]  # fmt: skip
@@ -649,7 +655,7 @@ def test_a_trial_in_bfloat16_is_audited_in_it(tmp_path: Path) -> None:
     (found,) = verdict(tmp_path / "t")["comparisons"]
     assert found["objective"] == "different"
     assert found["sentence"].startswith(
-        "Another function: the same function in float32 and float64, but not in bfloat16"
+        "A different function: the same function in float32 and float64, but not in bfloat16"
     )
     assert any("bfloat16" in entry for entry in found["covered"])
 
