@@ -94,7 +94,7 @@ def _number(value: float | None) -> float:
 
 
 def _strip(losses: Sequence[_Loss], reference: str) -> Picture:
-    """A row for each loss: r in float32 and in float64 on one axis of decades, joined by a line."""
+    """Draw a row for each loss: its distance in float32 and in float64 on one logarithmic axis, joined by a line."""
     with canvas("audit_strip", 1.5 + 0.25 * len(losses)) as drawing:
         axes = drawing.axes
         zero = _decades(axes, [value for loss in losses for value in loss.distances.values()])
@@ -118,7 +118,7 @@ def _strip(losses: Sequence[_Loss], reference: str) -> Picture:
 
 
 def _decades(axes: Axes, distances: Sequence[float]) -> float:
-    """An axis of log10 r with a column for r = 0 at its left, whose place is returned."""
+    """Set an axis of log10 r with a column for r = 0 at its left; return the place of that column."""
     powers = [math.log10(value) for value in distances if 0 < value < math.inf]
     low, high = math.floor(min([-17.0, *powers])), math.ceil(max([1.0, *powers]))
     column = (high - low) / 9
@@ -153,21 +153,21 @@ def _strip_row(axes: Axes, height: int, loss: _Loss, zero: float) -> None:
 
 
 def _marker(precision: str) -> dict[str, Any]:
-    """A ring for float32 and a small disk for float64: both are seen where they coincide."""
+    """Return a ring for float32 and a small disk for float64, so that both are visible where they coincide."""
     ring = {"marker": "o", "markersize": 7.5, "markerfacecolor": PAPER, "markeredgewidth": 1.4}
     disk = {"marker": "o", "markersize": 4, "markeredgewidth": 0}
     return {"linestyle": "none"} | (ring if precision == "float32" else disk)
 
 
 def _missing(loss: _Loss) -> str:
-    """What has no place on the axis, in words: the whole row or one precision of it."""
+    """Describe values that have no place on the axis: the whole row or one precision of it."""
     absent = {name: value for name, value in loss.distances.items() if not math.isfinite(value)}
     if len(absent) == len(loss.distances) and loss.gradient is None:
         return loss.why_empty
-    said = {name: "infinite" if math.isinf(value) else "no number" for name, value in absent.items()}
-    if len(said) == len(loss.distances) and len(set(said.values())) == 1:
-        return said.popitem()[1]
-    return ", ".join(f"{name}: {word}" for name, word in said.items())
+    words = {name: "infinite" if math.isinf(value) else "no number" for name, value in absent.items()}
+    if len(words) == len(loss.distances) and len(set(words.values())) == 1:
+        return words.popitem()[1]
+    return ", ".join(f"{name}: {word}" for name, word in words.items())
 
 
 def _spoken(loss: _Loss) -> str:
@@ -184,7 +184,7 @@ def _caption(axes: Axes, lines: Sequence[str]) -> None:
 
 
 def _multiples(losses: Sequence[_Loss], audit: Audit) -> Picture:
-    """A panel for each loss: bars of its gradient in the logits, the reference's as an outline on top."""
+    """Draw a panel for each loss: bars of its gradient in the logits, the reference's as an outline on top."""
     columns = min(COLUMNS, len(losses))
     rows = -(-len(losses) // columns)
     reach = REACH * max([abs(value) for loss in losses for value in loss.expected if math.isfinite(value)] or [1.0])
@@ -235,7 +235,7 @@ def _bar(axes: Axes, place: int, value: float, colour: str) -> None:
 
 
 def _figure(axes: Axes, place: int, value: float, above: bool) -> None:
-    """The value in figures where its bar cannot show it: too low to be seen, beyond the axis, no number."""
+    """Write the value where its bar cannot show it: too low to see, beyond the axis, or not a number."""
     high = axes.get_ylim()[1]
     if SLIVER * high <= abs(value) <= high:
         return
@@ -248,7 +248,7 @@ def _figure(axes: Axes, place: int, value: float, above: bool) -> None:
 
 
 def _figures(value: float) -> str:
-    """Two digits, or one where the exponent needs the room."""
+    """Format with two digits, or with one where an exponent needs the room."""
     digits = 2 if 0.01 <= abs(value) < 1000 else 1
     return f"{value:.{digits}g}".replace("-", MINUS).replace("nan", "NaN")
 
