@@ -179,13 +179,10 @@ def test_another_learning_rate_leaves_the_outcome_to_decide() -> None:
     assert (found.outcome, found.verdict, found.confirmed) == ("inconclusive", "inconclusive", False)
 
 
-def test_failed_audit_leaves_the_outcome_to_decide() -> None:
+def test_without_an_audit_the_outcome_decides_and_says_so() -> None:
     found = compared(EQUAL, audit=audited("error"))
     assert found.verdict == "identical"
     assert "The audit failed: the reason." in found.sentence
-
-
-def test_identical_outcome_names_scope_and_missing_audit() -> None:
     found = compared(EQUAL)
     assert found.verdict == found.outcome == "identical"
     assert CONTEXT.scope in found.sentence
