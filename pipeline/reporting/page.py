@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import ChainableUndefined, Environment
+from jinja2 import Environment, StrictUndefined
 
 from pipeline.reporting.plotting import themed
 from pipeline.reporting.sensitivity import smallest_detectable, what_was_detected
@@ -69,7 +69,7 @@ class ReportData:
 def page(data: ReportData, chapters: Mapping[str, Sequence[Any]]) -> str:
     """Return the text of report.html; `chapters` are lists of pictures, empty where there is nothing to draw."""
     verdict, history = data.verdict, data.history
-    environment = Environment(autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(prose=prose, listed=listed, themed=themed)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
     return template.render(
