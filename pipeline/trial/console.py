@@ -60,7 +60,7 @@ def announce_budget(budget: Budget, missing: int, tile: int) -> None:
 def announce_lost(lost: Sequence[Replica]) -> None:
     """Print the runs that are missing."""
     names = shortened([f"{replica.arm}/s{replica.seed}" for replica in lost])
-    console.print(f"missing: {plural(len(lost), 'run')} ({names}); to train them, repeat the command")
+    console.print(f"{plural(len(lost), 'run')} missing ({names}); to train them, repeat the command")
 
 
 def show_verdict(verdict: Verdict) -> None:
