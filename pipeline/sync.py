@@ -49,6 +49,7 @@ def _send(folder: TrialFolder, tracker: Tracker) -> str:
     """Send the missing runs and return one line about them."""
     from pipeline.tracking.runs import cell_run, report_run
     from pipeline.verdict.plan import read_plan
+    from pipeline.verdict.results import Verdict
 
     reference = read_plan(folder.path)[0].reference
     tracker.open()
@@ -58,7 +59,8 @@ def _send(folder: TrialFolder, tracker: Tracker) -> str:
     has_report = (folder.path / "report.html").exists()
     if has_report:
         try:
-            report = report_run(folder, json.loads((folder.path / "verdict.json").read_text()), cells)
+            content = json.loads((folder.path / "verdict.json").read_text())
+            report = report_run(folder, Verdict.from_json(content), cells)
         except (FileNotFoundError, ValueError) as error:
             line = f"the verdict or report in {folder.path} is damaged or missing"
             raise UsageError(f"{line}: `make report DIR={folder.path}` writes it again") from error

@@ -36,6 +36,11 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """`1 seed`, `2 seeds`; `nouns` where the plural is not formed by an s."""
+    return f"{count} {noun if count == 1 else nouns or noun + 's'}"
+
+
 def shortened(words: Sequence[object]) -> str:
     """Join the first words and count the others."""
     more = len(words) - SHOWN

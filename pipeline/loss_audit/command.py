@@ -25,7 +25,7 @@ from pipeline.text import MARKS, shortened
 from pipeline.tracking.mlflow_store import Run
 from pipeline.tracking.recorder import Recorder, tracker_of
 from pipeline.tracking.runs import content_tag
-from pipeline.verdict.verdict import exit_code_of
+from pipeline.verdict.verdict import check_expectations
 
 Config = Mapping[str, Any]
 
@@ -55,7 +55,10 @@ def run(config: Config, folder: Path) -> ExitCode:
     console.print(f"\naudit: {folder / 'audit.json'}, with figures in figures/")
     if recorder.shortfall is not None:
         console.print(recorder.shortfall)
-    return exit_code_of([(name, entry["objective"], entry) for name, entry in audit["losses"].items()])
+    keys = ("objective", "expected", "confirmed")
+    code, lines = check_expectations([(name, *map(entry.get, keys)) for name, entry in audit["losses"].items()])
+    console.print("\n".join(lines))
+    return code
 
 
 def _check_device(device: str) -> None:

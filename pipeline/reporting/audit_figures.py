@@ -1,4 +1,4 @@
-"""The audit in pictures: how far each loss's gradient is from the reference's, and p - y itself."""
+"""Pictures of an audit: distances of the gradients from the reference's, and p - y at one example."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ import numpy as np
 from pipeline.reporting.plotting import COLOURS, INK, MUTED, PAPER, Picture, canvas, described, row_names, short
 from pipeline.storage.files import write_whole
 from pipeline.text import MINUS
+from pipeline.verdict.audit_entry import Audit, AuditEntry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Audit = Mapping[str, Any]
-
 PRECISIONS = {"float32": "r32", "float64": "r64"}
-SAME = frozenset({"identical", "rounding", "offset"})  # the same gradient, up to rounding
 TIMES = "\N{MULTIPLICATION SIGN}"
 COLUMNS = 3  # of small multiples: names stay readable
 REACH = 1.75  # half the axis of p - y, in units of the reference's largest component
@@ -38,7 +36,7 @@ LABEL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class _Loss:
-    """What the audit says of one loss, null read as NaN; `gradient` is None where there is none."""
+    """Numbers of one loss, null read as NaN; `gradient` is None where there is none."""
 
     name: str
     words: str
@@ -50,15 +48,15 @@ class _Loss:
     expected: Sequence[float]
 
     @property
-    def nothing(self) -> str:
-        """Why there is nothing to draw."""
+    def why_empty(self) -> str:
+        """Reason why there is nothing to draw."""
         return "no gradient" if self.measured else "not measured"
 
 
 def write_audit_figures(folder: Path, audit: Mapping[str, Any]) -> list[Path]:
     """Write `figures/audit_strip.svg` and `figures/p_minus_y.svg` from the content of audit.json."""
     figures = folder / "figures"
-    drawn = {figures / f"{picture.name}.svg": picture.svg for picture in audit_pictures(audit)}
+    drawn = {figures / f"{picture.name}.svg": picture.svg for picture in audit_pictures(Audit.from_json(audit))}
     if drawn:
         figures.mkdir(parents=True, exist_ok=True)
     for path, svg in drawn.items():
@@ -66,22 +64,21 @@ def write_audit_figures(folder: Path, audit: Mapping[str, Any]) -> list[Path]:
     return list(drawn)
 
 
-def audit_pictures(audit: Mapping[str, Any]) -> list[Picture]:
-    """The strip and p - y; nothing where nothing was audited. Their captions stand in the pictures themselves."""
-    losses = [_read(name, found) for name, found in audit["losses"].items()]
-    return [_strip(losses, audit["reference"]), _multiples(losses, audit)] if losses else []
+def audit_pictures(audit: Audit) -> list[Picture]:
+    """Draw the strip and p - y, with the captions inside; nothing where nothing was audited."""
+    losses = [_read(name, entry) for name, entry in audit.losses.items()]
+    return [_strip(losses, audit.reference), _multiples(losses, audit)] if losses else []
 
 
-def _read(name: str, found: Mapping[str, Any]) -> _Loss:
-    evidence = found.get("evidence") or {}
-    example = evidence.get("example") or {}
+def _read(name: str, entry: AuditEntry) -> _Loss:
+    example = entry.evidence.get("example") or {}
     gradient = example.get("gradient")
-    word, formula = found.get("objective") or "not_run", (found.get("scale") or {}).get("formula") or ""
+    formula = (entry.scale or {}).get("formula") or ""
     return _Loss(
         name=name,
-        words=word.replace("_", " ") + (f", {formula}" if 0 < len(formula) <= LONGEST_FORMULA else ""),
-        colour=COLOURS[0] if word in SAME else COLOURS[1],
-        distances={precision: _number(evidence.get(key)) for precision, key in PRECISIONS.items()},
+        words=entry.objective.replace("_", " ") + (f", {formula}" if 0 < len(formula) <= LONGEST_FORMULA else ""),
+        colour=COLOURS[0] if entry.is_same else COLOURS[1],
+        distances={precision: _number(entry.evidence.get(key)) for precision, key in PRECISIONS.items()},
         measured=bool(example),
         classes=[str(label) for label in example.get("classes") or ()],
         gradient=None if gradient is None else [_number(value) for value in gradient],
@@ -97,7 +94,7 @@ def _number(value: float | None) -> float:
 
 
 def _strip(losses: Sequence[_Loss], reference: str) -> Picture:
-    """A row for each loss: r in float32 and in float64 on one axis of decades, joined by a line."""
+    """Draw a row for each loss: its distance in float32 and in float64 on one logarithmic axis, joined by a line."""
     with canvas("audit_strip", 1.5 + 0.25 * len(losses)) as drawing:
         axes = drawing.axes
         zero = _decades(axes, [value for loss in losses for value in loss.distances.values()])
@@ -109,7 +106,8 @@ def _strip(losses: Sequence[_Loss], reference: str) -> Picture:
         axes.figure.legend(handles=rings, loc="outside upper right", ncols=len(rings), frameon=False, borderpad=0)
         lines = [
             f"Gradients: norm of the difference to {short(reference)} over its norm, median over batches.",
-            "Nine decades long is rounding; a dot is mathematics. 0: equal in every bit.",
+            "A long line (about nine decades) means rounding. A single dot means a mathematical difference,",
+            "or bitwise equality at 0.",
             "Colour: identical, rounding and offset have the same gradient.",
         ]
         _caption(axes, lines)
@@ -120,7 +118,7 @@ def _strip(losses: Sequence[_Loss], reference: str) -> Picture:
 
 
 def _decades(axes: Axes, distances: Sequence[float]) -> float:
-    """An axis of log10 r with a column for r = 0 at its left, whose place is returned."""
+    """Set an axis of log10 r with a column for r = 0 at its left; return the place of that column."""
     powers = [math.log10(value) for value in distances if 0 < value < math.inf]
     low, high = math.floor(min([-17.0, *powers])), math.ceil(max([1.0, *powers]))
     column = (high - low) / 9
@@ -155,21 +153,21 @@ def _strip_row(axes: Axes, height: int, loss: _Loss, zero: float) -> None:
 
 
 def _marker(precision: str) -> dict[str, Any]:
-    """A ring for float32 and a small disk for float64: both are seen where they coincide."""
+    """Return a ring for float32 and a small disk for float64, so that both are visible where they coincide."""
     ring = {"marker": "o", "markersize": 7.5, "markerfacecolor": PAPER, "markeredgewidth": 1.4}
     disk = {"marker": "o", "markersize": 4, "markeredgewidth": 0}
     return {"linestyle": "none"} | (ring if precision == "float32" else disk)
 
 
 def _missing(loss: _Loss) -> str:
-    """What has no place on the axis, in words: the whole row or one precision of it."""
+    """Describe values that have no place on the axis: the whole row or one precision of it."""
     absent = {name: value for name, value in loss.distances.items() if not math.isfinite(value)}
     if len(absent) == len(loss.distances) and loss.gradient is None:
-        return loss.nothing
-    said = {name: "infinite" if math.isinf(value) else "no number" for name, value in absent.items()}
-    if len(said) == len(loss.distances) and len(set(said.values())) == 1:
-        return said.popitem()[1]
-    return ", ".join(f"{name}: {word}" for name, word in said.items())
+        return loss.why_empty
+    words = {name: "infinite" if math.isinf(value) else "no number" for name, value in absent.items()}
+    if len(words) == len(loss.distances) and len(set(words.values())) == 1:
+        return words.popitem()[1]
+    return ", ".join(f"{name}: {word}" for name, word in words.items())
 
 
 def _spoken(loss: _Loss) -> str:
@@ -186,7 +184,7 @@ def _caption(axes: Axes, lines: Sequence[str]) -> None:
 
 
 def _multiples(losses: Sequence[_Loss], audit: Audit) -> Picture:
-    """A panel for each loss: bars of its gradient in the logits, the reference's as an outline on top."""
+    """Draw a panel for each loss: bars of its gradient in the logits, the reference's as an outline on top."""
     columns = min(COLUMNS, len(losses))
     rows = -(-len(losses) // columns)
     reach = REACH * max([abs(value) for loss in losses for value in loss.expected if math.isfinite(value)] or [1.0])
@@ -197,7 +195,7 @@ def _multiples(losses: Sequence[_Loss], audit: Audit) -> Picture:
                 continue
             _panel(axes, losses[place], reach)
             axes.tick_params(labelleft=place % columns == 0, labelbottom=place + columns >= len(losses))
-        lines = [*_example(audit), f"Bars: gradient in the logits; outline: that of {short(audit['reference'])}."]
+        lines = [*_example(audit), f"Bars: gradient in the logits; outline: that of {short(audit.reference)}."]
         _caption(drawing.axes, lines)
     spoken = "; ".join(f"{loss.name}: {_listed(loss)}" for loss in losses)
     alt = f"p {MINUS} y: the gradient of each loss at one example. {' '.join(lines)} {spoken}."
@@ -206,9 +204,9 @@ def _multiples(losses: Sequence[_Loss], audit: Audit) -> Picture:
 
 
 def _example(audit: Audit) -> list[str]:
-    """The example in words."""
-    for found in audit["losses"].values():
-        if example := (found.get("evidence") or {}).get("example"):
+    """Describe the example."""
+    for entry in audit.losses.values():
+        if example := entry.evidence.get("example"):
             chances = ", ".join(f"{name} {p:g}" for name, p in zip(example["classes"], example["probs"], strict=True))
             label = example["classes"][example["label"]]
             return [f"A 256 {TIMES} 256 picture, label {label}; probabilities: {chances}."]
@@ -229,7 +227,7 @@ def _panel(axes: Axes, loss: _Loss, reach: float) -> None:
         _bar(axes, place, value, loss.colour)
         _figure(axes, place, value, above=place < len(loss.expected) and loss.expected[place] < 0)
     if loss.gradient is None:
-        axes.annotate(loss.nothing, (0, 1), (4, -3), xycoords="axes fraction", va="top", **LABEL)
+        axes.annotate(loss.why_empty, (0, 1), (4, -3), xycoords="axes fraction", va="top", **LABEL)
 
 
 def _bar(axes: Axes, place: int, value: float, colour: str) -> None:
@@ -237,7 +235,7 @@ def _bar(axes: Axes, place: int, value: float, colour: str) -> None:
 
 
 def _figure(axes: Axes, place: int, value: float, above: bool) -> None:
-    """The value in figures where its bar cannot show it: too low to be seen, beyond the axis, no number."""
+    """Write the value where its bar cannot show it: too low to see, beyond the axis, or not a number."""
     high = axes.get_ylim()[1]
     if SLIVER * high <= abs(value) <= high:
         return
@@ -250,10 +248,10 @@ def _figure(axes: Axes, place: int, value: float, above: bool) -> None:
 
 
 def _figures(value: float) -> str:
-    """Two digits, or one where the exponent needs the room."""
+    """Format with two digits, or with one where an exponent needs the room."""
     digits = 2 if 0.01 <= abs(value) < 1000 else 1
     return f"{value:.{digits}g}".replace("-", MINUS).replace("nan", "NaN")
 
 
 def _listed(loss: _Loss) -> str:
-    return ", ".join(map(_figures, loss.gradient)) if loss.gradient is not None else loss.nothing
+    return ", ".join(map(_figures, loss.gradient)) if loss.gradient is not None else loss.why_empty

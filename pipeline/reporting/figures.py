@@ -1,10 +1,9 @@
-"""Findings into pictures. Estimates come in ready made: nothing is computed here but means and ranges."""
+"""Pictures of a trial's report; of estimates, only means and ranges are computed here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,22 +26,20 @@ from pipeline.reporting.plotting import (
     reaches,
     ribbon,
 )
-from pipeline.reporting.sensitivity import controls_of, smallest_margin
 from pipeline.storage.files import write_whole
 from pipeline.text import listed, prose
 from pipeline.verdict.outcomes import PLACEBOS
+from pipeline.verdict.results import Verdict
 
-Verdict = Mapping[str, Any]
 
-
-def write_report(folder: Path, found: ReportData) -> Path:
+def write_report(folder: Path, data: ReportData) -> Path:
     """Write `figures/*.svg` and `report.html`, each renamed into place whole; returns the page's path."""
     chapters = {
-        "losses": audit_pictures(found.audit) if found.audit else [],
-        "differences": paired_differences(found),
-        "margins": smallest_margins(found),
-        "distances": weight_distances(found),
-        "curves": loss_curves(found.verdict, found.history),
+        "losses": audit_pictures(data.audit) if data.audit else [],
+        "differences": paired_differences(data),
+        "margins": smallest_margins(data),
+        "distances": weight_distances(data),
+        "curves": loss_curves(data.verdict, data.history),
     }
     figures = folder / "figures"
     drawn = {figures / f"{picture.name}.svg": picture.svg for group in chapters.values() for picture in group}
@@ -50,7 +47,7 @@ def write_report(folder: Path, found: ReportData) -> Path:
         write_whole(path, svg.encode())
     for stale in set(figures.glob("*.svg")) - drawn.keys():
         stale.unlink()
-    write_whole(folder / "report.html", page(found, chapters).encode())
+    write_whole(folder / "report.html", page(data, chapters).encode())
     return folder / "report.html"
 
 
@@ -74,62 +71,61 @@ def _loss_curve(name: str, frame: pd.DataFrame, order: Sequence[str]) -> Picture
         label_ends(drawing.axes)
     notes = [
         f"Line: mean of {seeds} seeds; band: lowest to highest." if seeds > 1 else "One seed.",
-        *_words(seen),
+        *_notes(seen),
     ]
     alt = f"{title} over optimizer steps, a line for each loss. {' '.join(notes)}"
     return Picture(f"curve-{name}", title, alt, notes, described(drawing.svg, alt))
 
 
-def weight_distances(found: ReportData) -> list[Picture]:
-    """How far the weights are from the reference's, pair by pair, beside what rounding and another seed do."""
-    mine = found.distances[~found.distances["control"]]
-    placebos = found.distances[found.distances["loss"].isin(PLACEBOS)]
+def weight_distances(data: ReportData) -> list[Picture]:
+    """Distances of the weights from the reference's, beside those of the placebos and of another seed."""
+    mine = data.distances[~data.distances["control"]]
+    placebos = data.distances[data.distances["loss"].isin(PLACEBOS)]
     if mine.empty:
         return []
-    reference = found.verdict.get("reference")
+    reference = data.verdict.reference
     with canvas("distance", 3.9) as drawing:
-        floor = distance_scale(drawing.axes, pd.concat([found.distances["value"], found.between_seeds["value"]]))
-        ceiling(drawing.axes, found.between_seeds)
+        floor = distance_scale(drawing.axes, pd.concat([data.distances["value"], data.between_seeds["value"]]))
+        ceiling(drawing.axes, data.between_seeds)
         ribbon(drawing.axes, placebos)
         raised = mine.assign(value=mine["value"].where(mine["value"] != 0, floor))
-        seen = bands(drawing.axes, raised, losses_in_order(found.verdict, mine), "median")
+        seen = bands(drawing.axes, raised, losses_in_order(data.verdict, mine), "median")
         drawing.axes.set(xlabel="optimizer steps", ylabel="relative distance")
         label_ends(drawing.axes)
     notes = ["Norm of the difference over the reference's norm. Line: median; band: lowest to highest."]
-    notes += ["Hatched: the placebos, what rounding alone does."] if len(placebos) else []
-    notes += ["Dotted: the reference under one seed and under the next."] if len(found.between_seeds) else []
-    notes += _words(seen)
+    notes += ["Hatched: the placebos, which show the effect of rounding alone."] if len(placebos) else []
+    notes += ["Dotted: two seeds of the reference."] if len(data.between_seeds) else []
+    notes += _notes(seen)
     equal = [str(loss) for loss, values in mine.groupby("loss")["value"] if (values == 0).all()]
     if equal:
-        notes.append(f"Exactly 0, equal in every bit, at every recorded step of every seed: {listed(equal)}.")
+        notes.append(f"Distance 0 (bitwise equal) at all recorded steps of all seeds: {listed(equal)}.")
     title = f"Distance of the weights from those of {reference}"
     alt = f"{title} over optimizer steps, both axes logarithmic. {' '.join(notes)}"
     return [Picture("distance", title, alt, notes, described(drawing.svg, alt))]
 
 
-def _words(seen: Seen) -> list[str]:
-    """What cannot be seen in a picture of curves, said."""
-    notes = [f"One line, equal in every value: {listed([first, *hidden])}." for first, hidden in seen.hidden.items()]
+def _notes(seen: Seen) -> list[str]:
+    """Sentences about what a picture of curves cannot show."""
+    notes = [f"Equal in every value, one line: {listed([first, *hidden])}." for first, hidden in seen.hidden.items()]
     if seen.ended:
-        notes.append(f"A cross ends each seed that stopped being finite: {listed(seen.ended)}.")
-        notes.append("Lines and bands go on over the other seeds.")
+        notes.append(f"Cross: a seed stops being finite ({listed(seen.ended)}). Lines and bands continue without it.")
     if seen.never:
-        notes.append(f"Not drawn, never finite: {listed(seen.never)}.")
+        notes.append(f"Not drawn, because never finite: {listed(seen.never)}.")
     return notes
 
 
-def paired_differences(found: ReportData) -> list[Picture]:
-    """One forest a metric: a dot for each pair, the interval that the test used, and the margin; controls below."""
-    if found.differences.empty:
+def paired_differences(data: ReportData) -> list[Picture]:
+    """One forest plot a metric: a dot for each pair, the interval of the test and the margin; controls below."""
+    if data.differences.empty:
         return []
-    by_metric = found.differences.groupby("metric", sort=False)
-    return [_forest(str(metric), frame, found.verdict) for metric, frame in by_metric]
+    by_metric = data.differences.groupby("metric", sort=False)
+    return [_forest(str(metric), frame, data.verdict) for metric, frame in by_metric]
 
 
 def _forest(metric: str, frame: pd.DataFrame, verdict: Verdict) -> Picture:
-    name, title = f"difference-{metric.replace('/', '-')}", METRICS.get(metric, metric)
-    margin = _margin(verdict, metric)
-    intervals = {loss: found.get("ci_tost") for loss, of, found in estimates(verdict) if of == metric}
+    title = METRICS.get(metric, metric)
+    margin = (verdict.protocol.margins or {}).get(metric)
+    intervals = {loss: result.ci_tost for loss, name, result in estimates(verdict) if name == metric}
     rows = []
     for loss in dict.fromkeys(map(str, frame["loss"])):
         pairs = frame[frame["loss"] == loss].sort_values("seed")
@@ -137,52 +133,47 @@ def _forest(metric: str, frame: pd.DataFrame, verdict: Verdict) -> Picture:
         interval = np.array([end for end in intervals.get(loss) or () if end is not None], float)
         control = bool(pairs["control"].any())
         rows.append(Row(loss, values / (margin or 1), interval / (margin or 1), _tally(values), control))
-    with canvas(name, 1.05 + 0.31 * len(rows)) as drawing:
+    picture = f"difference-{metric.replace('/', '-')}"
+    with canvas(picture, 1.05 + 0.31 * len(rows)) as drawing:
         forest(drawing.axes, rows, margin is not None)
     what = "logarithm of the ratio to the reference" if metric == "nll" else "difference to the reference"
-    band = f"Shaded: the margin, ±{margin:g}." if margin else "It has no margin: equivalence is not judged by it."
+    band = f"Shaded: the margin, ±{margin:g}." if margin else "Without a margin it does not decide equivalence."
     spoken = "; ".join(f"{row.name}: {row.note}" for row in rows)
-    alt = f"{title}: paired differences to {verdict.get('reference')}, a row for each loss. {spoken}."
+    alt = f"{title}: paired differences to {verdict.reference}, a row for each loss. {spoken}."
     notes = [f"Dot: one seed's {what}. {band}"]
     notes += ["Below the line: controls that the trial added."] if any(row.control for row in rows) else []
-    return Picture(name, title, alt, notes, described(drawing.svg, alt))
+    return Picture(picture, title, alt, notes, described(drawing.svg, alt))
 
 
-def _margin(verdict: Verdict, metric: str) -> float | None:
-    margins = (verdict.get("protocol") or {}).get("margins") or {}
-    margin: float | None = margins.get(metric)
-    return margin
-
-
-def smallest_margins(found: ReportData) -> list[Picture]:
-    """For each primary metric how small the margin could have been: the farther end of the test's interval."""
-    primary = (found.verdict.get("protocol") or {}).get("primary") or ()
-    return [picture for metric in primary if (picture := _smallest(metric, found.verdict)) is not None]
+def smallest_margins(data: ReportData) -> list[Picture]:
+    """For each primary metric the smallest margin that the equivalence test passes."""
+    primary = data.verdict.protocol.primary
+    return [picture for metric in primary if (picture := _smallest(metric, data.verdict)) is not None]
 
 
 def _smallest(metric: str, verdict: Verdict) -> Picture | None:
-    margin = _margin(verdict, metric)
+    margin = (verdict.protocol.margins or {}).get(metric)
     reached = {
         loss: end
-        for loss, of, entry in estimates(verdict)
-        if of == metric and (end := smallest_margin(entry) or 0.0) > 0
+        for loss, name, result in estimates(verdict)
+        if name == metric and (end := result.smallest_margin or 0.0) > 0
     }
     if margin is None or not reached:
         return None
-    name, title = f"margin-{metric}", METRICS.get(metric, metric)
-    with canvas(name, 1.05 + 0.27 * len(reached)) as drawing:
-        reaches(drawing.axes, reached, margin, [loss in controls_of(verdict) for loss in reached])
+    picture, title = f"margin-{metric}", METRICS.get(metric, metric)
+    with canvas(picture, 1.05 + 0.27 * len(reached)) as drawing:
+        reaches(drawing.axes, reached, margin, [loss in verdict.controls.metrics for loss in reached])
     spoken = "; ".join(f"{loss}: {prose(end)}" for loss, end in reached.items())
     notes = [
-        f"Left of the line, the margin of {margin:g}, the interval lies inside it; to be called equivalent takes more:"
+        f"Left of the line, which is the margin of {margin:g}, the test of this metric passes.",
+        "Equivalence needs that for every primary metric, ten pairs and no failure.",
     ]
-    notes += ["every primary metric, ten pairs and no failure."]
     alt = f"{title}: the smallest margin at which the equivalence test passes. {spoken}."
-    return Picture(name, title, alt, notes, described(drawing.svg, alt))
+    return Picture(picture, title, alt, notes, described(drawing.svg, alt))
 
 
 def _tally(values: npt.NDArray[np.float64]) -> str:
-    """What the dots alone do not say: how many pairs there are, failed, and are exactly equal."""
+    """Number of pairs that failed, are exactly equal, and differ."""
     failed, zeros = int((~np.isfinite(values)).sum()), int((values == 0).sum())
     if zeros == len(values) > 1:
         return f"all {zeros} exactly 0"

@@ -1,4 +1,4 @@
-"""The verdict in words: one self-contained HTML page around pictures that are already drawn."""
+"""Text of report.html: one self-contained page around pictures that are already drawn."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import ChainableUndefined, Environment
+from jinja2 import Environment, StrictUndefined
 
 from likelihood_lab.stats import pairs
 from pipeline.reporting.plotting import themed
-from pipeline.reporting.sensitivity import controls_of, smallest_detectable, what_was_detected
-from pipeline.text import listed, prose
+from pipeline.reporting.sensitivity import smallest_detectable, what_was_detected
+from pipeline.text import listed, plural, prose
+from pipeline.verdict.audit_entry import Audit
+from pipeline.verdict.results import MetricResult, Verdict
 
-Verdict = Mapping[str, Any]
 Run = tuple[str, int]  # loss, seed
 Failure = tuple[int | None, str]  # step, cause
 
@@ -33,23 +34,22 @@ PHRASES = {
 }
 SIGNS = {"identical": "=", "rounding": "≈", "equivalent": "≈", "different": "≠", "conflict": "!"}
 SETTING = ("dataset", "model", "optimizer", "precision", "vary", "seeds", "about", "sweep")
-COVERAGE = ("covered", "not_covered", "would_have_caught")  # said even where nothing is known
+COVERAGE = ("covered", "not_covered", "would_have_caught")  # shown even if empty
 ASIDES = ("assay_sensitivity", "domain", "side_effects", "seeds_needed")
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything that a report shows, ready made.
+    """Content of a report.
 
     Attributes:
-        verdict: the content of verdict.json.
         history: loss, seed, metric, step, value.
         differences: loss, metric, seed, control, difference: candidate minus reference (for NLL the log of their
             ratio), NaN where either run failed.
         distances: loss, seed, step, control, value: of the weights from the reference's of the same seed, relative.
         between_seeds: step, value: the same between the reference under two seeds.
-        audit: the content of audit.json, or None where the losses were not audited.
-        command: how to get it all again.
+        audit: None where the losses were not audited.
+        command: shell command that repeats the trial.
     """
 
     verdict: Verdict
@@ -57,44 +57,44 @@ class ReportData:
     differences: pd.DataFrame
     distances: pd.DataFrame
     between_seeds: pd.DataFrame
-    audit: Mapping[str, Any] | None
+    audit: Audit | None
     command: str
 
 
-def page(found: ReportData, chapters: Mapping[str, Sequence[Any]]) -> str:
-    """The text of report.html; `chapters` are lists of pictures, empty where there is nothing to draw."""
-    verdict, history = found.verdict, found.history
-    environment = Environment(autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
+def page(data: ReportData, chapters: Mapping[str, Sequence[Any]]) -> str:
+    """Return the text of report.html; `chapters` are lists of pictures, empty where there is nothing to draw."""
+    verdict, history = data.verdict, data.history
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(prose=prose, listed=listed, themed=themed)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
     return template.render(
         headline=headline(verdict, history),
         verdict=verdict,
-        expecting=any(comparison.get("expected") for comparison in verdict["comparisons"]),
+        expecting=any(comparison.expected for comparison in verdict.comparisons),
         failures=failures(verdict, history),
         chapters=chapters,
-        noticed=smallest_detectable(verdict, found.audit),
-        refused=what_was_detected(verdict, found.audit),
+        detectable=smallest_detectable(verdict, data.audit),
+        detected=what_was_detected(verdict, data.audit),
         estimates=estimates(verdict),
-        finals=final_yardsticks(verdict, history),
+        finals=final_metrics(verdict, history),
         coverage=coverage(verdict),
         setup=setup(verdict),
-        command=found.command,
+        command=data.command,
         signs=SIGNS,
         metrics={name: title for name, title in METRICS.items() if (history["metric"] == f"test/{name}").any()},
     )
 
 
 def headline(verdict: Verdict, history: pd.DataFrame) -> str:
-    """The verdict in one sentence, from the strongest sameness to the plainest difference."""
-    where = f"{prose(verdict.get('model'))} on {prose(verdict.get('dataset'))}, {_seeds(verdict)}"
+    """Return the verdict in one sentence, the strongest sameness first."""
+    where = f"{prose(verdict.model)} on {prose(verdict.dataset)}, {_seeds(verdict)}"
     agreeing: dict[str, list[str]] = defaultdict(list)
-    for comparison in verdict["comparisons"]:
-        agreeing[comparison["verdict"] or "not_run"].append(comparison["loss"])
+    for comparison in verdict.comparisons:
+        agreeing[comparison.verdict].append(comparison.loss)
     if not agreeing:
         return f"{listed(losses_in_order(verdict, history))} trained alone ({where}): nothing was compared."
     claims = [
-        f"{listed(losses)} {'is' if len(losses) == 1 else 'are'} {phrase.format(verdict['reference'])}"
+        f"{listed(losses)} {'is' if len(losses) == 1 else 'are'} {phrase.format(verdict.reference)}"
         for word, phrase in PHRASES.items()
         if (losses := agreeing[word])
     ]
@@ -102,20 +102,17 @@ def headline(verdict: Verdict, history: pd.DataFrame) -> str:
 
 
 def _seeds(verdict: Verdict) -> str:
-    count = len(verdict["seeds"])
-    kind = "paired " if verdict["comparisons"] else ""
-    vary = verdict.get("vary") or "all"
-    what = "" if vary == "all" else f" that change the {vary} alone"
-    return f"{count} {kind}seed{'s' * (count != 1)}{what}"
+    what = "" if verdict.vary == "all" else f" that change the {verdict.vary} alone"
+    return plural(len(verdict.seeds), "paired seed" if verdict.comparisons else "seed") + what
 
 
 def failures(verdict: Verdict, history: pd.DataFrame) -> list[tuple[str, list[int], int | None, str]]:
-    """Every failed run, as recorded or as the history betrays it; seeds of one step and cause together."""
+    """Return loss, seeds, step and cause of all failed runs, recorded or visible in the history."""
     losses = losses_in_order(verdict, history)
-    found = _absent(losses, verdict["seeds"], history) | _not_finite(history)
-    for comparison in verdict["comparisons"]:
-        for failure in comparison.get("failures") or ():
-            found[comparison["loss"], failure["seed"]] = failure["step"], failure["cause"]
+    found = _absent(losses, verdict.seeds, history) | _not_finite(history)
+    for comparison in verdict.comparisons:
+        for failure in comparison.failures:
+            found[comparison.loss, failure.seed] = failure.step, failure.cause
     together: dict[tuple[str, Failure], list[int]] = defaultdict(list)
     for loss, seed in sorted(found, key=lambda run: (losses.index(run[0]), run[1])):
         together[loss, found[loss, seed]].append(seed)
@@ -130,7 +127,7 @@ def _absent(losses: Sequence[str], seeds: Sequence[int], history: pd.DataFrame) 
 
 
 def _not_finite(history: pd.DataFrame) -> dict[Run, Failure]:
-    """The first value of each run that is not finite, but for gaps: the other run can break those."""
+    """Find the first value of each run that is not finite; not in gaps, which depend on another run too."""
     broken = history[~np.isfinite(history["value"])]
     broken = broken[~broken["metric"].str.startswith("gap/")]
     first = broken.sort_values("step", kind="stable").drop_duplicates(["loss", "seed"])
@@ -139,7 +136,7 @@ def _not_finite(history: pd.DataFrame) -> dict[Run, Failure]:
     return dict(zip(runs, causes, strict=True))
 
 
-def final_yardsticks(verdict: Verdict, history: pd.DataFrame) -> list[dict[str, str]]:
+def final_metrics(verdict: Verdict, history: pd.DataFrame) -> list[dict[str, str]]:
     """Test metrics at the last step for each loss: mean (lowest to highest) over the seeds that have one."""
     ends = {name: history[history["metric"] == f"test/{name}"] for name in METRICS}
     return [
@@ -156,37 +153,33 @@ def _summary(values: pd.Series[float]) -> str:
     return f"{values.mean():.4g}{span}"
 
 
-def estimates(verdict: Verdict) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Every (loss, metric, finding) of the verdict, the controls' last."""
-    by_arm = {comparison["loss"]: comparison.get("metrics") for comparison in verdict["comparisons"]}
-    return [
-        (arm, metric, found)
-        for arm, metrics in {**by_arm, **controls_of(verdict)}.items()
-        for metric, found in (metrics or {}).items()
-        if found
-    ]
+def estimates(verdict: Verdict) -> list[tuple[str, str, MetricResult]]:
+    """Return every (loss, metric, result) of the verdict, those of controls last."""
+    by_arm = {comparison.loss: comparison.metrics for comparison in verdict.comparisons}
+    arms = {**by_arm, **verdict.controls.metrics}
+    return [(arm, metric, result) for arm, metrics in arms.items() for metric, result in metrics.items()]
 
 
 def coverage(verdict: Verdict) -> list[tuple[list[str], dict[str, Any]]]:
-    """What each check saw and did not see; losses of which the same is said share an entry."""
+    """Return what each check covered and did not cover; losses with equal text share an entry."""
     groups: dict[str, tuple[list[str], dict[str, Any]]] = {}
-    for comparison in verdict["comparisons"]:
-        fields = [*COVERAGE, *(field for field in ASIDES if comparison.get(field) is not None)]
-        said = {field.replace("_", " "): comparison.get(field) for field in fields}
-        groups.setdefault(repr(said), ([], said))[0].append(comparison["loss"])
+    for comparison in verdict.comparisons:
+        fields = [*COVERAGE, *(field for field in ASIDES if getattr(comparison, field) is not None)]
+        text = {field.replace("_", " "): getattr(comparison, field) for field in fields}
+        groups.setdefault(repr(text), ([], text))[0].append(comparison.loss)
     return list(groups.values())
 
 
 def setup(verdict: Verdict) -> dict[str, Any]:
-    """The request, the protocol and the machine, as one list of facts."""
+    """Return the settings, the protocol and the environment as one table."""
     return {
-        **{field: verdict.get(field) for field in SETTING},
-        **{f"protocol: {name}": value for name, value in (verdict.get("protocol") or {}).items()},
-        **(verdict.get("environment") or {}),
+        **{field: getattr(verdict, field) for field in SETTING},
+        **{f"protocol: {name}": value for name, value in verdict.protocol.to_json().items()},
+        **verdict.environment,
     }
 
 
 def losses_in_order(verdict: Verdict, frame: pd.DataFrame) -> list[str]:
-    """Losses as the report names them: the reference, the candidates, then whatever else was trained."""
-    named = [verdict.get("reference"), *(comparison["loss"] for comparison in verdict["comparisons"])]
+    """Return the losses in the report's order: the reference, the candidates, then any others."""
+    named = [verdict.reference, *(comparison.loss for comparison in verdict.comparisons)]
     return list(dict.fromkeys([name for name in named if name] + sorted(map(str, frame["loss"].unique()))))

@@ -1,4 +1,4 @@
-"""How the report's pictures are drawn: the only file that knows matplotlib. Data frames in, SVG text out."""
+"""Drawing functions of the report: data frames in, SVG text out. Only this folder uses matplotlib."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class Canvas:
 
 @contextmanager
 def canvas(name: str, height: float, grid: tuple[int, int] = (1, 1)) -> Iterator[Canvas]:
-    """An empty figure of rows x columns, whatever the user's matplotlibrc says; equal input gives equal bits."""
+    """Open an empty figure of rows x columns. The user's matplotlibrc is ignored; equal input gives equal bytes."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context(), warnings.catch_warnings():
-        # A name without a glyph, or too long for the layout: the picture still serves.
+        # Names without a glyph, or too long for the layout, only make the picture less pretty.
         warnings.simplefilter("ignore", UserWarning)
         mpl.rcdefaults()
         mpl.rcParams.update(_style(name))  # type: ignore[arg-type]
@@ -87,23 +87,23 @@ def _style(name: str) -> dict[str, Any]:
 
 
 def _with_own_ids(svg: str, name: str) -> str:
-    """The bare svg element, its ids prefixed: several pictures share one page."""
+    """Return the bare svg element with prefixed ids, because several pictures share one page."""
     return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
 
 
 def described(svg: str, alt: str) -> str:
-    """The picture with a text for those who cannot see it."""
+    """Add an alternative text to the picture."""
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
 
 
 def themed(svg: str) -> str:
-    """The picture in the ink and on the paper of the page around it, be it light, dark or printed."""
+    """Replace ink and paper by the colours of the page, which may be light, dark or printed."""
     return svg.replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
 
 
 @dataclass
 class Seen:
-    """What a drawing of curves does not say by itself."""
+    """Facts that a drawing of curves does not show."""
 
     hidden: dict[str, list[str]] = field(default_factory=dict)  # drawn -> exactly under it
     ended: list[str] = field(default_factory=list)  # some seed has no finite value at the last step
@@ -111,7 +111,7 @@ class Seen:
 
 
 def bands(axes: Axes, frame: pd.DataFrame, order: Sequence[str], centre: Centre) -> Seen:
-    """A line in a band for each loss of (loss, seed, step, value); losses that coincide are drawn once."""
+    """Draw a line in a band for each loss of (loss, seed, step, value). Equal losses are drawn once."""
     seen = Seen()
     for first, *hidden in _bundles(frame, order):
         wide = frame[frame["loss"] == first].pivot(index="step", columns="seed", values="value")
@@ -127,7 +127,7 @@ def bands(axes: Axes, frame: pd.DataFrame, order: Sequence[str], centre: Centre)
 
 
 def _bundles(frame: pd.DataFrame, order: Sequence[str]) -> list[list[str]]:
-    """Losses whose values are equal at every seed and step, in the order of the report."""
+    """Group losses whose values are equal at every seed and step, in the order of the report."""
     bundles: dict[bytes, list[str]] = defaultdict(list)
     for loss in order:
         own = frame[frame["loss"] == loss].sort_values(["seed", "step"])
@@ -142,18 +142,15 @@ def _band(axes: Axes, wide: pd.DataFrame, centre: Centre, place: int, label: str
     low, middle, high = (thin.agg(how, axis=1) for how in ("min", centre, "max"))
     line: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "linestyle": LINES[place % len(LINES)]}
     every = max(1, len(thin) // 6)
-    dots: dict[str, Any] = {
-        "marker": MARKERS[place % len(MARKERS)],
-        "markersize": 4,
-        "markevery": (place % every, every),
-    }
+    dots: dict[str, Any] = {"marker": MARKERS[place % len(MARKERS)], "markersize": 4}
+    dots["markevery"] = (place % every, every)
     if wide.shape[1] > 1:
         axes.fill_between(thin.index, low, high, color=line["color"], alpha=0.15, linewidth=0)
     axes.plot(thin.index, middle, linewidth=1.4, label=label, **line, **dots)
 
 
 def _mark_ends(axes: Axes, wide: pd.DataFrame) -> bool:
-    """A cross on the last finite value of each seed that has none at the last step; whether any was."""
+    """Mark the last finite value of each seed that is not finite at the last step; return True if there are any."""
     ended = wide.loc[:, wide.iloc[-1].isna()]
     for _, values in ended.items():
         last = values.dropna().tail(1)
@@ -162,7 +159,7 @@ def _mark_ends(axes: Axes, wide: pd.DataFrame) -> bool:
 
 
 def decades(axis: Axis, subs: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers at `subs` times the powers of ten."""
+    """Label a logarithmic axis with plain numbers at `subs` times the powers of ten."""
     from matplotlib.ticker import LogLocator
 
     axis.set_major_locator(LogLocator(subs=subs))
@@ -171,7 +168,7 @@ def decades(axis: Axis, subs: Sequence[float]) -> None:
 
 
 def label_ends(axes: Axes) -> None:
-    """Name every curve at its right end, names kept apart, each tied to its end by a thin line."""
+    """Write every curve's name at its right end, without overlap, joined to the end by a thin line."""
     curves = [line for line in axes.lines if not str(line.get_label()).startswith("_child")]
     ends = [np.asarray(line.get_xydata())[np.isfinite(line.get_ydata())][-1] for line in curves]
     axes.autoscale_view()
@@ -179,19 +176,13 @@ def label_ends(axes: Axes) -> None:
     heights = np.array([to_axes.transform(end)[1] for end in ends])
     text: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "fontsize": 8.5}
     for line, end, height in zip(curves, ends, _apart(heights, 0.052), strict=True):
-        tie = {
-            "arrowstyle": "-",
-            "linewidth": 0.7,
-            "relpos": (0, 0.5),
-            "shrinkA": 0,
-            "color": line.get_color(),
-        }
+        tie = {"arrowstyle": "-", "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 0, "color": line.get_color()}
         name = short(str(line.get_label()))
         axes.annotate(name, end, (1.05, height), arrowprops=tie, annotation_clip=False, **text)
 
 
 def _apart(heights: npt.NDArray[np.float64], least: float) -> npt.NDArray[np.float64]:
-    """The nearest heights (least squares) in the same order, within [0, 1], at least `least` apart."""
+    """Return the nearest heights (least squares) in the same order, within [0, 1], at least `least` apart."""
     order = np.argsort(heights, kind="stable")
     steps = least * np.arange(len(heights))
     pooled = isotonic_regression(heights[order] - steps).x if len(heights) else heights
@@ -201,7 +192,7 @@ def _apart(heights: npt.NDArray[np.float64], least: float) -> npt.NDArray[np.flo
 
 
 def distance_scale(axes: Axes, values: pd.Series[float]) -> float:
-    """Decades for what is positive and, for values of exactly 0, a floor below them, which is returned."""
+    """Set logarithmic axes with a floor below them for values of exactly 0; return the floor."""
     positive = values[(values > 0) & np.isfinite(values)]
     low = int(np.floor(np.log10(positive.min()))) if len(positive) else -16
     high = max(low + 1, int(np.ceil(np.log10(positive.max())))) if len(positive) else 0
@@ -222,7 +213,7 @@ def distance_scale(axes: Axes, values: pd.Series[float]) -> float:
 
 
 def ribbon(axes: Axes, placebos: pd.DataFrame) -> None:
-    """What rounding alone does, from (loss, seed, step, value): a hatched band from lowest to highest."""
+    """Draw the placebos' (loss, seed, step, value) as a hatched band from lowest to highest."""
     known = placebos[np.isfinite(placebos["value"]) & (placebos["value"] > 0)]
     if known.empty:
         return
@@ -232,7 +223,7 @@ def ribbon(axes: Axes, placebos: pd.DataFrame) -> None:
 
 
 def ceiling(axes: Axes, between_seeds: pd.DataFrame) -> None:
-    """How far two seeds of the reference are apart, from (step, value): a dotted line at the median."""
+    """Draw the distance between two seeds of the reference, (step, value), as a dotted line at the median."""
     known = between_seeds[np.isfinite(between_seeds["value"]) & (between_seeds["value"] > 0)]
     if len(known):
         middle = known.groupby("step")["value"].median()
@@ -251,7 +242,7 @@ class Row:
 
 
 def forest(axes: Axes, rows: Sequence[Row], margin: bool) -> None:
-    """Rows from the top down; with a margin, it is the unit, and far outside it the axis is logarithmic."""
+    """Draw rows from the top down. A margin is the unit of the axis, which is logarithmic far outside it."""
     for height, row in enumerate(rows):
         _forest_row(axes, height, row)
     _divide(axes, [row.control for row in rows])
@@ -276,7 +267,7 @@ def forest(axes: Axes, rows: Sequence[Row], margin: bool) -> None:
 
 
 def _forest_row(axes: Axes, height: int, row: Row) -> None:
-    """Dots above the interval; pairs that are exactly equal share one open diamond on 0."""
+    """Draw dots above the interval; pairs that are exactly equal share one open diamond on 0."""
     moved = np.isfinite(row.values) & (row.values != 0)
     heights = height + np.linspace(-0.3, 0.12, len(row.values))
     colour = MUTED if row.control else COLOURS[0]
@@ -289,14 +280,14 @@ def _forest_row(axes: Axes, height: int, row: Row) -> None:
 
 
 def _divide(axes: Axes, controls: Sequence[bool]) -> None:
-    """A line between what was asked about and the controls below it."""
+    """Draw a line between the losses and the controls below them."""
     first = list(controls).index(True) if True in controls else 0
     if first:
         axes.axhline(first - 0.5, color=MUTED, linewidth=0.8)
 
 
 def reaches(axes: Axes, reached: Mapping[str, float], margin: float, controls: Sequence[bool]) -> None:
-    """A row for each loss: the smallest margin that would have sufficed, on decades, and the one that was declared."""
+    """Draw a row for each loss: the smallest margin that its test passes, and the declared margin as a line."""
     for height, (value, control) in enumerate(zip(reached.values(), controls, strict=True)):
         colour = MUTED if control else COLOURS[0]
         face = colour if value < margin else PAPER
@@ -311,7 +302,7 @@ def reaches(axes: Axes, reached: Mapping[str, float], margin: float, controls: S
 
 
 def row_names(axes: Axes, names: Sequence[str], notes: Sequence[str]) -> None:
-    """Rows from the top down, names at the left, notes at the right."""
+    """Label rows from the top down, names at the left, notes at the right."""
     right = axes.secondary_yaxis("right")
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_yticks(range(len(names)), [short(name) for name in names])
@@ -323,7 +314,7 @@ def row_names(axes: Axes, names: Sequence[str], notes: Sequence[str]) -> None:
 
 
 def _joint_name(names: Sequence[str]) -> str:
-    """What a line drawn for several losses is called: all of them, or the first and how many more."""
+    """Return the label of a line drawn for several losses: all names, or the first and the number of others."""
     joint = " = ".join(names)
     return joint if len(joint) <= LONGEST_NAME else f"{names[0]} +{len(names) - 1}"
 

@@ -15,6 +15,7 @@ from pipeline.replica import Replica, is_control
 from pipeline.runtime import git_state
 from pipeline.storage.cells import Cell, TrialFolder, gaps
 from pipeline.tracking.mlflow_store import Run
+from pipeline.verdict.results import Verdict
 
 DIGESTS = ("data_digest", "loss_code", "model_code")  # long, and needed by the fingerprint only
 
@@ -53,20 +54,20 @@ def cell_run(cell: Cell, folder: TrialFolder, reference: str) -> Run:
     )
 
 
-def report_run(folder: TrialFolder, verdict: Mapping[str, Any], cells: Iterable[Cell]) -> Run:
-    """Return the run that holds a trial's verdict, report and history."""
+def report_run(folder: TrialFolder, verdict: Verdict, cells: Iterable[Cell]) -> Run:
+    """Return the run of a trial's verdict, report and history."""
     records = [cell.record for cell in cells]
-    verdicts = {f"verdict.{entry['loss']}": entry["verdict"] for entry in verdict["comparisons"]}
+    words = {f"verdict.{comparison.loss}": comparison.verdict for comparison in verdict.comparisons}
     identity = {"kind": "report", "sweep": folder.path.name, "fingerprint": "report"}
-    about = {"model": verdict["model"], "dataset": verdict["dataset"]}
+    about = {"model": verdict.model, "dataset": verdict.dataset}
     names = ["verdict.json", "report.html", "history.parquet"]
     names += ["audit.json"] if (folder.path / "audit.json").exists() else []
     names += [f"figures/{path.name}" for path in sorted((folder.path / "figures").glob("*.svg"))]
     artifacts = {name: folder.path / name for name in names}
     return Run(
         name=f"{folder.path.name}/report",
-        tags=identity | about | verdicts | content_tag(artifacts) | _code(),
-        params={"reference": verdict["reference"], "seeds": str(verdict["seeds"])},
+        tags=identity | about | words | content_tag(artifacts) | _code(),
+        params={"reference": verdict.reference, "seeds": str(verdict.seeds)},
         metrics=pd.DataFrame(columns=["metric", "step", "value"]),
         started=min(record.started for record in records),
         ended=max(record.ended for record in records),

@@ -1,4 +1,4 @@
-"""The conclusion of a trial from its cells alone: verdict, report and checkpoints."""
+"""Verdict, report and checkpoints of a trial, computed from its cells alone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from pipeline.tracking.recorder import Recorder
 from pipeline.tracking.runs import report_run
 from pipeline.trial.audit_step import read_audit
 from pipeline.trial.console import announce_damaged, announce_lost, print_summary, show_verdict
-from pipeline.verdict.outcomes import own_controls
+from pipeline.verdict.audit_entry import Audit, audit_in_force
+from pipeline.verdict.outcomes import TrialResults, own_controls
 from pipeline.verdict.plan import AnalysisPlan, TrialContext, look_at, wanted, wanted_controls
 from pipeline.verdict.plan import record as record_look
-from pipeline.verdict.verdict import audit_in_force, decide
+from pipeline.verdict.results import Verdict
+from pipeline.verdict.verdict import check_expectations, decide
 
 Cells = dict[Replica, Cell]
 
@@ -36,10 +38,10 @@ def read_cells(folder: TrialFolder, replicas: Sequence[Replica]) -> Cells:
 
 def conclude(
     folder: TrialFolder, plan: AnalysisPlan, context: TrialContext, recorder: Recorder | None = None
-) -> tuple[ExitCode, dict[str, Any]]:
-    """Verdict, report and checkpoints from the cells alone; prints the table, returns exit code and verdict.
+) -> tuple[ExitCode, Verdict]:
+    """Write verdict, report and checkpoints, print the table, and return exit code and verdict.
 
-    Whatever holds of the others, a run that is missing makes it `BUG`.
+    The exit code is `BUG` if any requested run is missing, regardless of the other results.
     """
     from pipeline.reporting.figures import write_report
     from pipeline.reporting.page import ReportData
@@ -51,33 +53,35 @@ def conclude(
     look = look_at(folder.path, plan.seeds, plan.question, plan.alpha, plan.looks)
     if (look.alpha, look.declared) != (plan.alpha, plan.looks):
         console.print(
-            f"alpha={look.alpha:g} and looks={look.declared} hold, which the first verdict in {folder.path} declared; "
-            "to declare others, choose a new folder (hydra.run.dir=DIR)"
+            f"using alpha={look.alpha:g} and looks={look.declared}, as declared by the first verdict in {folder.path}; "
+            "to change them, choose a new folder (hydra.run.dir=DIR)"
         )
-    known = cells | own_controls(controls, cells, plan)
-    audit = read_audit(folder.path)
-    verdict = decide(known, plan, context, _header(folder, cells), audit, look, folder.damaged)
-    words = {entry["loss"]: entry["outcome"] for entry in verdict["comparisons"]}
+    results = TrialResults(cells | own_controls(controls, cells, plan), plan, context, look, folder.damaged)
+    audit = None if (content := read_audit(folder.path)) is None else Audit.from_json(content)
+    verdict = decide(results, _header(folder, cells), audit)
+    words = {comparison.loss: comparison.outcome for comparison in verdict.comparisons}
     record_look(folder.path, look, plan.seeds, plan.question, words)
-    found = ReportData(
+    data = ReportData(
         verdict=verdict,
-        history=trial_history(cells, plan),
-        differences=differences(known, plan, context),
-        distances=distances(known, plan),
-        between_seeds=between_seeds(known, plan),
-        audit=audit_in_force(audit, known, plan),
+        history=trial_history(results),
+        differences=differences(results),
+        distances=distances(results),
+        between_seeds=between_seeds(results),
+        audit=audit_in_force(audit, results),
         command=context.command,
     )
-    write_json(folder.path / "verdict.json", verdict)
-    folder.write_history(found.history)
+    write_json(folder.path / "verdict.json", verdict.to_json())
+    folder.write_history(data.history)
     folder.export_checkpoints(list(cells.values()))
-    write_report(folder.path, found)
+    write_report(folder.path, data)
     show_verdict(verdict)
     recorded = None
     if recorder is not None:
         recorder.conclude(report_run(folder, verdict, cells.values()))
         recorded = recorder.shortfall or recorder.page
-    code = print_summary(verdict, folder.path, recorded)
+    entries = [(row.loss, row.verdict, row.expected, row.confirmed) for row in verdict.comparisons]
+    code, lines = check_expectations(entries)
+    print_summary(folder.path, recorded, lines)
     if lost := [replica for replica in all_wanted(plan) if replica not in cells | controls]:
         announce_lost(lost)
         code = ExitCode.BUG
@@ -85,7 +89,7 @@ def conclude(
 
 
 def _header(folder: TrialFolder, cells: Cells) -> dict[str, Any]:
-    """What the verdict is about, from the cells."""
+    """Fields of the verdict that describe the trial."""
     record = next(iter(cells.values())).record
     made = record.made_from
     engine = {"engine": record.engine, "tile": made["engine"]["tile"], "threads": made["threads"]}

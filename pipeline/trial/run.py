@@ -27,6 +27,7 @@ from pipeline.trial.progress import Progress
 from pipeline.trial.setup import TrialSetup, build_setup, check_resolution, check_truth, context_of
 from pipeline.trial.tiles import find_checkpoints, tiles, train_tile
 from pipeline.verdict.plan import AnalysisPlan, plan_of, write_plan
+from pipeline.verdict.results import Verdict
 
 
 def run(config: Mapping[str, Any], path: Path, command: str) -> ExitCode:
@@ -95,11 +96,11 @@ def _is_identical(entry: Mapping[str, Any] | None) -> bool:
     return entry is not None and {entry["objective"], entry.get("at_precision", entry)["objective"]} == {"identical"}
 
 
-def more_seeds(plan: AnalysisPlan, verdict: Mapping[str, Any]) -> int:
+def more_seeds(plan: AnalysisPlan, verdict: Verdict) -> int:
     """Return how many seeds the next declared look adds; 0 if all is decided or no affordable number decides it."""
-    if verdict["protocol"]["look"] >= verdict["protocol"]["looks"]:
+    if verdict.protocol.look >= verdict.protocol.looks:
         return 0
-    advised = [entry["seeds_needed"] for entry in verdict["comparisons"] if entry["outcome"] == "inconclusive"]
+    advised = [row.seeds_needed for row in verdict.comparisons if row.outcome == "inconclusive"]
     within = [needed for needed in advised if isinstance(needed, int)]
     return max(0, min(max(within, default=0), plan.max_seeds) - len(plan.seeds))
 

@@ -1,92 +1,97 @@
-"""A verdict in prose."""
+"""Sentences of a verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from likelihood_lab.stats.outcome import OutcomeFinding
 from likelihood_lab.stats.trajectory import Envelope, RankFinding
+from pipeline.replica import DOSE
+from pipeline.text import listed, plural
+from pipeline.verdict.audit_entry import AuditEntry
 from pipeline.verdict.plan import AnalysisPlan, TrialContext
-
-Entry = Mapping[str, Any]
-
+from pipeline.verdict.results import ControlResults
 
 AS_FUNCTIONS = {
     "identical": "The same function, bit for bit",
     "rounding": "The same function up to rounding",
-    "offset": "The same function but for a constant",
+    "offset": "The same function up to a constant",
     "scaled": "A multiple of the same function",
-    "reweighted": "Another weighting of the data",
+    "reweighted": "A different weighting of the data",
     "domain": "The same function in part of its domain",
-    "different": "Another function",
+    "different": "A different function",
     "not_run": "Not audited",
     "error": "The audit failed",
 }
 TRAJECTORIES = {
-    "inside": "In training it parts from the reference as rounding does",
-    "outside": "In training it parts from the reference faster than rounding does",
+    "inside": "In the first steps it moves away from the reference no faster than rounding does",
+    "outside": "In the first steps it moves away from the reference faster than rounding does",
 }
-MINIMISER = "The minimiser is the same, the training only under an optimizer that a constant factor does not move."
+MINIMISER = (
+    "It has the same minimiser. It trains the same model only under an optimizer that ignores a constant factor."
+)
 
 
 def sentence(
     finding: OutcomeFinding,
-    entry: Entry,
+    entry: AuditEntry,
     trajectory: Envelope,
     ranks: RankFinding | None,
     plan: AnalysisPlan,
     context: TrialContext,
 ) -> str:
-    """Both axes in prose, the one that the request is about first."""
-    objective = _objective(entry)
-    outcome = _outcome_in_words(finding, plan, context)
-    if objective is None:
-        outcome, objective = f"{outcome} The losses themselves were not audited.", ""
+    """Describe both axes, first the one that the request is about."""
+    outcome, objective = [_outcome(finding, plan, context)], []
+    if entry.sentence:
+        objective.append(f"{AS_FUNCTIONS[entry.objective]}: {entry.sentence}.")
+        objective += [MINIMISER] * (entry.objective == "scaled")
+    else:
+        outcome.append("The losses themselves were not audited.")
     if trajectory.word in TRAJECTORIES:
-        objective = f"{objective} {TRAJECTORIES[trajectory.word]}: {trajectory.reason}.".strip()
+        objective.append(f"{TRAJECTORIES[trajectory.word]}: {trajectory.reason}.")
     if ranks is not None:
-        objective = f"{objective} {_ranks(ranks, finding.level)}".strip()
-    both = (objective, outcome) if plan.about == "objective" else (outcome, objective)
-    return " ".join(filter(None, both))
+        verb = "distinguishes" if ranks.rejects(finding.level) else "does not distinguish"
+        objective.append(f"The rank test {verb} it from dithered copies of the reference (p = {ranks.p:.2g}).")
+    return " ".join([*objective, *outcome] if plan.about == "objective" else [*outcome, *objective])
 
 
-def reconciled(verdict: str, finding: OutcomeFinding, entry: Entry) -> str:
-    """What a conflict comes from where the audit has named it: runs that left the domain of the loss."""
-    limit = entry["domain"]
+def cause_of_conflict(verdict: str, finding: OutcomeFinding, entry: AuditEntry) -> str:
+    """Name the end of the loss's domain as the possible cause of a conflict with runs that diverged."""
+    limit = entry.domain
     if verdict != "conflict" or limit is None or not finding.failures.candidate_only:
         return ""
     end = f"{limit['axis']} {limit['limit']:.4g}: the {limit['behaviour']}"
-    return f"Both may be true: this training may have gone where the function ends ({end})."
+    return f"A possible cause: training reached inputs for which the functions differ ({end})."
 
 
-def _ranks(ranks: RankFinding, level: float) -> str:
-    apart = "is told apart from" if ranks.rejects(level) else "ranks like"
-    return f"With gradients rounded at random it {apart} the reference's own copies (p = {ranks.p:.2g})."
+def limits_of_controls(controls: ControlResults, outcome: str) -> str:
+    """Say how the controls limit an outcome; empty if they do not."""
+    replay, dose = controls.replay, controls.outcomes.get(DOSE)
+    text = []
+    if replay is not None and not replay.bitwise:
+        text.append(f"This platform is not deterministic: the reference, replayed with seed {replay.seed}, differs.")
+    if outcome == "equivalent" and dose not in (None, "different"):
+        text.append(f"The study may miss differences: its positive control was called {dose}.")
+    return " ".join(text)
 
 
-def _objective(entry: Entry) -> str | None:
-    if not entry["sentence"]:
-        return None
-    said = f"{AS_FUNCTIONS[entry['objective']]}: {entry['sentence']}."
-    return f"{said} {MINIMISER}" if entry["objective"] == "scaled" else said
-
-
-def _outcome_in_words(finding: OutcomeFinding, plan: AnalysisPlan, context: TrialContext) -> str:
-    pairs = f"{finding.num_valid} of {len(plan.seeds)} pairs"
+def _outcome(finding: OutcomeFinding, plan: AnalysisPlan, context: TrialContext) -> str:
+    seeds, reasons = len(plan.seeds), "; ".join(finding.reasons)
+    pairs = f"{finding.num_valid} of {plural(seeds, 'pair')}"
     if finding.word == "identical":
-        every = f"all {len(plan.seeds)} pairs" if len(plan.seeds) > 1 else "the one pair"
-        both = f" Under {finding.failures.both} seeds both arms diverged." if finding.failures.both else ""
-        return f"Weights and yardsticks are equal bit for bit in {every} ({context.scope}).{both}"
-    effects = "; ".join(_effect(name, finding, plan) for name in plan.primary if name in finding.metrics)
-    known = {
-        "equivalent": f"Equivalent within the margins over {pairs}: {effects}.",
-        "different": f"Another model: {'; '.join(finding.reasons)}.",
-        "not_run": f"Not decided: {'; '.join(finding.reasons)}.",
-    }
+        every = f"all {seeds} pairs" if seeds > 1 else "the one pair"
+        diverged = finding.failures.both
+        both = f" In {plural(diverged, 'pair')} both runs diverged." if diverged else ""
+        return f"Weights and metrics are equal bit for bit in {every} ({context.scope}).{both}"
+    if finding.word == "equivalent":
+        effects = [_effect(name, finding, plan) for name in plan.primary if name in finding.metrics]
+        return f"Equivalent within the margins over {pairs}: {'; '.join(effects)}."
+    if finding.word == "different":
+        return f"A different model: {reasons}."
+    if finding.word == "not_run":
+        return f"Not compared: {reasons}."
     provisional = "provisionally equivalent, but " if finding.provisional else ""
-    inconclusive = f"Inconclusive over {pairs}: {provisional}{'; '.join(finding.reasons)}.{_advice(finding)}"
-    return known.get(finding.word, inconclusive)
+    return f"Inconclusive over {pairs}: {provisional}{reasons}.{_advice(finding)}"
 
 
 def _effect(name: str, finding: OutcomeFinding, plan: AnalysisPlan) -> str:
@@ -100,36 +105,41 @@ def _advice(finding: OutcomeFinding) -> str:
     needed = finding.seeds_needed
     if needed is None or (isinstance(needed, int) and needed <= finding.num_valid):
         return ""
-    return (
-        " No affordable number of seeds would decide it."
-        if needed == "unreachable"
-        else f" About {needed} seeds would decide it."
-    )
+    if needed == "unreachable":
+        return " No affordable number of seeds would decide it."
+    return f" About {needed} seeds would decide it."
 
 
-def would_have_caught(finding: OutcomeFinding, entry: Entry, trajectory: Envelope, plan: AnalysisPlan) -> str | None:
-    """The smallest difference that this check would have noticed, in words, on both axes."""
-    noticed = []
+# --- detection limits
+
+
+def would_have_caught(
+    finding: OutcomeFinding, entry: AuditEntry, trajectory: Envelope, plan: AnalysisPlan
+) -> str | None:
+    """Name the smallest difference that each part of the check would have detected."""
+    limits = []
     if finding.word == "identical":
-        noticed.append("one bit in any weight or yardstick of any pair")
+        limits.append("one bit in any weight or metric of any pair")
     if finding.word == "equivalent":
-        limits = ", ".join(f"{name} {plan.margins[name]:g}" for name in plan.primary)
-        noticed.append(f"a true mean difference at the margins ({limits}), in {1 - finding.level:.3g} of such studies")
-    if power := entry["would_have_caught"]:
-        noticed.append(f"in the losses themselves {_smallest(power)}")
+        margins = ", ".join(f"{name} {plan.margins[name]:g}" for name in plan.primary)
+        limits.append(f"a true mean difference at the margins ({margins}), in {1 - finding.level:.3g} of such studies")
+    if in_losses := limit_of_audit(entry.would_have_caught):
+        limits.append(f"in the losses themselves {in_losses}")
     if trajectory.smallest is not None:
-        noticed.append(
-            f"in the first steps label smoothing {trajectory.smallest:.0e} (as recorded on digits with an MLP)"
-        )
-    return "; ".join(noticed) or None
+        limits.append(f"in the first steps {limit_of_envelope(trajectory.smallest)}")
+    return "; ".join(limits) or None
 
 
-def _smallest(power: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Two kinds of the ladder stand for the rest, which audit.json has."""
-    shown = [
-        f"{kind} {size:.0e} in {precision}"
-        for kind in ("label smoothing", "temperature 1 + d")
-        for precision in ("float32", "float64")
-        if (size := power.get(kind, {}).get(precision)) is not None
-    ]
-    return ", ".join(shown)
+def limit_of_audit(sizes: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Detection limit of an audit, by two kinds of planted fault; audit.json has the others."""
+    limits = []
+    for kind in ("label smoothing", "temperature 1 + d"):
+        known = {name: size for name, size in sizes.get(kind, {}).items() if size is not None}
+        caught = [f"{size:.0e} in {name}" for name, size in known.items() if " " not in name]
+        limits += [f"{kind} by {listed(caught)}"] if caught else []
+    return ", ".join(limits)
+
+
+def limit_of_envelope(smallest: float) -> str:
+    """Detection limit of the envelope."""
+    return f"label smoothing by {smallest:.0e} (as recorded on digits with an MLP)"

@@ -1,31 +1,62 @@
-"""From cells to the outcome axis: how each run ended, the finding for every arm, and what the controls showed."""
+"""Outcome of every loss, computed from the cells of a trial, and the results of the controls."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from likelihood_lab.stats.outcome import OutcomeFinding, compare, correct_for_arms
 from likelihood_lab.stats.pairs import Status, measured_in
-from likelihood_lab.stats.trajectory import RANK_STEPS as RANKED_STEPS
-from likelihood_lab.stats.trajectory import SMALLEST_CAUGHT, Distances, Envelope, RankFinding, envelope, rank_test
+from likelihood_lab.stats.trajectory import (
+    RANK_STEPS,
+    SMALLEST_CAUGHT,
+    Distances,
+    Envelope,
+    RankFinding,
+    envelope,
+    rank_test,
+)
 from pipeline.replica import BY_PRECISION, CANDIDATE, COPY, DOSE, REPLAY, Replica
 from pipeline.storage.cells import Cell
 from pipeline.verdict.plan import AnalysisPlan, Look, TrialContext, level_of
+from pipeline.verdict.results import ControlResults, MetricResult, Replay
 
 PLACEBOS = tuple(name for names in BY_PRECISION.values() for name in names)
-
 
 Cells = Mapping[Replica, Cell]
 
 
+@dataclass(frozen=True)
+class TrialResults:
+    """Cells of a trial, with everything that a verdict about them depends on.
+
+    Attributes:
+        cells: the cells of the losses, and of the controls that were made from the plan's reference.
+        damaged: replica -> why its cell cannot be read. It counts as missing.
+    """
+
+    cells: Cells
+    plan: AnalysisPlan
+    context: TrialContext
+    look: Look
+    damaged: Mapping[Replica, str] = field(default_factory=dict)
+
+    def cells_of(self, arm: str) -> list[Cell | None]:
+        """Return the arm's cell for every seed of the plan, None where it is missing."""
+        return [self.cells.get(Replica(arm, seed)) for seed in self.plan.seeds]
+
+    def pairs(self, arm: str) -> list[tuple[int, Cell, Cell]]:
+        """Return seed, the arm's cell and the reference's cell for every seed that has both."""
+        both = zip(self.plan.seeds, self.cells_of(arm), self.cells_of(self.plan.reference), strict=True)
+        return [(seed, mine, theirs) for seed, mine, theirs in both if mine is not None and theirs is not None]
+
+
 def own_controls(controls: Cells, cells: Cells, plan: AnalysisPlan) -> dict[Replica, Cell]:
-    """The controls that were made of the reference that is asked about; those of another one say nothing."""
+    """Return the controls derived from this plan's reference. Controls of another reference are ignored."""
     known = next((cell for replica, cell in cells.items() if replica.arm == plan.reference), None)
     if known is None:
         return {}
@@ -39,78 +70,71 @@ def own_controls(controls: Cells, cells: Cells, plan: AnalysisPlan) -> dict[Repl
 
 
 def status_of(cell: Cell | None, reference: Cell | None, context: TrialContext) -> Status:
-    """How a run ended: a finite model that learned nothing while its reference did, or cannot be scored, diverged."""
+    """Return how a run ended.
+
+    It also counts as diverged if a test metric is not finite, or if it learned nothing while its reference did.
+    """
     if cell is None:
         return "missing"
     if cell.record.diverged_at is not None or not all(
         math.isfinite(cell.metrics[f"test/{metric}"]) for metric in measured_in([cell.metrics])
     ):
         return "diverged"
-    both = (c.metrics["test/nll"] if c else math.nan for c in (cell, reference))
-    mine, reference_nll = both
-    return "diverged" if mine >= context.label_entropy > reference_nll else "ok"
+    reference_nll = reference.metrics["test/nll"] if reference else math.nan
+    return "diverged" if cell.metrics["test/nll"] >= context.label_entropy > reference_nll else "ok"
 
 
-def outcomes(
-    cells: Cells, plan: AnalysisPlan, context: TrialContext, look: Look | None = None
-) -> dict[str, OutcomeFinding]:
-    """The outcome axis for every candidate at a look's level, corrected for their number."""
-    look = look or Look(1, level_of(plan.alpha, plan.looks, 1), plan.alpha, plan.looks)
-    found = {name: outcome_of(name, cells, plan, context, look) for name in plan.candidates}
-    return correct_for_arms(found)
+def outcomes(results: TrialResults) -> dict[str, OutcomeFinding]:
+    """Return the outcome of every candidate, corrected for their number."""
+    return correct_for_arms({name: outcome_of(name, results) for name in results.plan.candidates})
 
 
-def outcome_of(candidate: str, cells: Cells, plan: AnalysisPlan, context: TrialContext, look: Look) -> OutcomeFinding:
-    """The outcome of one arm against the reference, as if it were the only one."""
-    theirs = [cells.get(Replica(plan.reference, seed)) for seed in plan.seeds]
-    mine = [cells.get(Replica(candidate, seed)) for seed in plan.seeds]
-    identical = [
-        a is not None and b is not None and a.record.weights_sha256 == b.record.weights_sha256
-        for a, b in zip(mine, theirs, strict=True)
-    ]
-    unpaired = [
-        seed
-        for seed, a, b in zip(plan.seeds, mine, theirs, strict=True)
-        if a is not None and b is not None and a.record.initial_sha256 != b.record.initial_sha256
-    ]
+def outcome_of(candidate: str, results: TrialResults) -> OutcomeFinding:
+    """Return the outcome of one arm against the reference, as if it were the only one."""
+    plan, context, look = results.plan, results.context, results.look
+    mine, theirs = results.cells_of(candidate), results.cells_of(plan.reference)
+    pairs = results.pairs(candidate)
+    identical = {seed for seed, a, b in pairs if a.record.weights_sha256 == b.record.weights_sha256}
+    unpaired = [seed for seed, a, b in pairs if a.record.initial_sha256 != b.record.initial_sha256]
     metrics = measured_in(cell.metrics for cell in (*mine, *theirs) if cell is not None)
-    found = compare(
-        _finals(mine, metrics),
-        _finals(theirs, metrics),
+    finding = compare(
+        _test_metrics(mine, metrics),
+        _test_metrics(theirs, metrics),
         primary=plan.primary,
         margins=plan.margins,
         num_classes=context.num_classes,
         candidate_status=[status_of(a, b, context) for a, b in zip(mine, theirs, strict=True)],
         reference_status=[status_of(b, None, context) for b in theirs],
-        bitwise_identical=identical,
+        bitwise_identical=[seed in identical for seed in plan.seeds],
         alpha=look.level,
         next_alpha=level_of(look.alpha, look.declared, look.number + 1),
         max_seeds=plan.max_seeds,
     )
-    if unlike := _unlike(mine, theirs):
-        return _undecided(found, f"the pairs were not made alike: {', '.join(unlike)} differ")
+    if unlike := _differing_settings(mine, theirs, pairs):
+        return _undecided(finding, f"the pairs were not made alike: {', '.join(unlike)} differ")
     if unpaired:
-        return _undecided(found, f"the pairs did not begin with equal weights (seeds {', '.join(map(str, unpaired))})")
-    if any(map(_never_moved, (*mine, *theirs))):
-        return _undecided(found, "the weights of some runs never moved")
+        return _undecided(finding, f"initial weights differ within pairs (seeds {', '.join(map(str, unpaired))})")
+    if any(cell and cell.record.weights_sha256 == cell.record.initial_sha256 for cell in (*mine, *theirs)):
+        return _undecided(finding, "the weights of some runs never moved")
     finished = [cell for cell in theirs if cell is not None and cell.record.diverged_at is None]
-    if found.word == "equivalent" and all(_learned_nothing(cell, context) for cell in finished):
-        return _undecided(found, "the reference learned nothing: it does no better than the classes' frequencies")
-    return found
+    if finding.word == "equivalent" and all(cell.metrics["test/nll"] >= context.label_entropy for cell in finished):
+        return _undecided(finding, "the reference learned nothing: it does no better than the class frequencies")
+    return finding
 
 
 def _undecided(finding: OutcomeFinding, reason: str) -> OutcomeFinding:
-    """Fail closed: two dead models agree about everything, which says nothing."""
+    """Return the finding as inconclusive: such runs may agree for reasons other than the losses."""
     return replace(finding, word="inconclusive", reasons=(reason,), provisional=False, seeds_needed=None)
 
 
-def _unlike(mine: Sequence[Cell | None], theirs: Sequence[Cell | None]) -> list[str]:
-    """What but the loss differs between the runs of some pair: code of the model, data, device, torch, threads."""
+def _differing_settings(
+    mine: Sequence[Cell | None], theirs: Sequence[Cell | None], pairs: Sequence[tuple[int, Cell, Cell]]
+) -> list[str]:
+    """Name what differs within a pair apart from the loss, or between the seeds of one loss."""
     keys: set[str] = set()
-    for a, b in zip(mine, theirs, strict=True):
-        if a is not None and b is not None:
-            one, other = a.record.made_from, b.record.made_from
-            keys |= {key for key in {*one, *other} - {"loss", "loss_code"} if one.get(key) != other.get(key)}
+    for _, a, b in pairs:
+        one, other = a.record.made_from, b.record.made_from
+        keys |= {key for key in {*one, *other} - {"loss", "loss_code"} if one.get(key) != other.get(key)}
     for arm in (mine, theirs):
         made = [cell.record.made_from for cell in arm if cell is not None]
         keys |= {
@@ -119,98 +143,68 @@ def _unlike(mine: Sequence[Cell | None], theirs: Sequence[Cell | None]) -> list[
     return sorted(keys)
 
 
-def _never_moved(cell: Cell | None) -> bool:
-    return cell is not None and cell.record.weights_sha256 == cell.record.initial_sha256
-
-
-def _learned_nothing(cell: Cell, context: TrialContext) -> bool:
-    return cell.metrics["test/nll"] >= context.label_entropy
-
-
-def _finals(cells: Sequence[Cell | None], metrics: Sequence[str]) -> dict[str, list[float]]:
+def _test_metrics(cells: Sequence[Cell | None], metrics: Sequence[str]) -> dict[str, list[float]]:
     return {
         metric: [math.nan if cell is None else cell.metrics[f"test/{metric}"] for cell in cells] for metric in metrics
     }
 
 
-def control_findings(cells: Cells, plan: AnalysisPlan, context: TrialContext, look: Look) -> dict[str, Any]:
-    """Replay, each placebo's outcome, the dose's, the findings behind them, and whether both are as they should be.
+# --- controls
 
-    A placebo has to come out equivalent (or identical) and a dosed control different: then the study can tell.
+
+def control_results(results: TrialResults) -> ControlResults:
+    """Compare every control with the reference.
+
+    The study has assay sensitivity if its placebos are equivalent (or identical) and its positive control (the dose)
+    is different.
     """
     findings = {
-        name: outcome_of(name, cells, plan, context, look)
-        for name in plan.controls
-        if name in (*PLACEBOS, DOSE) and any(Replica(name, seed) in cells for seed in plan.seeds)
+        name: outcome_of(name, results)
+        for name in results.plan.controls
+        if name in (*PLACEBOS, DOSE) and any(results.cells_of(name))
     }
-    words = {name: finding.word for name, finding in findings.items()}
-    placebos = [word for name, word in words.items() if name != DOSE]
+    words: dict[str, str] = {name: finding.word for name, finding in findings.items()}
     sensitivity = None
-    if placebos or DOSE in words:
-        same = bool(placebos) and all(word in ("equivalent", "identical") for word in placebos)
+    if words:
+        same = ControlResults(outcomes=words).placebos_are_equal
         noticed = None if DOSE not in words else words[DOSE] == "different"
         sensitivity = {"placebo_equivalent": same, "dose_different": noticed, "holds": same and noticed is True}
-    replay = _replay(cells, plan)
-    return {"replay": replay, "outcomes": words, "findings": findings, "assay_sensitivity": sensitivity}
+    metrics = {name: metric_results(finding) for name, finding in findings.items()}
+    return ControlResults(_replay(results), words, sensitivity, metrics)
 
 
-def controls_in_words(controls: Mapping[str, Any], outcome: str) -> str:
-    """What of the controls limits a finding; empty where nothing does."""
-    replay, dose = controls["replay"], controls["outcomes"].get(DOSE)
-    said = []
-    if replay is not None and not replay["bitwise"]:
-        said.append(
-            f"This platform is not deterministic: the reference replayed under seed {replay['seed']} got other bits."
-        )
-    if outcome == "equivalent" and dose not in (None, "different"):
-        said.append(f"That this study notices a difference is not shown: the planted one was called {dose}.")
-    return " ".join(said)
+def metric_results(finding: OutcomeFinding) -> dict[str, MetricResult]:
+    return {name: MetricResult.of(metric) for name, metric in finding.metrics.items()}
 
 
-def _replay(cells: Cells, plan: AnalysisPlan) -> dict[str, Any] | None:
-    for seed in plan.seeds:
-        again, first = cells.get(Replica(REPLAY, seed)), cells.get(Replica(plan.reference, seed))
-        if again is not None and first is not None:
-            return {"seed": seed, "bitwise": again.record.weights_sha256 == first.record.weights_sha256}
+def _replay(results: TrialResults) -> Replay | None:
+    for seed, again, first in results.pairs(REPLAY):
+        return Replay(seed, again.record.weights_sha256 == first.record.weights_sha256)
     return None
 
 
 # --- the early trajectory
 
 
-def envelope_of(candidate: str, cells: Cells, plan: AnalysisPlan) -> Envelope:
-    """The candidate's distances from the reference in the early steps, judged by the placebos'."""
-    seeds = _paired(candidate, cells, plan)
-    if not seeds:
+def envelope_of(candidate: str, results: TrialResults) -> Envelope:
+    """Compare the candidate's distances from the reference in the first steps with those of the placebos."""
+    pairs = results.pairs(candidate)
+    if not pairs:
         return Envelope("not_applicable", reason="no pair is complete")
-    references = [cells[Replica(plan.reference, seed)] for seed in seeds]
+    seeds = {seed for seed, _, _ in pairs}
+    references = [reference for _, _, reference in pairs]
     precision = references[0].record.made_from.get("precision", "float32")
     if not BY_PRECISION[precision]:
         return Envelope("not_applicable", reason=f"in {precision} the audit decides")
-    placebos = [name for name in BY_PRECISION[precision] if set(seeds) <= set(_paired(name, cells, plan))]
-    mine = _distances([cells[Replica(candidate, seed)] for seed in seeds], references)
-    theirs = [_distances([cells[Replica(name, seed)] for seed in seeds], references) for name in placebos]
-    found = envelope(mine, theirs, _between(references))
-    recorded = found.word == "inside" and len(seeds) >= 5
-    return replace(found, smallest=SMALLEST_CAUGHT[precision]) if recorded else found
-
-
-def _paired(arm: str, cells: Cells, plan: AnalysisPlan) -> list[int]:
-    """The seeds under which both this arm and the reference have a cell."""
-    return [seed for seed in plan.seeds if Replica(arm, seed) in cells and Replica(plan.reference, seed) in cells]
-
-
-def _distances(arm: Sequence[Cell], references: Sequence[Cell]) -> Distances:
-    """Step -> relative distance of each pair, [S]."""
-    return _by_step(zip(arm, references, strict=True))
-
-
-def _between(references: Sequence[Cell]) -> Distances:
-    """Step -> relative distance of the reference under one seed from that under the next."""
-    return _by_step(pairwise(references))
+    known = [[pair for pair in results.pairs(name) if pair[0] in seeds] for name in BY_PRECISION[precision]]
+    placebos = [_by_step(pair[1:] for pair in placebo) for placebo in known if len(placebo) == len(pairs)]
+    found = envelope(_by_step(pair[1:] for pair in pairs), placebos, _by_step(pairwise(references)))
+    has_record = found.word == "inside" and len(pairs) >= 5
+    return replace(found, smallest=SMALLEST_CAUGHT[precision]) if has_record else found
 
 
 def _by_step(pairs: Iterable[tuple[Cell, Cell]]) -> Distances:
+    """Step -> relative distance of the two cells of each pair, [S]."""
     found: dict[int, list[float]] = {}
     for mine, reference in pairs:
         for step, distance in mine.distances_from(reference):
@@ -218,17 +212,15 @@ def _by_step(pairs: Iterable[tuple[Cell, Cell]]) -> Distances:
     return {step: np.array(values) for step, values in found.items()}
 
 
-# --- ranks among dithered copies
-
-
-def rank_test_of(candidate: str, cells: Cells, plan: AnalysisPlan) -> RankFinding | None:
-    """The candidate's ranks among the dithered copies of the reference; None where they were not trained."""
+def rank_test_of(candidate: str, results: TrialResults) -> RankFinding | None:
+    """Rank the candidate among dithered copies of the reference; None where they were not trained."""
+    cells, plan = results.cells, results.plan
     arms = [f"{CANDIDATE}{candidate}", *(name for name in plan.controls if name.startswith(COPY))]
     seeds = [seed for seed in plan.seeds if all(Replica(arm, seed) in cells for arm in arms)]
     if not seeds or len(arms) < 3:
         return None
     found = [[cells[Replica(arm, seed)].sketches for arm in arms] for seed in seeds]
-    steps = [step for step in RANKED_STEPS if step in found[0][0][0]]
+    steps = [step for step in RANK_STEPS if step in found[0][0][0]]
     values = {
         step: np.stack([[sketches[taken.index(step)].numpy() for taken, sketches in row] for row in found])
         for step in steps

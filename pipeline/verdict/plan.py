@@ -1,12 +1,11 @@
-"""What is asked of a trial's cells, what its answer is limited to, and the looks at growing data.
+"""Analysis plan of a trial, the context that its verdict is limited to, and the record of looks.
 
-The request is fixed before the data. Request and facts are kept in the trial's folder as `request.yaml`, so that a
-verdict can be had again without configuration or data.
+Plan and context are stored in the trial's folder as `request.yaml`. A verdict can be repeated from it without
+configuration or data.
 
-Every verdict over another set of seeds, or by other margins or another reference, is a look (an interim analysis), and
-every look is another chance of a false claim. Looks that were declared share alpha equally (Bonferroni). One more than
-declared gets half of the last level, the next a quarter: however many follow, false claims stay below twice alpha. The
-record is a file in the trial's folder that only grows.
+A verdict with other seeds, margins or another reference is a look (an interim analysis). Every look is another chance
+of a false claim. Declared looks share alpha equally (Bonferroni). Each look beyond them gets half the level of the one
+before, so the rate of false claims stays below twice alpha. The record of looks is a file that only grows.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ MOST_ADVISED = 100  # seeds; a verdict that needs more says "unreachable", unles
 
 @dataclass(frozen=True)
 class AnalysisPlan:
-    """What is asked of a trial's cells: fixed before the data and hashed into the verdict."""
+    """Analysis plan of a trial, fixed before the data and hashed into the verdict."""
 
     losses: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -45,18 +44,18 @@ class AnalysisPlan:
 
     @property
     def candidates(self) -> list[str]:
-        """The losses that are compared with the reference."""
+        """Losses that are compared with the reference."""
         return [loss for loss in self.losses if loss != self.reference]
 
     @property
     def question(self) -> str:
-        """What a look at the same seeds may ask otherwise: the reference, the margins and what decides."""
-        asked = {"reference": self.reference, "margins": dict(self.margins), "primary": list(self.primary)}
-        return json.dumps(asked, sort_keys=True)
+        """Settings that make a verdict over the same seeds another look, as JSON."""
+        settings = {"reference": self.reference, "margins": dict(self.margins), "primary": list(self.primary)}
+        return json.dumps(settings, sort_keys=True)
 
     @property
     def protocol_hash(self) -> str:
-        """SHA-256 over all that must not be chosen after the data were seen."""
+        """SHA-256 over everything that must not be chosen after the data were seen."""
         fixed = {
             "expect": dict(self.expect), "margins": dict(self.margins), "primary": self.primary, "about": self.about,
             "looks": self.looks, "alpha": self.alpha, "max_seeds": self.max_seeds,
@@ -66,14 +65,13 @@ class AnalysisPlan:
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What the yardsticks mean for this dataset.
+    """Properties of the dataset and the trial that a verdict needs.
 
     Attributes:
         num_classes: C.
-        label_entropy: entropy of the classes' frequencies in training in nats; a model that does no better learned
-            nothing.
-        scope: what a verdict is limited to, in words.
-        command: how to get the trial again.
+        label_entropy: entropy of the class frequencies in training, in nats. A model with no lower NLL learned nothing.
+        scope: seeds, steps, data and device that the verdict is limited to, as text.
+        command: shell command that repeats the trial.
     """
 
     num_classes: int
@@ -83,19 +81,19 @@ class TrialContext:
 
 
 def wanted(plan: AnalysisPlan) -> list[Replica]:
-    """Every (arm, seed) that the request is about."""
+    """Return every (loss, seed) of the plan."""
     return [Replica(loss, seed) for loss in plan.losses for seed in plan.seeds]
 
 
 def wanted_controls(plan: AnalysisPlan) -> list[Replica]:
-    """The controls beside them: a replay under the first seed, the others under every seed."""
+    """Return every (control, seed) of the plan: the replay under the first seed, the others under every seed."""
     return [
         Replica(name, seed) for name in plan.controls for seed in (plan.seeds[:1] if name == REPLAY else plan.seeds)
     ]
 
 
 def plan_of(config: Mapping[str, Any]) -> AnalysisPlan:
-    """The request that a configuration makes."""
+    """Return the plan of a configuration."""
     dataset, protocol = config["dataset"], config["protocol"]
     margins = dataset.get("margins") or {}
     return AnalysisPlan(
@@ -113,23 +111,25 @@ def plan_of(config: Mapping[str, Any]) -> AnalysisPlan:
 
 
 def write_plan(path: Path, plan: AnalysisPlan, context: TrialContext, tracking: Mapping[str, Any]) -> None:
-    """Keep the request in the trial's folder, and where its runs are recorded."""
+    """Write the plan, its context and the tracking address to the trial's folder."""
     content = {"request": _listed(asdict(plan)), "facts": asdict(context), "tracking": dict(tracking)}
     write_whole(path / "request.yaml", yaml_bytes(content))
 
 
 def read_plan(path: Path) -> tuple[AnalysisPlan, TrialContext]:
-    """What the folder was last trained for."""
+    """Read the plan that the folder was last trained for."""
     found = _read(path)
     try:
         plan: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found["request"].items()}
         return AnalysisPlan(**plan), TrialContext(**found["facts"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path / 'request.yaml'} is damaged; the command that trained the folder mends it") from error
+        raise UsageError(
+            f"{path / 'request.yaml'} is damaged; to restore it, repeat the command that trained the folder"
+        ) from error
 
 
 def read_tracking(path: Path) -> dict[str, Any]:
-    """Where the runs of a trial's folder are recorded: uri and experiment; empty where nowhere."""
+    """Read the uri and experiment that the folder's runs are recorded in; empty if none."""
     return dict(_read(path).get("tracking", {}))
 
 
@@ -146,7 +146,7 @@ def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Look:
-    """The number of a look, from 1, the alpha that it is judged at, and what both follow from."""
+    """Number of a look, from 1, its level, and the alpha and number of looks that were declared."""
 
     number: int
     level: float
@@ -155,7 +155,7 @@ class Look:
 
 
 def level_of(alpha: float, declared: int, number: int) -> float:
-    """alpha / declared, and half as much with every look beyond the declared ones.
+    """Return alpha / declared, halved with every look beyond the declared ones.
 
     Raises:
         ValueError: declared or number is below 1.
@@ -166,23 +166,23 @@ def level_of(alpha: float, declared: int, number: int) -> float:
 
 
 def look_at(folder: Path, seeds: Sequence[int], question: str, alpha: float, declared: int) -> Look:
-    """The look that a verdict over these seeds is: one that was taken before, or the next.
-
-    Args:
-        question: what else makes it another chance of a false claim: reference, margins, primary metrics.
+    """Return the recorded look with these seeds and question, or the next one.
 
     Alpha and the number of declared looks are those of the first look on record.
+
+    Args:
+        question: reference, margins and primary metrics.
     """
     taken = _taken(folder)
     if taken:
         alpha, declared = taken[0]["alpha"], taken[0]["declared"]
-    asked = {"seeds": sorted(seeds), "question": question}
-    number = next((i for i, entry in enumerate(taken, 1) if asked.items() <= entry.items()), len(taken) + 1)
+    settings = {"seeds": sorted(seeds), "question": question}
+    number = next((i for i, entry in enumerate(taken, 1) if settings.items() <= entry.items()), len(taken) + 1)
     return Look(number, level_of(alpha, declared, number), alpha, declared)
 
 
 def record(folder: Path, look: Look, seeds: Sequence[int], question: str, words: Mapping[str, str]) -> None:
-    """Append a look that is not on record yet; one at which nothing was tested (all identical) is none."""
+    """Append a look to the record, unless it is there or nothing was tested (all identical)."""
     tested = any(word not in ("identical", "not_run") for word in words.values())
     taken = _taken(folder)
     if not tested or look.number <= len(taken):
@@ -193,7 +193,7 @@ def record(folder: Path, look: Look, seeds: Sequence[int], question: str, words:
 
 
 def _taken(folder: Path) -> list[dict[str, Any]]:
-    """The looks on record, in order."""
+    """Return the recorded looks in order."""
     try:
         lines = (folder / FILE).read_text().splitlines()
     except FileNotFoundError:

@@ -19,8 +19,9 @@ from pipeline.replica import Replica
 from pipeline.report import report
 from pipeline.storage.cells import TrialFolder
 from pipeline.trial import audit_step
-from pipeline.verdict.plan import read_plan
-from pipeline.verdict.verdict import audited_entry
+from pipeline.verdict.audit_entry import Audit, AuditEntry, entry_in_force
+from pipeline.verdict.outcomes import TrialResults
+from pipeline.verdict.plan import Look, read_plan
 from tests.trials import FAST, comparisons, trial, verdict, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # torch warns of kl_mean
@@ -88,32 +89,33 @@ def test_the_trials_of_a_sweep_audit_their_losses_once(tmp_path: Path, monkeypat
     assert len(calls) == 2
 
 
+def entry_of(name: str, audit: dict[str, Any], folder: Path, *, with_cells: bool = True) -> AuditEntry | None:
+    cells = {Replica(c.record.arm, c.record.seed): c for c in TrialFolder(folder).cells()} if with_cells else {}
+    return entry_in_force(name, Audit.from_json(audit), TrialResults(cells, *read_plan(folder), Look(1, 0.05)))
+
+
 def test_an_audit_of_other_code_or_reference_is_ignored(audited: Path) -> None:
-    plan, _ = read_plan(audited)
-    cells = {Replica(cell.record.arm, cell.record.seed): cell for cell in TrialFolder(audited).cells()}
     audit = audit_of(audited)
-    assert audited_entry("nll", audit, cells, plan) is not None
+    assert entry_of("nll", audit, audited) is not None
     audit["losses"]["nll"]["made_from"]["loss_code"] = "other"
-    assert audited_entry("nll", audit, cells, plan) is None
-    assert audited_entry("kl_mean", audit, cells, plan) is not None
-    assert audited_entry("kl_mean", audit | {"reference": "nll"}, cells, plan) is None
+    assert entry_of("nll", audit, audited) is None
+    assert entry_of("kl_mean", audit, audited) is not None
+    assert entry_of("kl_mean", audit | {"reference": "nll"}, audited) is None
     audit["reference_made_from"]["torch"] = "1.0"
-    assert audited_entry("kl_mean", audit, cells, plan) is None
+    assert entry_of("kl_mean", audit, audited) is None
 
 
 @pytest.mark.parametrize(
     ("at_weights", "word"), [("different", "different"), ("error", "identical"), ("rounding", "identical")]
 )
 def test_a_difference_at_the_trial_s_weights_decides(at_weights: str, word: str, audited: Path) -> None:
-    plan, _ = read_plan(audited)
     audit = audit_of(audited)
     audit["losses"]["nll"]["at_weights"] |= {"objective": at_weights, "sentence": "wrong there"}
-    entry = audited_entry("nll", audit, {}, plan)
+    entry = entry_of("nll", audit, audited, with_cells=False)
     assert entry is not None
-    assert entry["objective"] == word
+    assert entry.objective == word
     if word == "different":
-        sentence = "the same function on the grid, but not at this trial's own weights: wrong there"
-        assert entry["sentence"] == sentence
+        assert entry.sentence == "the same function on the grid, but not at this trial's own weights: wrong there"
 
 
 def test_lr_scale_undoes_a_factor_in_the_loss(tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_a_trial_in_bfloat16_is_audited_in_it(tmp_path: Path) -> None:
     trial(tmp_path / "t", *request, "epochs=1")
     (entry,) = verdict(tmp_path / "t")["comparisons"]
     assert entry["objective"] == "different"
-    sentence = "Another function: the same function in float32 and float64, but not in bfloat16"
+    sentence = "A different function: the same function in float32 and float64, but not in bfloat16"
     assert entry["sentence"].startswith(sentence)
     assert any("bfloat16" in text for text in entry["covered"])
 
@@ -176,7 +178,7 @@ def test_a_report_about_another_reference(tmp_path: Path) -> None:
     trial(tmp_path / "t", "loss=[ce,nll,brier]", "seed=[0]", "audit=true", "controls=all")
     page = (tmp_path / "t" / "report.html").read_text()
     assert "In the losses themselves: label smoothing by" in page
-    assert "At best these seeds" not in page  # one seed shows no placebo equal
+    assert "margin that the placebos pass" not in page  # one seed shows no placebo equal
     assert verdict(tmp_path / "t")["controls"]["replay"]["bitwise"]
     report([str(tmp_path / "t"), "reference=nll"])
     page = (tmp_path / "t" / "report.html").read_text()
