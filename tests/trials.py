@@ -27,11 +27,11 @@ from pipeline.trial.run import run
 from pipeline.trial.tiles import weights_sha256
 
 ROOT = Path(__file__).parents[1]
-FAST = ("tracking=none", "trainer=cpu", "epochs=2", "model.hidden=[16]", "audit=false", "controls=none")
+FAST = ("tracking=none", "trainer=cpu", "epochs=2", "model.hidden=[16]", "audit=false", "protocol.controls=none")
 # The smallest trial: two losses, one layer, one epoch.
 QUICK = (
     "loss=[ce,nll]", "model=softmax_regression", "trainer=cpu", "tracking=none", "epochs=1", "audit=false",
-    "controls=none",
+    "protocol.controls=none",
 )  # fmt: skip
 
 

@@ -21,21 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from likelihood_lab.categorical.inputs import LossFn, derive
-from likelihood_lab.stats.trajectory import BITS
-from pipeline.replica import CANDIDATE, COPY, DITHERED, DITHERED_AGAIN, DOSE, IN_FLOAT64, REORDERED, REPLAY
+from pipeline.replica import DITHERED, DITHERED_AGAIN, DOSE, IN_FLOAT64, REORDERED, REPLAY
 from pipeline.training.objectives import Formulation
 
 Given = dict[str, Tensor | None]
 Change = Callable[[Given], Given]
 
 _MADE_OF_LOGITS = ("logits", "log_probs", "probs")
-
-
-def ranked(arm: str, formulations: Mapping[str, Formulation], reference: str) -> Formulation:
-    """Return the loss of one arm of the rank test. Every copy has different draws; all candidates share one number."""
-    if arm.startswith(COPY):
-        return dithered(arm, formulations[reference], BITS, int(arm.removeprefix(COPY)))
-    return dithered(arm, formulations[arm.removeprefix(CANDIDATE)], BITS, 0)
 
 
 def control(name: str, reference: Formulation, dose: float | None = None) -> Formulation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from likelihood_lab.stats.outcome import OutcomeFinding
-from likelihood_lab.stats.trajectory import Envelope, RankFinding
+from likelihood_lab.stats.trajectory import Envelope
 from pipeline.replica import DOSE
 from pipeline.text import listed, plural
 from pipeline.verdict.audit_entry import AuditEntry
@@ -36,7 +36,6 @@ def sentence(
     finding: OutcomeFinding,
     entry: AuditEntry,
     trajectory: Envelope,
-    ranks: RankFinding | None,
     plan: AnalysisPlan,
     context: TrialContext,
 ) -> str:
@@ -49,9 +48,6 @@ def sentence(
         outcome.append("The losses themselves were not audited.")
     if trajectory.word in TRAJECTORIES:
         objective.append(f"{TRAJECTORIES[trajectory.word]}: {trajectory.reason}.")
-    if ranks is not None:
-        verb = "distinguishes" if ranks.rejects(finding.level) else "does not distinguish"
-        objective.append(f"The rank test {verb} it from dithered copies of the reference (p = {ranks.p:.2g}).")
     return " ".join([*objective, *outcome] if plan.about == "objective" else [*outcome, *objective])
 
 

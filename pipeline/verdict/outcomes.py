@@ -12,15 +12,12 @@ import numpy as np
 from likelihood_lab.stats.outcome import OutcomeFinding, compare, correct_for_arms
 from likelihood_lab.stats.pairs import Status, measured_in
 from likelihood_lab.stats.trajectory import (
-    RANK_STEPS,
     SMALLEST_CAUGHT,
     Distances,
     Envelope,
-    RankFinding,
     envelope,
-    rank_test,
 )
-from pipeline.replica import BY_PRECISION, CANDIDATE, COPY, DOSE, REPLAY, Replica
+from pipeline.replica import BY_PRECISION, DOSE, REPLAY, Replica
 from pipeline.storage.cells import Cell
 from pipeline.verdict.plan import AnalysisPlan, Look, TrialContext, level_of
 from pipeline.verdict.results import ControlResults, MetricResult, Replay
@@ -64,8 +61,7 @@ def own_controls(controls: Cells, cells: Cells, plan: AnalysisPlan) -> dict[Repl
     return {
         replica: cell
         for replica, cell in controls.items()
-        if replica.arm.startswith(CANDIDATE)
-        or {**declared, "control": replica.arm}.items() <= cell.record.made_from["loss"].items()
+        if {**declared, "control": replica.arm}.items() <= cell.record.made_from["loss"].items()
     }
 
 
@@ -210,21 +206,3 @@ def _by_step(pairs: Iterable[tuple[Cell, Cell]]) -> Distances:
         for step, distance in mine.distances_from(reference):
             found.setdefault(step, []).append(distance)
     return {step: np.array(values) for step, values in found.items()}
-
-
-def rank_test_of(candidate: str, results: TrialResults) -> RankFinding | None:
-    """Rank the candidate among dithered copies of the reference; None where they were not trained."""
-    cells, plan = results.cells, results.plan
-    arms = [f"{CANDIDATE}{candidate}", *(name for name in plan.controls if name.startswith(COPY))]
-    seeds = [seed for seed in plan.seeds if all(Replica(arm, seed) in cells for arm in arms)]
-    if not seeds or len(arms) < 3:
-        return None
-    found = [[cells[Replica(arm, seed)].sketches for arm in arms] for seed in seeds]
-    steps = [step for step in RANK_STEPS if step in found[0][0][0]]
-    values = {
-        step: np.stack([[sketches[taken.index(step)].numpy() for taken, sketches in row] for row in found])
-        for step in steps
-    }
-    if not all(np.isfinite(entries).all() for entries in values.values()):
-        return None
-    return rank_test(values, np.random.default_rng(0))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from likelihood_lab.audit.finding import strict
 from likelihood_lab.stats.equivalence import MetricFinding
-from likelihood_lab.stats.trajectory import Envelope, RankFinding
+from likelihood_lab.stats.trajectory import Envelope
 
 SCHEMA = 1
 Readers = Mapping[str, Callable[[Any], Any]]  # field -> function that reads its JSON
@@ -89,7 +89,6 @@ class Comparison(JsonContent):
     side_effects: Sequence[str] | None = None
     outcome: str = "not_run"
     envelope: Envelope = UNKNOWN
-    rank_test: RankFinding | None = None
     seeds_needed: int | str | None = None
     verdict: str = "not_run"
     sentence: str = ""
@@ -104,7 +103,6 @@ class Comparison(JsonContent):
 
     nested: ClassVar[Readers] = {
         "envelope": lambda values: Envelope(**{"word": "not_applicable", **values}),
-        "rank_test": lambda values: RankFinding(**values),
         "failures": _failures,
         "metrics": _metrics,
     }

@@ -20,7 +20,6 @@ from pipeline.verdict.outcomes import (
     envelope_of,
     metric_results,
     outcomes,
-    rank_test_of,
     status_of,
 )
 from pipeline.verdict.results import Comparison, ControlResults, Failure, Protocol, Verdict
@@ -118,12 +117,11 @@ def _comparison(
     plan, context = results.plan, results.context
     rate = _rate_of(candidate, results.cells) / _rate_of(plan.reference, results.cells)
     trajectory = envelope_of(candidate, results) if rate == 1 else ANOTHER_RATE
-    ranks = rank_test_of(candidate, results)
     diverged = finding.failures.candidate_only > 0
     verdict = verdict_word(plan.about, entry.objective, finding.word, trajectory.word, diverged, rate)
     expected = plan.expect.get(candidate)
     sentences = [
-        sentence(finding, entry, trajectory, ranks, plan, context),
+        sentence(finding, entry, trajectory, plan, context),
         "" if rate == 1 else f"It was trained at {rate:g} times the reference's learning rate.",
         cause_of_conflict(verdict, finding, entry),
         limits_of_controls(controls, finding.word),
@@ -137,7 +135,6 @@ def _comparison(
         side_effects=entry.side_effects,
         outcome=finding.word,
         envelope=trajectory,
-        rank_test=ranks,
         seeds_needed=finding.seeds_needed if finding.word == "inconclusive" else None,
         verdict=verdict,
         sentence=" ".join(filter(None, sentences)),

@@ -61,7 +61,7 @@ def test_cut_keeps_only_the_table() -> None:
 
 
 def test_description_is_the_first_sentence_of_the_loss_file() -> None:
-    first = "torch's default reduction divides by batch x classes: the gradient is 1/C of the right one"
+    first = "KL with the default reduction of torch, which divides by batch x classes: 1/C of the correct gradient"
     assert description_of("kl_mean") == first
     assert description_of("kl") == "D_KL(labels \\|\\| model)"  # a pipe would end the table's cell
     assert "64 times as large" in description_of("log_likelihood")

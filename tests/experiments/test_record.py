@@ -15,7 +15,10 @@ from experiments.results import COLUMNS, compare, markdown, recorded
 from likelihood_lab.errors import UsageError
 from pipeline.entry import ExitCode
 
-TINY = "'loss=[ce,kl_mean,nll]' 'seed=[0,1]' epochs=1 audit=false controls=none tracking=none trainer.progress=false"
+TINY = (
+    "'loss=[ce,kl_mean,nll]' 'seed=[0,1]' epochs=1 audit=false protocol.controls=none "
+    "tracking=none trainer.progress=false"
+)
 EXPECT = "'expect={nll: identical, kl_mean: same}'"
 COMMAND = f"$ python -m pipeline.train {TINY} \\\n    {EXPECT} hydra.run.dir=outputs/tiny/one"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.storage.cells import TrialFolder
-from pipeline.tracking.tracker import load
+from pipeline.tracking.tracker import load_mlflow
 from tests.trials import start_command
 
 
@@ -130,7 +130,7 @@ def postgres(password: str) -> Iterator[tuple[str, Path]]:
 def start_trial(folder: Path, environment: Mapping[str, str], seeds: int, *overrides: str) -> subprocess.Popen[str]:
     """Start a trial of three losses in `folder`; a tile is a seed."""
     return start_command(
-        "trainer=cpu", "model.hidden=[16]", "audit=false", "controls=none", "loss=[ce,nll,brier]",
+        "trainer=cpu", "model.hidden=[16]", "audit=false", "protocol.controls=none", "loss=[ce,nll,brier]",
         f"seed={list(range(seeds))}", "trainer.tile=3", *overrides, f"hydra.run.dir={folder}", environment=environment,
     )  # fmt: skip
 
@@ -152,7 +152,7 @@ def sync(folder: Path, environment: Mapping[str, str]) -> str:
 
 def check_store(uri: str, folders: Sequence[Path]) -> None:
     """The store holds every cell and report once, FINISHED, with every finite point, and nothing else."""
-    load()
+    load_mlflow()
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)

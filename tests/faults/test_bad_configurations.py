@@ -19,7 +19,7 @@ from pipeline.config.validate import LIMITS
 from tests.trials import command_error
 
 Overrides = list[str]
-GROUPS = ("loss", "model", "dataset", "optimizer", "trainer", "tracking", "experiment")
+GROUPS = ("loss", "model", "dataset", "optimizer", "trainer", "tracking", "protocol", "experiment")
 DECLARED = ("model", "dataset", "optimizer")  # groups whose files declare a call
 UNSET = ("???", "'${nowhere}'", "'${oc.env:NO_SUCH_VARIABLE}'")
 MISFITS: dict[type, tuple[str, ...]] = {
@@ -36,8 +36,9 @@ ANYTHING = {
     "expect": ("x", "3", "{ce: same}", "{nobody: same}", "{nll: x}", "[same]", "true"),
 }  # the schema allows any value; `pipeline.config.schema` checks them
 IMPOSSIBLE: list[Overrides] = [
-    ["reference=brier"], ["loss=[ce]", "expect=same"], ["loss=[ce,nll,ce]"], ["until=decided"], ["rank_test=1"],
-    ["alpha=0"], ["alpha=0.5"], ["alpha=nan"], ["clip_norm=0"], ["clip_norm=inf"], ["batch_size=1138"],
+    ["reference=brier"], ["loss=[ce]", "expect=same"], ["loss=[ce,nll,ce]"], ["protocol.max_seeds=40"],
+    ["+rank_test=1"],    ["protocol.alpha=0"], ["protocol.alpha=0.5"],
+    ["protocol.alpha=nan"], ["clip_norm=0"], ["clip_norm=inf"], ["batch_size=1138"],
     ["dataset.margins={accuracy: 0.001}"], ["dataset.margins.nll=-1"], ["dataset.margins.nll=nan"],
     ["dataset.primary=[kl_truth]", "dataset.margins=null"], ["dataset.primary=[ece]"], ["dataset.primary=[f1]"],
     ["dataset.dose=-1"], ["dataset.dose=1e9"], ["dataset.data_seed=-1"], ["dataset.data_seed={}"], ["model.dropout=2"],
@@ -63,7 +64,8 @@ def misfits(hint: Any) -> tuple[str, ...]:
 
 def schema_fields() -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield every field of the schema except the groups, with its wrong values."""
-    for prefix, schema in (("", conf.TrainConf), ("trainer.", conf.TrainerConf), ("tracking.", conf.TrackingConf)):
+    parts = {"trainer.": conf.TrainerConf, "tracking.": conf.TrackingConf, "protocol.": conf.ProtocolConf}
+    for prefix, schema in {"": conf.TrainConf, **parts}.items():
         for name, hint in typing.get_type_hints(schema).items():
             if name in ANYTHING:
                 yield name, (*ANYTHING[name], *UNSET)

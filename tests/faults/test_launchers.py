@@ -19,7 +19,8 @@ pytestmark = pytest.mark.faults
 
 LAUNCHERS = {"basic": (), "joblib": ("hydra.launcher.n_jobs=2",), "submitit_local": ()}
 REQUEST = (
-    "loss=ce,nll", "seed=range(6)", "hydra.sweeper.replicas_per_job=4", "controls=all", "trainer=cpu", "expect=same",
+    "loss=ce,nll", "seed=range(6)", "hydra.sweeper.replicas_per_job=4", "protocol.controls=all",
+    "trainer=cpu", "expect=same",
 )  # fmt: skip
 SHARES = ["share=[0,1]", "share=[2,3]", "share=[4,5]", "share=[]"]
 

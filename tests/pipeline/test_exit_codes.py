@@ -74,7 +74,7 @@ def test_entry_point_returns_worst_code_of_its_own_jobs(jobs: list[int], code: i
     [
         (ConfigCompositionException("two\nlines"), 2, "error: two lines\n"),
         (ValueError("ours"), 3, "Traceback"),
-        (KeyboardInterrupt(), 130, "interrupted; what was finished is kept"),
+        (KeyboardInterrupt(), 130, "interrupted; finished runs are kept"),
     ],
 )
 def test_entry_point_maps_errors_to_exit_codes(

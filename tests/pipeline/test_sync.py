@@ -25,7 +25,14 @@ RUNS = {f"{loss}/s{seed}" for loss in ("ce", "brier") for seed in (0, 7)} | {"re
 def train(folder: Path, *overrides: str) -> None:
     from hydra import compose, initialize_config_dir
 
-    quick = ["trainer=cpu", "epochs=2", "model.hidden=[16]", "audit=false", "controls=all", "dataset.dose=null"]
+    quick = [
+        "trainer=cpu",
+        "epochs=2",
+        "model.hidden=[16]",
+        "audit=false",
+        "protocol.controls=all",
+        "dataset.dose=null",
+    ]
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
         config = compose("train", overrides=[*quick, "loss=[ce,brier]", "seed=[0,7]", *overrides])
     run(conf.plain(config), folder, "the command")
@@ -114,7 +121,7 @@ def test_sync_obeys_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_password_is_not_stored_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:secret@127.0.0.1:9")
-    train(tmp_path / "trial", "loss=[ce]", "seed=0", "epochs=1", "controls=none")
+    train(tmp_path / "trial", "loss=[ce]", "seed=0", "epochs=1", "protocol.controls=none")
     request = yaml.safe_load((tmp_path / "trial" / "request.yaml").read_text())
     assert request["tracking"] == {"uri": "http://127.0.0.1:9", "experiment": "likelihood-lab"}
     texts = (path.read_bytes() for path in (tmp_path / "trial").rglob("*") if path.is_file())

@@ -41,7 +41,6 @@ def test_old_key_without_plus_is_one_line() -> None:
         (["protocol.looks=0"], "protocol.looks=0; it must be at least 1"),
         (["protocol.alpha=0.5"], "protocol.alpha=0.5; it must lie between 0 and 0.5"),
         (["+protocol.alfa=1"], "unknown key 'protocol.alfa' (did you mean 'alpha'?)"),
-        (["~protocol.looks"], "protocol.looks is missing"),
     ],
 )
 def test_wrong_protocol_is_refused(overrides: list[str], message: str) -> None:

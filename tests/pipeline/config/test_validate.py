@@ -65,9 +65,8 @@ def test_a_loss_file_declares_one_loss_under_its_own_name() -> None:
 
 def test_the_keys_of_a_training() -> None:
     assert list(conf.TrainConf.__dataclass_fields__) == [
-        "loss", "model", "dataset", "optimizer", "trainer", "tracking", "seed", "share", "vary", "reference", "epochs",
-        "batch_size", "precision", "schedule", "warmup_steps", "clip_norm", "about", "expect", "alpha",
-        "looks", "until", "max_seeds", "audit", "controls", "rank_test",
+        "loss", "model", "dataset", "optimizer", "trainer", "tracking", "seed", "share", "reference", "epochs",
+        "batch_size", "precision", "schedule", "warmup_steps", "clip_norm", "about", "expect", "protocol", "audit",
     ]  # fmt: skip
 
 
@@ -130,14 +129,14 @@ def loss(target: str, args: object = ("logits",), **keywords: object) -> dict[st
         ("epochs", 0, "epochs=0; it must be at least 1"),
         ("batch_size", -4, "batch_size=-4; it must be at least 1"),
         ("warmup_steps", -1, "warmup_steps=-1; it must be at least 0"),
-        ("max_seeds", 1, "max_seeds=1; it must be at least 2"),
-        ("looks", 0, "looks=0; it must be at least 1"),
-        ("until", "decided", "until=decided looks at the data more than once"),
+        ("protocol.max_seeds", 1, "protocol.max_seeds=1; it must be at least 2"),
+        ("protocol.looks", 0, "protocol.looks=0; it must be at least 1"),
+        ("protocol.max_seeds", 40, "protocol.max_seeds=40 adds seeds at further looks"),
         ("trainer.threads", 0, "trainer.threads=0; it must be at least 1"),
         ("trainer.tile", 0, "trainer.tile=0; it must be at least 1"),
-        ("alpha", 0.0, "alpha=0.0; it must lie between 0 and 0.5"),
-        ("alpha", 0.5, "alpha=0.5; it must lie between 0 and 0.5"),
-        ("alpha", float("nan"), "alpha=nan; it must lie"),
+        ("protocol.alpha", 0.0, "protocol.alpha=0.0; it must lie between 0 and 0.5"),
+        ("protocol.alpha", 0.5, "protocol.alpha=0.5; it must lie between 0 and 0.5"),
+        ("protocol.alpha", float("nan"), "protocol.alpha=nan; it must lie"),
         ("clip_norm", 0.0, "clip_norm=0.0; give a positive number, or null"),
         ("clip_norm", float("inf"), "clip_norm=inf; give a positive number"),
         ("dataset.margins", {"nll": -0.1}, "dataset.margins.nll=-0.1; a margin is a positive number"),
@@ -145,7 +144,7 @@ def loss(target: str, args: object = ("logits",), **keywords: object) -> dict[st
         ("dataset.margins", {"auc": 0.1}, "dataset.margins names 'auc'; the metrics are nll, brier, acc"),
         ("dataset.margins", 0.1, "dataset.margins=0.1; give a mapping such as '{nll: 0.05}'"),
         ("dataset.primary", ["ece"], "dataset.primary names 'ece', which has no margin"),
-        ("dataset.primary", ["f1"], "dataset.primary names 'f1'; the yardsticks are"),
+        ("dataset.primary", ["f1"], "dataset.primary names 'f1'; the metrics are"),
         ("dataset.primary", "nll", "dataset.primary='nll'; give a list"),
         ("loss", {}, "no loss is chosen; give for example 'loss=[nll,ce,kl]'"),
         ("model", {}, "model declares no _target_"),
@@ -313,7 +312,7 @@ def test_trial_name_depends_on_the_configuration_alone(composed: DictConfig) -> 
 
 def test_vary_is_in_the_trial_name_unless_default(composed: DictConfig) -> None:
     config = conf.plain(composed)
-    assert config["vary"] == "all"
+    assert config["protocol"]["vary"] == "all"
     assert "vary" not in conf.identity(config)
-    names = [conf.trial_name({**config, "vary": vary.value}) for vary in conf.Vary]
+    names = [conf.trial_name({**config, "protocol": {**config["protocol"], "vary": vary.value}}) for vary in conf.Vary]
     assert len(set(names)) == len(names)

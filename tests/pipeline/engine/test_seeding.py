@@ -64,7 +64,7 @@ def test_stream_restores_the_generators_after_an_error() -> None:
 
 # --- what a seed changes
 
-SMALL = ("loss=[ce,nll]", "epochs=1", "model.hidden=[16]", "audit=false", "controls=none", "trainer=cpu")
+SMALL = ("loss=[ce,nll]", "epochs=1", "model.hidden=[16]", "audit=false", "protocol.controls=none", "trainer=cpu")
 ONE_PART = [vary.value for vary in conf.Vary if vary is not conf.Vary.all]
 
 
@@ -98,8 +98,9 @@ def compose(*overrides: str) -> dict[str, Any]:
 
 def records(path: Path, *overrides: str, **changes: Any) -> dict[tuple[str, int], CellRecord]:
     """Train a trial's runs, without its report. Returns the records of its cells, by arm and seed."""
-    setup = build_setup({**compose(*overrides), **changes})
-    replicas = [Replica(loss.name, seed) for loss in setup.formulations for seed in conf.seeds_of(setup.config)]
+    config = {**compose(*overrides), **changes}
+    setup = build_setup(config)
+    replicas = [Replica(loss, seed) for loss in setup.losses for seed in conf.seeds_of(config)]
     cells = train_tile(setup, replicas, TrialFolder(path))
     return {(cell.record.arm, cell.record.seed): cell.record for cell in cells}
 
@@ -112,12 +113,12 @@ def bits(found: dict[tuple[str, int], CellRecord], what: str, arm: str = "ce") -
 @pytest.mark.parametrize(("vary", "beginnings"), [("all", 3), ("weights", 3), ("order", 1), ("bit", 3)])
 def test_vary_pairs_the_arms_and_varies_the_seeds(vary: str, beginnings: int, tmp_path: Path) -> None:
     """Also, seed 0 does not depend on `vary`, and a run has the same bits alone and among others."""
-    found = records(tmp_path / "together", "seed=[0,1,2]", f"vary={vary}", "epochs=3")
+    found = records(tmp_path / "together", "seed=[0,1,2]", f"protocol.vary={vary}", "epochs=3")
     for what in ("initial_sha256", "weights_sha256"):
         assert bits(found, what, "ce") == bits(found, what, "nll")
     assert len(set(bits(found, "initial_sha256"))) == beginnings
     assert len(set(bits(found, "weights_sha256"))) == 3
-    alone = records(tmp_path / "alone", "seed=2", f"vary={vary}", "epochs=3")
+    alone = records(tmp_path / "alone", "seed=2", f"protocol.vary={vary}", "epochs=3")
     assert alone["ce", 2].weights_sha256 == found["ce", 2].weights_sha256
     if vary in ("weights", "order"):
         zero = records(tmp_path / "zero", "seed=0", "epochs=3")["ce", 0]
@@ -130,7 +131,7 @@ def test_vary_decides_on_all_draws_of_training(engine: str, tmp_path: Path) -> N
     """Batches, dropout masks and noise are those of seed 0 under `weights`, and those of the seed under `order`."""
     found = {
         vary: bits(
-            records(tmp_path / vary, "seed=[0,1]", f"trainer.engine={engine}", f"vary={vary}", **ALL_DRAWS),
+            records(tmp_path / vary, "seed=[0,1]", f"trainer.engine={engine}", f"protocol.vary={vary}", **ALL_DRAWS),
             "weights_sha256",
             "noisy",
         )
@@ -145,7 +146,7 @@ def test_vary_decides_on_all_draws_of_training(engine: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(("precision", "ulp"), [("float32", 2.0**-23), ("float64", 2.0**-52)])
 def test_vary_bit_flips_one_bit_for_each_seed(engine: str, precision: str, ulp: float) -> None:
     settings = (f"precision={precision}", f"trainer.engine={engine}")
-    stack = build_setup(compose("vary=bit", *settings)).stack([Replica("ce", seed) for seed in (0, 1, 2)])
+    stack = build_setup(compose("protocol.vary=bit", *settings)).stack([Replica("ce", seed) for seed in (0, 1, 2)])
     plain = build_setup(compose(*settings)).stack([Replica("ce", 0)])
     changed = [_changed_entries(plain.weights(0), stack.weights(slot), ulp) for slot in range(3)]
     assert all(len(entries) == 1 for entries in changed)
@@ -186,7 +187,7 @@ def test_every_entry_can_be_flipped_and_flipped_back() -> None:
 )
 def test_verdict_says_what_varied(vary: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With all controls; and a folder never mixes cells of two values of `vary`."""
-    run(compose("seed=[0,1]", f"vary={vary}", "controls=all"), tmp_path, "the command")
+    run(compose("seed=[0,1]", f"protocol.vary={vary}", "protocol.controls=all"), tmp_path, "the command")
     assert f"seeds 0, 1 ({text}" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UsageError, match=f"{tmp_path} "):
-        run(compose("seed=[2,3]", "controls=all"), tmp_path, "the command")
+        run(compose("seed=[2,3]", "protocol.controls=all"), tmp_path, "the command")

@@ -175,14 +175,14 @@ def test_the_audit_ends_with_more_threads(tmp_path: Path) -> None:
 
 def test_a_report_about_another_reference(tmp_path: Path) -> None:
     """It leaves out the controls of the trial's reference, and the audit."""
-    trial(tmp_path / "t", "loss=[ce,nll,brier]", "seed=[0]", "audit=true", "controls=all")
+    trial(tmp_path / "t", "loss=[ce,nll,brier]", "seed=[0]", "audit=true", "protocol.controls=all")
     page = (tmp_path / "t" / "report.html").read_text()
-    assert "In the losses themselves: label smoothing by" in page
+    assert "Losses: label smoothing by" in page
     assert "margin that the placebos pass" not in page  # one seed shows no placebo equal
     assert verdict(tmp_path / "t")["controls"]["replay"]["bitwise"]
     report([str(tmp_path / "t"), "reference=nll"])
     page = (tmp_path / "t" / "report.html").read_text()
-    assert "In the losses themselves: unknown, they were not audited." in page
+    assert "Losses: unknown, because they were not audited." in page
     assert "How far gradients are" not in page  # they were measured from another reference
     nothing = {"replay": None, "outcomes": {}, "metrics": {}, "assay_sensitivity": None}
     assert verdict(tmp_path / "t")["controls"] == nothing

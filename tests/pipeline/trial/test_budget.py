@@ -138,7 +138,7 @@ def test_out_of_memory_halves_the_tile_once_and_for_all(
     assert trial(tmp_path / "t", *REQUEST) == ExitCode.HOLDS
     assert sizes[0] == 6
     assert max(sizes[1:]) <= 3
-    assert "out of memory with 6 runs at once; going on with 3" in capsys.readouterr().out
+    assert "out of memory with 6 runs at once; continuing with 3" in capsys.readouterr().out
     assert verdict(tmp_path / "t")["comparisons"][0]["outcome"] == "identical"
     sizes.clear()
     trial(tmp_path / "t", "loss=[ce,nll]", "seed=[0,1,2,3]", "trainer.tile=6")

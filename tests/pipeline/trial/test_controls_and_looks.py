@@ -22,14 +22,14 @@ def cross_entropy(smoothing: str) -> str:
 
 
 def test_a_reference_alone_has_controls_if_requested(tmp_path: Path) -> None:
-    trial(tmp_path / "t", "controls=all", "loss=[ce]", "seed=[0,1]")
+    trial(tmp_path / "t", "protocol.controls=all", "loss=[ce]", "seed=[0,1]")
     assert verdict(tmp_path / "t")["comparisons"] == []
     assert set(verdict(tmp_path / "t")["controls"]["outcomes"]) == {"placebo_float64", "placebo_reordered", "dose"}
 
 
 def test_controls_are_kept_apart_and_move_no_bit(tmp_path: Path) -> None:
     path, request = tmp_path / "t", ("loss=[ce,nll_softmax]", "seed=[0,1,2]")
-    trial(path, "controls=all", *request)
+    trial(path, "protocol.controls=all", *request)
     assert control_arms(path) == ["dose", "placebo_float64", "placebo_reordered", "replay"]
     assert [folder.name for folder in (path / "controls" / "replay").iterdir()] == ["s0"]
     assert sorted(folder.name for folder in (path / "cells").iterdir()) == ["ce", "nll_softmax"]
@@ -38,24 +38,24 @@ def test_controls_are_kept_apart_and_move_no_bit(tmp_path: Path) -> None:
     (entry,) = verdict(path)["comparisons"]
     assert entry["envelope"]["word"] == "inside"
     assert set(entry["assay_sensitivity"]) == {"placebo_equivalent", "dose_different", "holds"}
-    trial(tmp_path / "without", "controls=none", *request)
+    trial(tmp_path / "without", "protocol.controls=none", *request)
     assert hashes(tmp_path / "without").items() <= hashes(path).items()
 
 
 def test_a_difference_too_small_for_metrics_leaves_the_envelope(tmp_path: Path) -> None:
-    trial(tmp_path / "t", "controls=all", "loss=[ce]", cross_entropy("1e-5"), "seed=[0,1,2,3,4]")
+    trial(tmp_path / "t", "protocol.controls=all", "loss=[ce]", cross_entropy("1e-5"), "seed=[0,1,2,3,4]")
     (entry,) = verdict(tmp_path / "t")["comparisons"]
     assert entry["envelope"]["word"] == "outside"
     assert entry["outcome"] == "inconclusive"
 
 
 def test_where_every_loss_is_identical_a_replay_is_enough(tmp_path: Path) -> None:
-    trial(tmp_path / "t", "audit=true", "controls=auto", "loss=[ce,nll]", "seed=[0,1]")
+    trial(tmp_path / "t", "audit=true", "protocol.controls=auto", "loss=[ce,nll]", "seed=[0,1]")
     assert control_arms(tmp_path / "t") == ["replay"]
 
 
 def test_a_loss_that_is_nan_at_once_is_outside_the_envelope(tmp_path: Path) -> None:
-    trial(tmp_path / "t", "controls=all", "loss=[ce,kl_literal]", "seed=[0,1]")
+    trial(tmp_path / "t", "protocol.controls=all", "loss=[ce,kl_literal]", "seed=[0,1]")
     (entry,) = verdict(tmp_path / "t")["comparisons"]
     assert entry["envelope"] == {
         "word": "outside",
@@ -84,7 +84,7 @@ def test_the_looks_declared_first_hold(tmp_path: Path, capsys: pytest.CaptureFix
     trial(tmp_path / "t", "loss=[ce,brier]", "seed=[0,1]")
     assert "as declared by the first verdict" not in capsys.readouterr().out
     declared = verdict(tmp_path / "t")["protocol"]
-    trial(tmp_path / "t", "loss=[ce,brier]", "seed=[0,1]", "looks=3", "max_seeds=40")
+    trial(tmp_path / "t", "loss=[ce,brier]", "seed=[0,1]", "protocol.looks=3", "protocol.max_seeds=100")
     assert "using alpha=0.05 and looks=1, as declared by the first verdict in" in capsys.readouterr().out
     assert verdict(tmp_path / "t")["protocol"] == declared
 
@@ -92,7 +92,13 @@ def test_the_looks_declared_first_hold(tmp_path: Path, capsys: pytest.CaptureFix
 def test_max_seeds_trains_the_advised_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Five seeds are too few for equivalence; ten are advised, and ten decide."""
     path = tmp_path / "t"
-    request = ("loss=[ce,nll_softmax]", "seed=[0,1,2,3,7]", "looks=2", "max_seeds=40", "about=outcome")
+    request = (
+        "loss=[ce,nll_softmax]",
+        "seed=[0,1,2,3,7]",
+        "protocol.looks=2",
+        "protocol.max_seeds=40",
+        "about=outcome",
+    )
     assert trial(path, *request, "expect=equivalent") == ExitCode.HOLDS
     assert "undecided: continuing with 10 seeds" in capsys.readouterr().out
     assert verdict(path)["seeds"] == [0, 1, 2, 3, 7, 4, 5, 6, 8, 9]
@@ -106,6 +112,6 @@ def test_max_seeds_trains_the_advised_seeds(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_growth_ends_at_max_seeds(tmp_path: Path) -> None:
-    request = ("loss=[ce,brier]", "seed=[0,1]", "looks=3", "max_seeds=4", "about=outcome")
+    request = ("loss=[ce,brier]", "seed=[0,1]", "protocol.looks=3", "protocol.max_seeds=4", "about=outcome")
     trial(tmp_path / "t", *request)
     assert len(verdict(tmp_path / "t")["seeds"]) <= 4

@@ -291,7 +291,7 @@ main()
 @pytest.mark.slow
 def test_resnet18_at_256_pixels_needs_below_2_gigabytes(tmp_path: Path) -> None:
     request = [
-        *image_folder(tmp_path), "model=resnet18", "controls=none", "tracking=none", "trainer=cpu",
+        *image_folder(tmp_path), "model=resnet18", "protocol.controls=none", "tracking=none", "trainer=cpu",
         f"hydra.run.dir={tmp_path / 'trial'}",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", WRITE_PEAK.format(tmp_path / "peak"), *request], check=False)

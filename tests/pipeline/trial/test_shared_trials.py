@@ -14,7 +14,7 @@ from pipeline.storage.cells import TrialFolder
 from tests.pipeline.trial.test_budget import limit_memory
 from tests.trials import FAST, hashes, start_command, trial, usage_error, verdict
 
-REQUEST = ("loss=[ce,nll,brier]", "seed=[0,1,2]", "controls=all")
+REQUEST = ("loss=[ce,nll,brier]", "seed=[0,1,2]", "protocol.controls=all")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,13 @@ def test_jobs_adopt_the_smaller_tile_of_another(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_job_that_concludes_goes_on_until_decided(tmp_path: Path) -> None:
-    request = ("loss=[ce,nll_softmax]", "seed=[0,1,2,3,4]", "looks=2", "until=decided", "about=outcome")
+    request = (
+        "loss=[ce,nll_softmax]",
+        "seed=[0,1,2,3,4]",
+        "protocol.looks=2",
+        "protocol.max_seeds=100",
+        "about=outcome",
+    )
     trial(tmp_path / "t", *request, "share=[0,1]")
     trial(tmp_path / "t", *request, "share=[2,3,4]")
     assert trial(tmp_path / "t", *request, "share=[]", "expect=equivalent") == ExitCode.HOLDS

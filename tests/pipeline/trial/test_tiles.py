@@ -225,7 +225,7 @@ def test_a_killed_trial_resumes_and_leaves_nothing(
     whole: Path, copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start_epochs(copied) == [3]
-    assert "6 runs go on where they were interrupted, after epoch 3 of 4" in capsys.readouterr().out
+    assert "6 runs continue from their checkpoint, after epoch 3 of 4" in capsys.readouterr().out
     assert checkpoints(copied) == []
     assert hashes(copied) == hashes(whole)
     for cell, other in zip(TrialFolder(copied).cells(), TrialFolder(whole).cells(), strict=True):
@@ -282,7 +282,7 @@ def test_a_checkpoint_of_other_code_is_not_used(
     monkeypatch.setattr(name, 0)
     assert start_epochs(copied) == [0]
     output = " ".join(capsys.readouterr().out.split())
-    assert "was kept with other losses, seeds, code or settings, or elsewhere; it is not used" in output
+    assert "is of other losses, seeds, code, settings or another machine; it is not used" in output
 
 
 def test_a_checkpoint_of_another_job_is_left_alone(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,7 +312,7 @@ def test_training_goes_on_if_a_checkpoint_cannot_be_written(
 
     monkeypatch.setattr("pipeline.trial.tiles.writing_whole", on_a_full_disk)
     trial(tmp_path / "t", *REQUEST)
-    line = "No space left on device; free space or choose another folder; training goes on, and a kill would cost what"
+    line = "No space left on device; free space or choose another folder; training continues without a checkpoint"
     assert capsys.readouterr().out.count(line) == 1
     assert hashes(tmp_path / "t") == hashes(whole)
 
