@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import gc
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -64,6 +65,9 @@ def run_action(action: Callable[[], int]) -> Outcome:
         return Outcome(ExitCode(action()))
     except UsageError as error:
         return Outcome(ExitCode.USAGE, str(error))
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the flush at the end of the process fails no more
+        return Outcome(ExitCode.INTERRUPTED)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = error.filename or "the disk"

@@ -379,7 +379,7 @@ OTHER_LOSSES = (
     ),
     Case(
         "46", "logged epoch loss, a mean of batch means", outside="because it is a metric of a training run; "
-        "the yardsticks divide sums by counts",
+        "the metrics divide sums by counts",
     ),
 )  # fmt: skip
 

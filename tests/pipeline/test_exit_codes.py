@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,3 +128,11 @@ def test_server_needs_a_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(UsageError, match="MLFLOW_AUTH_ADMIN_PASSWORD is not set; give the admin one of at least 12"):
         server.serve(tmp_path / "new", 5000)
     assert not (tmp_path / "new").exists()
+
+
+def test_reader_that_leaves_early_is_no_bug() -> None:
+    """`python -m pipeline.train --help | head -1` ends without a traceback."""
+    command = f"{sys.executable} -m pipeline.train --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode in (ExitCode.HOLDS, ExitCode.INTERRUPTED)
+    assert done.stderr == ""
