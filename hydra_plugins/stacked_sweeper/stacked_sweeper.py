@@ -106,7 +106,7 @@ class StackedSweeper(Sweeper):
         return records
 
     def launched(self, jobs: list[Job], before: list[Record]) -> list[Record]:
-        """Launch the jobs in batches; return their records after those of the jobs `before`."""
+        """Launch the jobs in batches. Return the records in `before`, followed by the records of these jobs."""
         records = [*before, *map(Record, jobs)]
         self.save(records)
         size = self.settings.max_batch_size or max(1, len(jobs))

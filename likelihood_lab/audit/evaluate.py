@@ -126,7 +126,7 @@ def inputs(
 
 
 def _with_layout(tensor: Tensor, layout: str) -> Tensor:
-    """Return a copy with this memory layout; "strided" has a column of zeros after each of its own."""
+    """Return a copy with this memory layout. The layout "strided" inserts a column of zeros after each column."""
     if layout == "transposed":
         return tensor.detach().mT.contiguous().mT if tensor.ndim > 1 else tensor.detach().clone()
     if layout == "strided" and tensor.ndim > 1:

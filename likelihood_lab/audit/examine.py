@@ -272,7 +272,12 @@ def _confirm(
 
 
 def _without_contradiction(grid: _GridEvaluation, decision: Classification) -> Classification:
-    """Replace a word of sameness if equal calls differ, or if the loss raises in some cases of one C and dtype."""
+    """Return `different` instead of a same-function word if the evidence contradicts it.
+
+    It does so if equal calls give different bits, or if the loss raises on some batches of a (C, dtype) and
+    not on others.
+    If all of these batches are non-contiguous, the word stays and a side effect is recorded.
+    """
     if decision.word not in SAME_FUNCTION:
         return decision
     if grid.unequal is not None:

@@ -136,7 +136,10 @@ UNKNOWN_SCALE = ScaleInterval(math.nan, math.inf)
 
 
 def scale(gradient: Tensor, exact: Tensor, tolerance: Tensor, u: float = 0.0) -> ScaleInterval:
-    """Return a = <g_B, g> / <g, g> with the tolerance that follows from per-row tolerances [N], in the size of g."""
+    """Return the scale a = <g_B, g> / <g, g> and its tolerance.
+
+    The tolerance of a is computed from the per-row tolerances [N] of g_B, which are given on the scale of g.
+    """
     square = exact.square().sum()
     if not square > 0:
         return UNKNOWN_SCALE

@@ -169,7 +169,10 @@ def is_multirun(settings: HydraConf) -> bool:
 
 
 def folder_of(settings: HydraConf) -> Path:
-    """Return the output folder. Hydra creates that of a job in a multirun; a single request creates its own."""
+    """Return the output folder.
+
+    In a multirun, Hydra creates it for each job. In a single run, the pipeline creates it.
+    """
     deferred = settings.callbacks.get("deferred_output_dir")  # None if the user removed it: Hydra created the folder
     folder = settings.runtime.output_dir if is_multirun(settings) or deferred is None else deferred["asked"]
     return Path(str(folder)).absolute()

@@ -76,7 +76,7 @@ def _read_folder(root: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_archive(name: str, path: Path) -> Iterator[tuple[str, bytes]]:
-    """Read members of the archive, in any parent folder. Links are skipped."""
+    """Read the pictures and annotations from the archive, at any folder depth. Links are skipped."""
     with gzip.open(path) as stream:
         unpacked = stream.read(UNPACKED_BYTES + 1)
     require(len(unpacked) <= UNPACKED_BYTES, name, f"{path} unpacks to more than {UNPACKED_BYTES} bytes: {WHERE}")

@@ -150,7 +150,7 @@ def _band(axes: Axes, wide: pd.DataFrame, centre: Centre, place: int, label: str
 
 
 def _mark_ends(axes: Axes, wide: pd.DataFrame) -> bool:
-    """Mark the last finite value of each seed that is not finite at the last step; return True if there are any."""
+    """Mark the last finite value of each seed that is NaN at the last step. Return True if any seed was marked."""
     ended = wide.loc[:, wide.iloc[-1].isna()]
     for _, values in ended.items():
         last = values.dropna().tail(1)

@@ -219,7 +219,7 @@ class TrialFolder:
         write_whole(self.path / "trial.yaml", yaml_bytes(dict(identity)))
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
-        """Refuse a folder whose `trial.yaml` states another identity, or is missing beside cells."""
+        """Raise an error if trial.yaml has another identity, or if the folder has cells but no trial.yaml."""
         if not (self.path / "trial.yaml").exists():
             if (self.path / "cells").exists():
                 raise UsageError(f"{self.path} holds cells but no trial.yaml: it is no trial's folder; choose another")

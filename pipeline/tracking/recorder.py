@@ -54,7 +54,10 @@ class Recorder:
             self._attempt(self._connect, GIVE_UP_AFTER)
 
     def offer(self, cells: Mapping[str, Callable[[], Run]]) -> None:
-        """Record these cells, given by content, and everything that could not be recorded before."""
+        """Record these cells, and all that earlier calls failed to record.
+
+        The key of each cell identifies its content.
+        """
         self._cells |= cells
         if self._cells:
             self._attempt(self._send, PAUSE_AFTER)

@@ -49,7 +49,10 @@ def control(name: str, reference: Formulation, dose: float | None = None) -> For
 
 
 def dithered(name: str, formulation: Formulation, bits: int, number: int) -> Formulation:
-    """Return the loss with gradients rounded at random to `bits` significant bits. It is computed in its precision."""
+    """Return the loss with gradients rounded at random to `bits` significant bits.
+
+    The loss is computed in its own precision, not in float64.
+    """
     return _rewritten(name, formulation, partial(_dithered, number=number, bits=bits, double=False))
 
 
@@ -156,7 +159,7 @@ def _in_order(name: str, tensor: Tensor | None, order: Tensor) -> Tensor | None:
 
 
 def _dosed(given: Given, dose: float) -> Given:
-    """Multiply the logits by 1 + d; for a fused loss, the tensors that the logits are made of."""
+    """Multiply the logits by 1 + dose. For a fused loss, multiply hidden and bias, which scales the logits equally."""
     scaled = ("logits", "hidden", "bias")
     return {name: t * (1 + dose) if t is not None and name in scaled else t for name, t in given.items()}
 

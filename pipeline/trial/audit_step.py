@@ -72,10 +72,10 @@ class TrialAudit:
         self._write(audit | {"losses": kept | audit["losses"]})
 
     def compare_at_weights(self, setup: TrialSetup, plan: AnalysisPlan) -> None:
-        """Audit the losses on the batches that reached the reference's loss in this trial.
+        """Audit the losses on batches that the reference received during this trial.
 
-        An epsilon or a clamp shows at saturated logits only. The results go into audit.json beside those of the grid,
-        for the losses that were trained from the same code.
+        Only saturated logits reveal an epsilon or a clamp. The results go into audit.json beside those of the grid.
+        Only losses that were trained from the same code are audited.
         """
         audit, cell = self.content, self._folder.read(Replica(plan.reference, plan.seeds[0]))
         if audit is None or cell is None or not (batches := cell.batches):
@@ -100,7 +100,7 @@ class TrialAudit:
 
 
 def read_audit(path: Path) -> dict[str, Any] | None:
-    """Return the content of a folder's audit.json; None where there is none that can be read."""
+    """Return the content of the folder's audit.json, or None if the file is missing or unreadable."""
     try:
         found: dict[str, Any] = json.loads((path / "audit.json").read_text())
         whole = {"reference", "reference_made_from", "settings"} <= found.keys() and all(

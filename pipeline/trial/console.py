@@ -90,7 +90,7 @@ def _table(verdict: Verdict) -> Table:
 
 
 def _failures(failures: Sequence[Failure]) -> str:
-    """Causes with their seeds."""
+    """Return one text that lists each failure cause with its seeds, such as "seeds 1, 2: CAUSE at step 5"."""
     causes: dict[str, list[int]] = {}
     for failure in failures:
         at = f" at step {failure.step}" if failure.step else ""

@@ -101,12 +101,12 @@ class TrialSetup:
     """Everything that a trial needs to train any of its runs.
 
     Attributes:
-        identity: the part of the configuration that decides the numbers of every loss.
-        losses: the declaration of each loss, and of each control once there are any.
-        precision: float64, float32 or bf16_mixed; `dtype` is that of the weights.
-        dose: the size of the positive control, where the dataset declares one.
-        trainer: the configuration group.
-        share: the seeds that this job trains, where several jobs share the trial; an empty list: none.
+        identity: the settings that influence the results of every loss.
+        losses: the declaration of each loss, and of each control after the controls are added.
+        precision: float64, float32 or bf16_mixed. `dtype` is the dtype of the weights.
+        dose: the size of the positive control; None if the dataset declares none.
+        trainer: the configuration group `trainer`.
+        share: the seeds that this job trains if several jobs share the trial. An empty list means no seed.
     """
 
     identity: Mapping[str, Any]

@@ -1,8 +1,8 @@
-"""Training of the missing cells of a trial, tile by tile, each from its checkpoint where there is one.
+"""Training of the missing cells of a trial, tile by tile. A tile with a checkpoint resumes from it.
 
-Every cell is on disk before the next tile begins. Between epochs partial/<digest>.pt holds what the next epoch depends
-on; it goes once the tile's cells are written. The digest covers everything that decides the bits, so that the file of
-other runs, other code or another machine is never continued.
+All cells of a tile are on disk before the next tile begins. Between epochs, partial/<digest>.pt stores the state that
+the next epoch needs. It is deleted after the cells of the tile are written. The digest covers everything that decides
+the bits. A file of other runs, other code or another machine is therefore never resumed.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def envelope_of(candidate: str, results: TrialResults) -> Envelope:
 
 
 def _by_step(pairs: Iterable[tuple[Cell, Cell]]) -> Distances:
-    """Step -> relative distance of the two cells of each pair, [S]."""
+    """Map each step to the relative distances between candidate and reference, an array with one entry per pair."""
     found: dict[int, list[float]] = {}
     for mine, reference in pairs:
         for step, distance in mine.distances_from(reference):

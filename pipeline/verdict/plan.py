@@ -49,7 +49,10 @@ class AnalysisPlan:
 
     @property
     def question(self) -> str:
-        """Settings that make a verdict over the same seeds another look, as JSON."""
+        """Return reference, margins and primary metrics as JSON.
+
+        A verdict on the same seeds with other values is a new look.
+        """
         settings = {"reference": self.reference, "margins": dict(self.margins), "primary": list(self.primary)}
         return json.dumps(settings, sort_keys=True)
 

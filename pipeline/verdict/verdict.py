@@ -35,13 +35,16 @@ def verdict_word(
     diverged: bool = False,
     rate: float = 1.0,
 ) -> str:
-    """Combine both axes into one word: the axis that the request is about, checked against the other.
+    """Combine the audit's word (objective) and the training's word (outcome) into one verdict.
+
+    `about` says which word decides. The other word can turn the verdict into `conflict`.
 
     Args:
-        trajectory: the envelope's word. `outside` contradicts an audit that found the same function.
-        diverged: the candidate diverged in a pair in which the reference did not; contradicts it too.
-        rate: the candidate's learning rate over the reference's. At another rate the same function trains otherwise,
-            so the outcome alone decides.
+        trajectory: the envelope's word. If the audit found the same function, `outside` gives `conflict`.
+        diverged: True if the candidate diverged in a pair in which the reference did not. If the audit found the same
+            function, this gives `conflict`.
+        rate: the candidate's learning rate divided by the reference's. If it is not 1, training differs even for the
+            same function, so the outcome alone decides.
     """
     same_function = objective in SAME_FUNCTION
     if same_function and rate != 1:
