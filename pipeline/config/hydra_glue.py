@@ -118,6 +118,7 @@ def _of_override(error: BaseException) -> bool:
 
 
 PROTOCOL_KEYS = ("alpha", "looks", "max_seeds", "controls", "vary")  # top-level keys of earlier versions
+INTERNAL_KEYS = ("share",)  # set by the sweeper; no message offers them
 REMOVED_KEYS = {
     "until": "seeds are added where protocol.max_seeds is set, for example protocol.max_seeds=40 protocol.looks=2",
     "rank_test": "the test is a function of the library, likelihood_lab.stats.trajectory.rank_test",
@@ -135,7 +136,7 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     if line := moved_key(str(error.full_key)):
         return line
     parent, _, key = str(error.full_key).rpartition(".")
-    known = [str(name) for name in error.parent_node if name != "hydra"]
+    known = [str(name) for name in error.parent_node if name not in ("hydra", *INTERNAL_KEYS)]
     takes = f"{parent} takes" if parent else "the keys are"
     return f"unknown key '{error.full_key}'{did_you_mean(key, known)}; {takes}: {', '.join(known)}"
 

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from likelihood_lab.errors import UsageError, did_you_mean
 from pipeline.config import schema as conf
-from pipeline.config.hydra_glue import in_one_line, moved_key
+from pipeline.config.hydra_glue import INTERNAL_KEYS, in_one_line, moved_key
 from pipeline.config.targets import check_call, locate
 from pipeline.replica import is_control
 from pipeline.text import without_password
@@ -124,11 +124,12 @@ def _check_keys(config: Plain) -> None:
 
 def _check_fields(prefix: str, given: Plain, known: Iterable[str]) -> None:
     known = list(known)
+    offered = [key for key in known if key not in INTERNAL_KEYS]
     for key in (key for key in given if key not in known):
         if line := moved_key(f"{prefix}{key}"):
             raise UsageError(line)
         keys = f"{prefix.rstrip('.')} takes" if prefix else "the keys are"
-        raise UsageError(f"unknown key '{prefix}{key}'{did_you_mean(key, known)}; {keys}: {', '.join(known)}")
+        raise UsageError(f"unknown key '{prefix}{key}'{did_you_mean(key, offered)}; {keys}: {', '.join(offered)}")
     for key in (key for key in known if key not in given):
         raise UsageError(f"{prefix}{key} is missing; leave it as it is by default, or give it a value")
 

@@ -49,7 +49,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json_is_strict_and_all_that_is_printed() -> None:
-    """What the module, its subprocess and the loss print goes to the standard error."""
+    """Output of the module, its subprocess and the loss goes to the standard error."""
     run = [sys.executable, "-m", "likelihood_lab", "check", "command_losses:right", "--num-classes", "2", "--json"]
     done = subprocess.run(run, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONSAFEPATH": "1"})
     assert done.returncode == 0, done.stderr

@@ -9,9 +9,8 @@ import pytest
 
 from likelihood_lab.errors import UsageError
 from pipeline.config import schema as conf
+from pipeline.config.hydra_glue import INTERNAL_KEYS
 from tests.trials import compose
-
-INTERNAL = {"share"}
 
 
 @pytest.mark.parametrize("key", ["alpha=0.1", "looks=2", "max_seeds=40", "controls=none", "vary=bit"])
@@ -31,6 +30,13 @@ def test_old_key_without_plus_is_one_line() -> None:
     command = [sys.executable, "-m", "pipeline.train", "alpha=0.1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "error: the key 'alpha' is now protocol.alpha\n")
+
+
+@pytest.mark.parametrize("key", ["+shar=1", "+epoch=1"])
+def test_internal_keys_are_not_offered(key: str) -> None:
+    with pytest.raises(UsageError, match="the keys are: loss") as refused:
+        compose(key)
+    assert "share" not in str(refused.value).replace("'shar'", "")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +61,6 @@ def test_wrong_protocol_is_refused(overrides: list[str], message: str) -> None:
 def test_help_names_every_key(command: str, schema: type) -> None:
     shown = subprocess.run([sys.executable, "-m", command, "--help"], capture_output=True, text=True, check=True).stdout
     groups = {"trainer": conf.TrainerConf, "protocol": conf.ProtocolConf}
-    for key in schema.__dataclass_fields__.keys() - INTERNAL:
+    for key in schema.__dataclass_fields__.keys() - {*INTERNAL_KEYS}:
         names = [f"{key}.{field}" for field in groups[key].__dataclass_fields__] if key in groups else [key]
         assert [name for name in names if name not in shown] == []
